@@ -1,0 +1,1 @@
+"""Where artifacts run. A board never sees Keras."""

@@ -1,0 +1,18 @@
+"""The contract of a board."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from compress.candidate import Artifact, Measurement
+
+
+class Board(ABC):
+    """A place where an artifact runs. Subclasses are frozen dataclasses whose fields are the configuration."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def measure(self, artifact: Artifact) -> Measurement:
+        """Run the artifact and return its latency; a failure of the board is returned, not raised."""

@@ -1,0 +1,51 @@
+"""The machine that the pipeline runs on, through LiteRT."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from compress.boards.board import Board
+from compress.candidate import Artifact, Latency, Measurement
+
+_WORKER = Path(__file__).with_name("host_worker.py")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Host(Board):
+    """Measures in a child process, so that a crash of the runtime cannot take the run along.
+
+    ``threads``: of the interpreter, pinned to as many processors. ``warmup`` runs are not counted.
+    """
+
+    threads: Annotated[int, Ge(1)] = 1
+    runs: Annotated[int, Ge(100)] = 200
+    warmup: Annotated[int, Ge(1)] = 20
+    timeout: Annotated[float, Gt(0)] = 600.0
+
+    name: ClassVar[str] = "host"
+
+    def measure(self, artifact: Artifact) -> Measurement:
+        """Return the latency of one sample over ``runs`` runs."""
+        command = [sys.executable, "-P", str(_WORKER), str(artifact.path)]
+        command += [str(self.threads), str(self.runs), str(self.warmup)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return Measurement(self.name, None, f"no answer within {self.timeout:g} s")
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines()
+            last = lines[-1][:300] if lines else ""
+            return Measurement(self.name, None, f"the runtime ended with code {done.returncode}: {last}".rstrip(": "))
+        try:
+            answer = json.loads(done.stdout.strip().splitlines()[-1])
+            return Measurement(self.name, Latency(**answer))
+        except (ValueError, IndexError, TypeError):
+            return Measurement(self.name, None, f"unreadable answer {done.stdout[:100]!r}")

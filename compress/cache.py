@@ -1,0 +1,177 @@
+"""The stage cache: every finished stage on disk, under a digest of all that made it.
+
+An entry is a folder: the model as Keras saves it, the guarantees as JSON and arrays, the exported file, the stage's
+record, and a manifest with the digest of each file. It is written under a temporary name and renamed, so it is either
+whole or absent. Nothing in it is code: loading an entry runs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tf_keras
+
+from compress.candidate import Candidate, Guarantee, Skipped, Storage
+
+_LOG = logging.getLogger("compress")
+_FORMAT = 1
+_SHARED_CODE = (
+    "candidate.py",
+    "pipeline.py",
+    "training.py",
+    "data/source.py",
+    "deploy",
+    "graph",
+    "metrics",
+    "models/source.py",
+    "strategies/budget.py",
+    "strategies/strategy.py",
+)
+"""What every stage's result depends on besides the strategy's own family."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished stage: the candidate, the stage's record, the bytes of the exported file."""
+
+    candidate: Candidate
+    result: dict[str, Any]
+    tflite: bytes
+
+
+@dataclass(frozen=True)
+class StageCache:
+    """Finished stages in ``folder``; None keeps nothing."""
+
+    folder: Path | None
+
+    def load(self, key: str) -> Entry | None:
+        """Return the entry, or None if there is none. A damaged one is said so, removed, and made anew."""
+        if self.folder is None:
+            return None
+        entry = self.folder / key
+        if not entry.is_dir():
+            return None
+        try:
+            return _read(entry)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            _LOG.warning("cache entry %s is damaged (%s): made anew", key[:12], error)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+
+    def store(self, key: str, entry: Entry) -> None:
+        """Write an entry; one that appeared meanwhile is left as it is."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".partial-{uuid.uuid4().hex}"
+        try:
+            _write(partial, entry)
+            target = self.folder / key
+            if not target.exists():
+                os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def code_digest(kind: type) -> str:
+    """Return a digest of the code that decides what ``kind`` (a strategy or model class) does.
+
+    That is its own family's folder, and the rooms that every stage stands on.
+    """
+    package = Path(__file__).parent
+    module = importlib.import_module(kind.__module__)
+    own = Path(module.__file__).parent if module.__file__ else package
+    digest = hashlib.sha256(tf_keras.__version__.encode())
+    for place in (own, *(package / name for name in _SHARED_CODE)):
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, entry: Entry) -> None:
+    folder.mkdir()
+    entry.candidate.model.save(str(folder / "model.keras"))
+    arrays: dict[str, np.ndarray] = {}
+    guarantees = [_guarantee_to_json(g, index, arrays) for index, g in enumerate(entry.candidate.guarantees)]
+    np.savez(folder / "guarantees.npz", **arrays)  # type: ignore[arg-type]
+    (folder / "model.tflite").write_bytes(entry.tflite)
+    candidate = entry.candidate
+    record = {
+        "guarantees": guarantees,
+        "storage": dataclasses.asdict(candidate.storage),
+        "lineage": candidate.lineage,
+        "released": candidate.released,
+        "result": entry.result,
+    }
+    (folder / "record.json").write_text(json.dumps(record))
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps({"format": _FORMAT, "sha256": sums}))
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _read(folder: Path) -> Entry:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"format {manifest['format']}, this version reads {_FORMAT}")
+    for name, wanted in manifest["sha256"].items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
+            raise ValueError(f"{name} has changed")
+    record = json.loads((folder / "record.json").read_text())
+    with np.load(folder / "guarantees.npz", allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    candidate = Candidate(
+        model=tf_keras.models.load_model(str(folder / "model.keras"), compile=False, safe_mode=True),
+        guarantees=tuple(_guarantee_from_json(value, arrays) for value in record["guarantees"]),
+        storage=Storage(**record["storage"]),
+        lineage=tuple(record["lineage"]),
+        skipped=tuple(Skipped(**item) for item in record["result"]["skipped"]),
+        released=tuple(record["released"]),
+    )
+    return Entry(candidate, record["result"], (folder / "model.tflite").read_bytes())
+
+
+def _guarantee_to_json(guarantee: Guarantee, index: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for item in dataclasses.fields(guarantee):
+        value = getattr(guarantee, item.name)
+        if isinstance(value, Mapping) and all(isinstance(v, np.ndarray) for v in value.values()):
+            for number, (name, array) in enumerate(value.items()):
+                arrays[f"{index}.{item.name}.{number}"] = array
+                fields.setdefault(item.name, {"arrays": []})["arrays"].append(name)
+        else:
+            fields[item.name] = {"value": dict(value) if isinstance(value, Mapping) else value}
+    kind = type(guarantee)
+    return {"index": index, "module": kind.__module__, "name": kind.__qualname__, "fields": fields}
+
+
+def _guarantee_from_json(value: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Guarantee:
+    # Only what this run has imported already: a forged entry must not choose a module to import.
+    kind = getattr(sys.modules.get(value["module"]), value["name"], None)
+    if not (isinstance(kind, type) and issubclass(kind, Guarantee)):
+        raise ValueError(f"{value['module']}.{value['name']} is not a guarantee")
+    fields: dict[str, Any] = {}
+    for name, stored in value["fields"].items():
+        if "arrays" in stored:
+            fields[name] = {
+                weight: arrays[f"{value['index']}.{name}.{number}"] for number, weight in enumerate(stored["arrays"])
+            }
+        else:
+            fields[name] = stored["value"]
+    guarantee: Guarantee = kind(**fields)
+    return guarantee

@@ -1,0 +1,176 @@
+"""The nouns that flow through the program: Candidate, Guarantee, Storage, Artifact, Numbers, Skipped.
+
+A strategy receives a :class:`Candidate` and returns a new one. Nothing here knows how a model is
+compressed, trained, exported or measured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+    import tf_keras
+
+    from compress.metrics.tflite_file import TFLiteFile
+
+Scheme = Literal["float32", "float16", "dynamic", "int8"]
+
+
+class Effect(Enum):
+    """What a strategy does to a layer that it touches."""
+
+    TRAIN = "changes the values of its weights"
+    ZERO = "sets some of its weights to zero"
+    SHARE = "lets its weights share values"
+    REPLACE = "puts other layers in its place"
+    STORE = "chooses how its weights are written"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One place where a guarantee does not hold: the layer, and what was found there."""
+
+    layer: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Guarantee(ABC):
+    """A property that a stage established and that everything after it must keep.
+
+    Subclasses hold, besides ``stage`` (the name of the stage that established it), plain values and
+    mappings from weight name (``"conv1/kernel"``) to NumPy array; so each can be written to disk.
+    """
+
+    broken_by: ClassVar[frozenset[Effect]] = frozenset()
+    one_scale_per_tensor: ClassVar[bool] = False
+    """Whether integer weights must share one scale per tensor for the property to survive quantization."""
+
+    stage: str
+
+    @property
+    @abstractmethod
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that it binds."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a few words what is guaranteed, for the report."""
+
+    def weights(self) -> frozenset[str]:
+        """Names of the weights that :meth:`project` has something to say about."""
+        return frozenset()
+
+    def project(self, weight: str, value: tf.Tensor) -> tf.Tensor:
+        """Return the value nearest to ``value`` that keeps the property (traced inside the training step)."""
+        return value
+
+    @abstractmethod
+    def check(self, model: tf_keras.Model) -> list[Violation]:
+        """Return where the Keras model breaks the property."""
+
+    @abstractmethod
+    def check_file(self, file: TFLiteFile) -> list[Violation]:
+        """Return where the exported file breaks the property, read from its bytes."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights will be written.
+
+    ``float32``; ``float16`` weights; ``dynamic``: int8 weights, float activations; ``int8``: weights and
+    activations, calibrated on data.
+    """
+
+    scheme: Scheme = "float32"
+    calibration_images: int = 256
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that a stage left alone, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on its way through the pipeline, with all that must be remembered about it. Immutable."""
+
+    model: tf_keras.Model
+    guarantees: tuple[Guarantee, ...] = ()
+    storage: Storage = field(default_factory=Storage)
+    lineage: tuple[str, ...] = ()
+    """Names of the stages that made it."""
+    skipped: tuple[Skipped, ...] = ()
+    """Layers that the latest stage left alone."""
+    released: tuple[str, ...] = ()
+    """Guarantees that a stage was allowed to break, described."""
+
+    def evolve(self, **changes: Any) -> Candidate:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+    def with_guarantee(self, guarantee: Guarantee) -> Candidate:
+        """Return a copy that is bound by one more guarantee."""
+        return replace(self, guarantees=(*self.guarantees, guarantee))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported file on disk, and how its weights are written."""
+
+    path: Path
+    storage: Storage
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for one inference of one sample on a board."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    runs: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a board says about an artifact: its latency, or why there is none."""
+
+    board: str
+    latency_ms: Latency | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is known about one exported candidate. Keys as in ``report.json``."""
+
+    accuracy: float
+    """Of the exported file, run by LiteRT, percent."""
+    accuracy_keras: float
+    params: int
+    nonzero_params: int
+    macs: int
+    tflite_bytes: int
+    gzip_bytes: int
+    packed_bytes: int | None
+    peak_memory_bytes: int
+    latency_ms: Latency | None
+    latency_failure: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Numbers:
+        """Rebuild from :func:`dataclasses.asdict`."""
+        latency = value["latency_ms"]
+        return cls(**{**value, "latency_ms": None if latency is None else Latency(**latency)})

@@ -1,0 +1,1 @@
+"""What the entry points share; with them, the only code that knows Hydra."""

@@ -1,0 +1,217 @@
+"""From the composed configuration to the nouns: every value checked, every mistake answered in one paragraph."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from compress.boards.board import Board
+from compress.cache import StageCache
+from compress.data.source import DataSource
+from compress.errors import CompressError, did_you_mean
+from compress.graph.selection import Position, Rule, Selection
+from compress.models.source import ModelSource
+from compress.pipeline import Pipeline, Stage
+from compress.strategies.strategy import Strategy
+from compress.training import Recovery
+
+T = TypeVar("T")
+_WRAPPERS = ("only", "skip", "repeat", "release", "recovery")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a command was asked to do: the pipeline without its data, which are read later."""
+
+    model: ModelSource
+    source: DataSource
+    board: Board
+    stages: tuple[Stage, ...]
+    cache: StageCache
+    seed: int
+    strict: bool
+
+    def pipeline(self) -> Pipeline:
+        """Read the data and return the pipeline."""
+        return Pipeline(
+            model=self.model,
+            data=self.source.load(),
+            board=self.board,
+            stages=self.stages,
+            cache=self.cache,
+            seed=self.seed,
+            strict=self.strict,
+        )
+
+
+def make_plan(config: DictConfig) -> Plan:
+    """Return the plan that the composed configuration describes.
+
+    Raises:
+        CompressError: at the first value that is not valid.
+    """
+    plain = to_plain(config)
+    model = construct(ModelSource, plain["model"], "model")
+    model.origin()
+    cache = plain["cache"]
+    return Plan(
+        model=model,
+        source=construct(DataSource, plain["data"], "data"),
+        board=construct(Board, plain["board"], "board"),
+        stages=tuple(_stage(name, values) for name, values in (plain["strategy"] or {}).items()),
+        cache=StageCache(Path(str(cache["dir"])).expanduser() if cache["enabled"] else None),
+        seed=check(int, plain["seed"], "seed"),
+        strict=check(bool, plain["strict"], "strict"),
+    )
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain dictionaries, with every interpolation resolved."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(plain, dict):
+        raise TypeError(f"the configuration is a {type(plain).__name__}")
+    return {str(key): value for key, value in plain.items()}
+
+
+def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Return the object that ``values`` describe: ``_target_`` names a subclass of ``base``, the rest its fields.
+
+    Raises:
+        CompressError: if the class is not one, or a field is unknown or out of range.
+    """
+    fields = dict(values)
+    kind = _find_class(base, fields.pop("_target_", None), where)
+    known = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in fields:
+        if name not in known:
+            raise _unknown_key(f"{where}.{name}", name, known)
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise _invalid(error, where) from error
+
+
+def check(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as ``kind``.
+
+    Raises:
+        CompressError: if it is not one.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise _invalid(error, where) from error
+
+
+def _stage(name: str, values: Mapping[str, Any]) -> Stage:
+    where = f"strategy.{name}"
+    wrappers = {key: values[key] for key in _WRAPPERS}
+    fields = {key: value for key, value in values.items() if key not in _WRAPPERS}
+    _find_class(Strategy, fields.get("_target_"), where)
+    known = {item.name for item in dataclasses.fields(_find_class(Strategy, fields.get("_target_"), where))}  # type: ignore[arg-type]
+    for key in fields:
+        if key != "_target_" and key not in known:
+            raise _unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
+    recovery = wrappers["recovery"]
+    unknown = set(recovery) - {item.name for item in dataclasses.fields(Recovery)}
+    if unknown:
+        key = sorted(unknown)[0]
+        raise _unknown_key(f"{where}.recovery.{key}", key, {item.name for item in dataclasses.fields(Recovery)})
+    release = wrappers["release"]
+    return Stage(
+        name=name,
+        strategy=construct(Strategy, fields, where),
+        selection=Selection(
+            only=_rules(wrappers["only"], f"{where}.only"), skip=_rules(wrappers["skip"], f"{where}.skip"), where=where
+        ),
+        recovery=_recovery(recovery, f"{where}.recovery"),
+        repeat=_positive(wrappers["repeat"], f"{where}.repeat"),
+        release=tuple(check(list[str], [release] if isinstance(release, str) else release or [], f"{where}.release")),
+    )
+
+
+def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
+    try:
+        return Recovery(**values)
+    except ValidationError as error:
+        raise _invalid(error, where) from error
+
+
+def _positive(value: Any, where: str) -> int:
+    number: int = check(int, value, where)
+    if number < 1:
+        raise CompressError(where, expected="a whole number from 1", received=str(value), fix=f"Write {where}=1.")
+    return number
+
+
+def _rules(value: Any, where: str) -> tuple[Rule | Position, ...]:
+    if value is None:
+        return ()
+    items = value if isinstance(value, list) else str(value).split(",") if isinstance(value, str) else [value]
+    rules: list[Rule | Position] = []
+    for item in items:
+        text = item.strip() if isinstance(item, str) else None
+        if text == "first" or text == "last":
+            rules.append("first" if text == "first" else "last")
+        elif isinstance(item, Mapping) and item and set(item) <= {"type", "name"}:
+            rules.append(check(Rule, dict(item), where))
+        else:
+            raise CompressError(
+                where,
+                expected="first, last, {type: ...}, {name: ...}, or a list of these",
+                received=repr(item),
+                fix=f"Write for example '{where}={{type: Dense}}' or '{where}={{name: conv1}}'.",
+            )
+    return tuple(rules)
+
+
+def _find_class(base: type[T], target: Any, where: str) -> type[T]:
+    if not isinstance(target, str) or "." not in target:
+        raise CompressError(
+            f"{where}._target_",
+            expected="the import path of a class",
+            received=repr(target),
+            fix="The YAML of every choice names its class under _target_.",
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise CompressError(
+            f"{where}._target_", expected="an importable module", received=f"{module} ({error})", fix="Install it."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
+        raise CompressError(
+            f"{where}._target_",
+            expected=f"a dataclass that is a {base.__module__}.{base.__name__}",
+            received=target,
+            fix="Name the class of the strategy, model, data source or board.",
+        )
+    return kind
+
+
+def _unknown_key(where: str, name: str, known: set[str]) -> CompressError:
+    return CompressError(where, expected="a key that exists", received=name, fix=did_you_mean(name, known))
+
+
+def _invalid(error: ValidationError, where: str) -> CompressError:
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if isinstance(part, str) and "[" not in part and part not in _UNION_TAGS]
+    key = ".".join([where, *path])
+    message = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    also = [
+        str(e["msg"]).removeprefix("Input should be ") for e in error.errors()[1:] if e["loc"][:1] == first["loc"][:1]
+    ]
+    expected = " or ".join(dict.fromkeys([message, *also]))
+    return CompressError(
+        key, expected=expected[:300], received=repr(first["input"])[:120], fix=f"Change it: {key}=<value>."
+    )
+
+
+_UNION_TAGS = ("float", "int", "bool", "str", "none")

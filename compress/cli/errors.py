@@ -1,0 +1,117 @@
+"""Runs an entry point: a user's mistake becomes one paragraph on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from compress.errors import CompressError, did_you_mean, nearest
+
+USER_ERROR = 2
+
+
+def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str]) -> int:
+    """Run ``body`` and return the exit code; the errors that it returns or raises are printed.
+
+    With ``debug=true`` among ``arguments`` a mistake is shown with its traceback.
+    """
+    debug = "debug=true" in (argument.lower() for argument in arguments)
+    # Hydra prints and exits by itself unless told to let its exceptions through.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        refuse_passwords(arguments)
+        failures = body()
+    except KeyboardInterrupt:
+        print("\nStopped. Finished stages are in the cache; the same command continues.", file=sys.stderr)
+        return 130
+    except (CompressError, HydraException, OmegaConfBaseException, OSError) as error:
+        if debug:
+            raise
+        translated = translate(error, arguments)
+        failures = [translated]
+    for failure in failures:
+        print(paragraph(failure), file=sys.stderr)
+    return USER_ERROR if failures else 0
+
+
+def paragraph(error: CompressError) -> str:
+    """Return the error as it is shown to the user."""
+    return textwrap.fill(f"Error in {error}", width=110, break_long_words=False, break_on_hyphens=False)
+
+
+def refuse_passwords(arguments: Sequence[str]) -> None:
+    """Refuse a password on the command line: Hydra and MLflow keep command lines.
+
+    Raises:
+        CompressError: if a URI among ``arguments`` carries one.
+    """
+    for argument in arguments:
+        if re.search(r"://[^/\s@]*:[^/\s@]+@", argument):
+            raise CompressError(
+                argument.partition("=")[0],
+                expected="a URI without a password; the command line is kept in config dumps",
+                received="a URI with a password",
+                fix="Put the whole URI into the environment variable MLFLOW_TRACKING_URI.",
+            )
+
+
+def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
+    """Return what an exception of Hydra, OmegaConf or the operating system means to the user."""
+    if isinstance(error, CompressError):
+        return error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_choice(error)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key and "not in struct" in str(cause):
+        return _unknown_key(cause)
+    if isinstance(error, OSError):
+        return CompressError(
+            "files",
+            expected="folders and files that can be written and read",
+            received=f"{error.strerror or type(error).__name__}: {error.filename or error}",
+            fix="Name another folder with hydra.run.dir=... (a multirun: hydra.sweep.dir=...).",
+        )
+    first = " ".join(str(error).split())
+    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
+        first = f"{first} ({' '.join(str(error.__cause__).split())})"
+    return CompressError(
+        "the command line",
+        expected="overrides like key=value",
+        received=first[:400] or " ".join(arguments),
+        fix="See --help, and --cfg job for all keys.",
+    )
+
+
+def _missing_choice(error: MissingConfigException) -> CompressError:
+    group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+    options = [option for option in error.options or [] if not option.endswith(".yaml")]
+    if not group:
+        return CompressError(
+            "the command line", expected="a config that exists", received=choice, fix=did_you_mean(choice, options)
+        )
+    best = nearest(choice, options)
+    return CompressError(
+        group,
+        expected=f"one of {', '.join(sorted(options))}",
+        received=choice,
+        fix=f"Did you mean {group}={best[0]}?" if len(best) < len(options) else "Choose one of them.",
+    )
+
+
+def _unknown_key(error: OmegaConfBaseException) -> CompressError:
+    full_key = str(error.full_key)
+    parent = error.parent_node
+    keys = [str(key) for key in parent] if parent is not None and OmegaConf.is_dict(parent) else []
+    name = full_key.rpartition(".")[2]
+    # Only a misspelling of the last part is sure to be one of these keys.
+    name = str(error.key) if error.key is not None else name
+    return CompressError(
+        full_key, expected="a key that exists", received=name, fix=did_you_mean(name, [k for k in keys if k[0] != "_"])
+    )

@@ -1,0 +1,48 @@
+"""One pipeline, from its configuration to its report: what ``compress.run`` and ``compress.reproduce`` share."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from compress.cli.build import make_plan, to_plain
+from compress.pipeline import StageResult
+from compress.tracking.report import make_report, print_table, write_report
+from compress.tracking.store import Recorder, open_recorder
+
+_LOG = logging.getLogger("compress")
+
+
+def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
+    """Run one pipeline; leave ``report.json``, the models and an MLflow run; return the final accuracy.
+
+    Args:
+        config: the composed configuration.
+        folder: where the files go.
+        sweep: the folder of the multirun that the job belongs to, if any.
+    """
+    import tf_keras
+
+    tf_keras.backend.clear_session()
+    started = time.perf_counter()
+    plan = make_plan(config)
+    plain = to_plain(config)
+    with open_recorder(plain["tracking"], plain, sweep, command=sys.argv[1:]) as recorder:
+        pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result))
+        result = pipeline.run(folder)
+        result.candidate.model.save(str(folder / "model.keras"))
+        report = make_report(result, plain, seconds=time.perf_counter() - started)
+        write_report(report, folder / "report.json")
+        recorder.finish(report, result, folder)
+    print_table(report)
+    _LOG.info("report: %s", folder / "report.json")
+    return result.final.accuracy
+
+
+def _record(recorder: Recorder, result: StageResult) -> None:
+    recorder.stage(result)

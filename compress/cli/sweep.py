@@ -1,0 +1,42 @@
+"""What happens around a multirun: a parent run before the jobs, the Pareto front after them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+_LOG = logging.getLogger("compress")
+
+
+class SweepCallback(Callback):
+    """Hydra callback of the multirun."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Open the parent run; refuse a store that does not answer before any job starts."""
+        if not config.tracking.enabled:
+            return
+        from compress.tracking.store import connect, start_parent, write_parent
+
+        client, experiment = connect(config.tracking.uri, config.tracking.experiment)
+        parent = start_parent(client, experiment, "multirun", sys.argv[1:])
+        write_parent(Path(config.hydra.sweep.dir), parent)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Compute and log the Pareto front, close the parent run."""
+        if not config.tracking.enabled:
+            return
+        from compress.tracking.store import connect, finish_sweep, read_parent
+
+        parent = read_parent(Path(config.hydra.sweep.dir))
+        if parent is None:
+            return
+        client, experiment = connect(config.tracking.uri, config.tracking.experiment)
+        points = finish_sweep(client, experiment, parent)
+        for point in sorted(points, key=lambda p: p.tflite_bytes):
+            fronts = [key for key, on_front in point.pareto.items() if on_front]
+            _LOG.info("%s: %s", point.label, f"on the front of {' and '.join(fronts)}" if fronts else "dominated")

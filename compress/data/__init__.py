@@ -1,0 +1,1 @@
+"""Data sources. Each gives train, validation and test parts that never mix."""

@@ -1,0 +1,35 @@
+"""The 8x8 digits that come with scikit-learn: 1,797 images, 10 classes, no download."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, make_data
+
+
+@dataclass(frozen=True, config=STRICT)
+class Digits(DataSource):
+    """scikit-learn's digits; pixel values 0 to 16; every fifth image is test data."""
+
+    recovery_epochs: float = 1.0
+    shift: int = 0
+    train_limit: int | None = None
+    test_limit: int | None = None
+
+    def load(self) -> Data:
+        """Read the data from the scikit-learn package."""
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        x = bunch.images[..., None].astype(np.uint8)
+        y = bunch.target.astype(np.int64)
+        test = np.arange(len(x)) % 5 == 4
+        return make_data(
+            "digits",
+            Split(x[~test], y[~test]),
+            Split(x[test], y[test]),
+            augmentation=Augmentation(shift=self.shift),
+            train_limit=self.train_limit,
+            test_limit=self.test_limit,
+        )

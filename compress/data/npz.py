@@ -1,0 +1,113 @@
+"""Arrays from ``.npz`` files: a user's own, and MNIST, Fashion-MNIST and CIFAR-10 in Keras' layout."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Ge, Gt
+from pydantic.dataclasses import dataclass
+
+from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, find_file, make_data
+from compress.errors import CompressError
+
+
+@dataclass(frozen=True, config=STRICT)
+class Npz(DataSource):
+    """A user's arrays: ``x_train, y_train, x_test, y_test`` and, if given, ``x_val, y_val``."""
+
+    path: str | None = None
+    recovery_epochs: float = 1.0
+    shift: Annotated[int, Ge(0)] = 0
+    mirror: bool = False
+    train_limit: Annotated[int, Gt(0)] | None = None
+    test_limit: Annotated[int, Gt(0)] | None = None
+
+    def load(self) -> Data:
+        """Read the arrays."""
+        if self.path is None:
+            raise CompressError(
+                "data.path",
+                expected="the path of an .npz file",
+                received="nothing",
+                fix="Write data=npz data.path=/path/to/arrays.npz.",
+            )
+        file = Path(self.path).expanduser()
+        return self._build(file.stem, read_arrays(file))
+
+    def _build(self, name: str, arrays: dict[str, np.ndarray]) -> Data:
+        validation = None
+        if "x_val" in arrays:
+            validation = Split(arrays["x_val"], _labels(arrays["y_val"]))
+        return make_data(
+            name,
+            Split(arrays["x_train"], _labels(arrays["y_train"])),
+            Split(arrays["x_test"], _labels(arrays["y_test"])),
+            validation=validation,
+            augmentation=Augmentation(self.shift, self.mirror),
+            train_limit=self.train_limit,
+            test_limit=self.test_limit,
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
+class KerasDataset(Npz):
+    """A data set that Keras can download: read from a file where there is one, else downloaded."""
+
+    dataset: Literal["mnist", "fashion_mnist", "cifar10"] = "mnist"
+
+    def load(self) -> Data:
+        """Read ``<dataset>.npz`` from ``path`` or ``$COMPRESS_DATA_DIR``, else use Keras' download."""
+        file = find_file(self.path, f"{self.dataset}.npz")
+        return self._build(self.dataset, self._download() if file is None else read_arrays(file))
+
+    def _download(self) -> dict[str, np.ndarray]:
+        import tf_keras
+
+        try:
+            (x_train, y_train), (x_test, y_test) = getattr(tf_keras.datasets, self.dataset).load_data()
+        except Exception as error:
+            # Keras raises a bare Exception when a download fails.
+            raise CompressError(
+                f"data {self.dataset}",
+                expected=f"{self.dataset}.npz in data.path or $COMPRESS_DATA_DIR, or a working download",
+                received=f"no file, and Keras' download failed ({type(error).__name__}: {str(error)[:120]})",
+                fix=f"Set COMPRESS_DATA_DIR to the folder that holds {self.dataset}.npz.",
+            ) from error
+        return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an ``.npz`` file; pickled objects are refused.
+
+    Raises:
+        CompressError: if the file is not an ``.npz`` archive or lacks an array.
+    """
+    needed = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in needed if key not in archive.files]
+            if ("x_val" in archive.files) != ("y_val" in archive.files):
+                missing.append("y_val" if "x_val" in archive.files else "x_val")
+            if missing:
+                raise CompressError(
+                    f"data.path {path}",
+                    expected=f"the arrays {', '.join(needed)}",
+                    received=f"{', '.join(archive.files)} (without {', '.join(missing)})",
+                    fix="Save them with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...).",
+                )
+            return {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val")}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CompressError(
+            f"data.path {path}",
+            expected="an .npz archive of plain arrays",
+            received=f"{type(error).__name__}: {str(error)[:160]}",
+            fix="Save it again with numpy.savez.",
+        ) from error
+
+
+def _labels(y: np.ndarray) -> np.ndarray:
+    flat = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+    return flat.astype(np.int64) if flat.dtype.kind in "iu" else flat

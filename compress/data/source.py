@@ -1,0 +1,224 @@
+"""What a data source gives: three parts kept apart, and the identity of what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import ConfigDict
+
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    import tf_keras
+
+STRICT = ConfigDict(extra="forbid")
+_SPLIT_SEED = 20171023
+"""The validation part is the same for every run seed: it belongs to the data, not to the run."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples ``x`` [n, ...] (raw pixel values) and their class labels ``y`` [n]."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, count: int) -> Split:
+        """Return the first ``count`` samples."""
+        return Split(self.x[:count], self.y[:count])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images: shift by up to ``shift`` pixels (zero padding), mirror left-right."""
+
+    shift: int = 0
+    mirror: bool = False
+
+    def __bool__(self) -> bool:
+        return self.shift > 0 or self.mirror
+
+
+@dataclass(frozen=True)
+class Data:
+    """A loaded data set. ``identity`` is a digest of every sample and label in it."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+    augmentation: Augmentation
+    identity: str
+
+
+    def fitted_to(self, model: tf_keras.Model, where: str) -> Data:
+        """Return the data in the shape that ``model`` reads: a missing channel axis of 1 is added.
+
+        Raises:
+            CompressError: if the samples do not fit the model's input, or the labels its output.
+        """
+        if len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise CompressError(
+                where,
+                expected="a model with one input and one output",
+                received=f"{len(model.inputs)} inputs and {len(model.outputs)} outputs",
+                fix="Cut the model down to the part that classifies.",
+            )
+        wanted, given = tuple(model.inputs[0].shape[1:]), self.train.x.shape[1:]
+        if _fits((*given, 1), wanted) and not _fits(given, wanted):
+            parts = {k: Split(s.x[..., None], s.y) for k, s in self.parts.items()}
+            return replace(self, **parts)
+        if not _fits(given, wanted):
+            raise CompressError(
+                where,
+                expected=f"samples of the model's input shape {_plain(wanted)}",
+                received=f"samples of shape {given} from data {self.name}",
+                fix="Choose the data that the model was trained on, or another model.",
+            )
+        outputs = tuple(model.outputs[0].shape[1:])
+        if len(outputs) != 1 or outputs[0] is None or outputs[0] < self.classes:
+            raise CompressError(
+                where,
+                expected=f"a model that scores the {self.classes} classes of data {self.name}",
+                received=f"an output of shape {_plain(outputs)}",
+                fix="Choose the data that the model was trained on, or another model.",
+            )
+        return self
+
+    @property
+    def parts(self) -> dict[str, Split]:
+        """The three parts by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def _fits(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(given) == len(wanted) and all(w is None or g == w for g, w in zip(given, wanted, strict=True))
+
+
+def _plain(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+
+
+class DataSource(ABC):
+    """Reads a data set. Subclasses are frozen dataclasses whose fields are the configuration."""
+
+    @abstractmethod
+    def load(self) -> Data:
+        """Read the data.
+
+        Raises:
+            CompressError: if it is absent or malformed.
+        """
+
+
+def find_file(path: str | None, name: str, *, config: str = "data.path") -> Path | None:
+    """Return where the user has the file ``name``; None if nothing is said about it.
+
+    Looks at ``path`` (the file itself or a folder that holds it), then in ``$COMPRESS_DATA_DIR``.
+
+    Raises:
+        CompressError: if ``path`` is given and holds no such file.
+    """
+    if path is not None:
+        given = Path(path).expanduser()
+        found = given / name if given.is_dir() else given
+        if not found.is_file():
+            raise CompressError(
+                config,
+                expected=f"the file {name}, or a folder that holds it",
+                received=f"{path} (no such file)",
+                fix=f"Write {config}=/folder/with/{Path(name).name}.",
+            )
+        return found
+    folder = os.environ.get("COMPRESS_DATA_DIR")
+    if folder and (Path(folder) / name).is_file():
+        return Path(folder) / name
+    return None
+
+
+def make_data(
+    name: str,
+    train: Split,
+    test: Split,
+    *,
+    validation: Split | None = None,
+    validation_fraction: float = 0.1,
+    augmentation: Augmentation | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+) -> Data:
+    """Check the arrays, hold out a validation part where none is given, and build the data set.
+
+    The split is the same for every run: it depends on nothing but the number of training samples.
+
+    Raises:
+        CompressError: if shapes, label counts or values cannot be right.
+    """
+    for part, split in (("train", train), ("validation", validation), ("test", test)):
+        if split is not None:
+            _check(name, part, split, train)
+    if validation is None:
+        order = np.random.default_rng(_SPLIT_SEED).permutation(len(train))
+        held_out = max(1, round(len(train) * validation_fraction))
+        if held_out >= len(train):
+            raise CompressError(
+                f"data {name}",
+                expected="at least two training samples",
+                received=str(len(train)),
+                fix="Bring more data.",
+            )
+        # Sorted, so that reading stays sequential and a limit takes an unbiased prefix of the original order.
+        inside, outside = np.sort(order[held_out:]), np.sort(order[:held_out])
+        validation = Split(train.x[outside], train.y[outside])
+        train = Split(train.x[inside], train.y[inside])
+    train = train.take(train_limit) if train_limit else train
+    validation = validation.take(max(1, train_limit // 4)) if train_limit else validation
+    test = test.take(test_limit) if test_limit else test
+    digest = hashlib.sha256()
+    for split in (train, validation, test):
+        for array in (split.x, split.y):
+            digest.update(repr((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+    classes = int(max(split.y.max() for split in (train, validation, test))) + 1
+    augmentation = augmentation or Augmentation()
+    digest.update(repr(augmentation).encode())
+    return Data(name, train, validation, test, classes, augmentation, digest.hexdigest())
+
+
+def _check(name: str, part: str, split: Split, train: Split) -> None:
+    def fail(expected: str, received: str, fix: str) -> CompressError:
+        return CompressError(f"data {name}, {part} part", expected=expected, received=received, fix=fix)
+
+    x, y = split.x, split.y
+    if x.ndim < 2 or len(x) == 0:
+        raise fail("samples of shape [n, ...], n > 0", f"an array of shape {x.shape}", "Check the arrays.")
+    if len(x) != len(y):
+        raise fail("one label for each sample", f"{len(x)} samples and {len(y)} labels", "Check the arrays.")
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise fail(
+            "integer class labels of shape [n]",
+            f"{y.dtype} labels of shape {y.shape}",
+            "Turn one-hot labels into class numbers with argmax(axis=1).",
+        )
+    if int(y.min()) < 0:
+        raise fail("labels from 0", f"the label {int(y.min())}", "Number the classes from 0.")
+    if x.shape[1:] != train.x.shape[1:]:
+        raise fail(
+            f"samples of shape {train.x.shape[1:]}, as in the train part", f"{x.shape[1:]}", "Use one shape for all parts."
+        )
+    if x.dtype.kind not in "fiub":
+        raise fail("numeric samples", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise fail(
+            "finite samples", f"{int((~np.isfinite(x)).sum())} NaN or infinite values", "Clean the data before compressing."
+        )

@@ -1,0 +1,1 @@
+"""From a candidate to files that run on a board."""

@@ -1,0 +1,76 @@
+"""Exports a candidate as a ``.tflite`` file, written as its storage says."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from compress.candidate import Artifact, Candidate
+from compress.data.source import Data
+from compress.errors import CompressError
+from compress.quiet import stderr_aside
+
+
+def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
+    """Write ``path`` and return it as an artifact.
+
+    The file reads and writes float32 and is made for one sample at a time; its input is the model's raw input.
+    Written to a temporary name and renamed.
+
+    Args:
+        candidate: what to export; its guarantees may ask for one integer scale per tensor.
+        data: the int8 ranges are calibrated on the first images of its training part, in shuffled order.
+        path: the file to write.
+
+    Raises:
+        CompressError: if the converter refuses the model.
+    """
+    model, storage = candidate.model, candidate.storage
+    shape = (1, *model.inputs[0].shape[1:])
+    if any(size is None for size in shape):
+        raise CompressError(
+            "export",
+            expected="a model whose input sizes are all known",
+            received=f"an input of shape {model.inputs[0].shape}",
+            fix="Build the model with a fixed input shape.",
+        )
+    # A function of its own: from_keras_model would leave the batch open, which costs operators and speed.
+    call = tf.function(lambda image: model(image, training=False))
+    signature = call.get_concrete_function(tf.TensorSpec(shape, tf.float32, name="image"))
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], model)
+    if storage.scheme != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if storage.scheme == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if storage.scheme == "int8":
+        converter.representative_dataset = lambda: _calibration(data, storage.calibration_images)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    if any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees):
+        converter._experimental_disable_per_channel = True
+        converter._experimental_disable_per_channel_quantization_for_dense_layers = True
+    try:
+        with warnings.catch_warnings(), stderr_aside():
+            warnings.simplefilter("ignore")
+            content = converter.convert()
+    except Exception as error:
+        # The converter raises many types; each of them means that it refuses the model.
+        raise CompressError(
+            f"export as {storage.scheme}",
+            expected="a model that the TFLite converter accepts",
+            received=" ".join(str(error).split())[:300] or type(error).__name__,
+            fix="Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
+        ) from error
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return Artifact(path, storage)
+
+
+def _calibration(data: Data, images: int) -> Iterator[list[np.ndarray]]:
+    chosen = np.random.default_rng(0).permutation(len(data.train))[:images]
+    for index in chosen:
+        yield [data.train.x[index : index + 1].astype(np.float32)]

@@ -1,0 +1,41 @@
+"""The one exception that a user's mistake raises, and the paragraph that it prints."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressError(Exception):
+    """A mistake that the user can mend: says where, what was expected, what was received, what to do.
+
+    Entry points print it as one paragraph and exit with code 2.
+    """
+
+    def __init__(self, where: str, *, expected: str, received: str, fix: str) -> None:
+        self.where = where
+        self.expected = expected
+        self.received = received
+        self.fix = fix
+        super().__init__(f"{where}: expected {expected}; received {received}. {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive pickling, so that launchers in other processes report the same error."""
+        return (_rebuild, (self.where, self.expected, self.received, self.fix))
+
+
+def _rebuild(where: str, expected: str, received: str, fix: str) -> CompressError:
+    return CompressError(where, expected=expected, received=received, fix=fix)
+
+
+def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> list[str]:
+    """Return the valid names most like ``name``, best first; all of them (sorted) when none is alike."""
+    names = sorted(set(valid))
+    alike = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
+    return alike or names
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return the sentence that names the valid spellings nearest to ``name``."""
+    names = nearest(name, valid)
+    return f"Valid names nearest to it: {', '.join(names)}." if names else "There is no valid name here."

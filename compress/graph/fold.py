@@ -1,0 +1,65 @@
+"""Batch-norm folding: a normalisation right after a linear layer becomes part of its kernel and bias."""
+
+from __future__ import annotations
+
+import numpy as np
+import tf_keras
+
+from compress.graph.rewrite import NewLayer, calls, consumers, rewrite
+
+_FOLDABLE = (tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D, tf_keras.layers.Dense)
+_NOT_FOLDABLE = (tf_keras.layers.Conv2DTranspose, tf_keras.layers.SeparableConv2D)
+
+
+def fold_batch_norm(model: tf_keras.Model, layers: frozenset[str] | None = None) -> tf_keras.Model:
+    """Return a copy of the flat ``model`` without the batch norms that follow a linear layer directly.
+
+    A pair is folded if the linear layer has no activation, is called once, and nothing but the
+    normalisation reads its output. The outputs in inference mode stay equal up to rounding.
+
+    Args:
+        model: a flat functional model.
+        layers: names of the linear layers to fold into; all when None.
+    """
+    readers, times = consumers(model), calls(model)
+    outputs = {t.node.layer.name for t in model.outputs}
+    replacements: dict[str, list[NewLayer]] = {}
+    for layer in model.layers:
+        following = readers[layer.name]
+        if (
+            isinstance(layer, _FOLDABLE)
+            and not isinstance(layer, _NOT_FOLDABLE)
+            and (layers is None or layer.name in layers)
+            and layer.activation is tf_keras.activations.linear
+            and times[layer.name] == 1
+            and layer.name not in outputs
+            and len(following) == 1
+            and isinstance(following[0], tf_keras.layers.BatchNormalization)
+            and times[following[0].name] == 1
+            and _normalises_channels(following[0], layer)
+        ):
+            replacements[layer.name] = [_folded(layer, following[0])]
+            replacements[following[0].name] = []
+    return rewrite(model, replacements)
+
+
+def _normalises_channels(norm: tf_keras.layers.BatchNormalization, layer: tf_keras.layers.Layer) -> bool:
+    axis = norm.axis if isinstance(norm.axis, int) else norm.axis[0]
+    rank = len(layer.output_shape)
+    channels_last = getattr(layer, "data_format", "channels_last") == "channels_last"
+    return channels_last and axis % rank == rank - 1
+
+
+def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalization) -> NewLayer:
+    variance = np.asarray(norm.moving_variance)
+    gain = (np.asarray(norm.gamma) if norm.scale else 1.0) / np.sqrt(variance + norm.epsilon)
+    shift = (np.asarray(norm.beta) if norm.center else 0.0) - np.asarray(norm.moving_mean) * gain
+    depthwise = isinstance(layer, tf_keras.layers.DepthwiseConv2D)
+    kernel = np.asarray(layer.depthwise_kernel if depthwise else layer.kernel)
+    old_bias = np.asarray(layer.bias) if layer.use_bias else np.zeros_like(variance)
+    config = {**layer.get_config(), "use_bias": True}
+    scaled = kernel * (gain.reshape(kernel.shape[2:]) if depthwise else gain)
+    return NewLayer(
+        layer.__class__.from_config(config),
+        (scaled.astype(kernel.dtype), (old_bias * gain + shift).astype(kernel.dtype)),
+    )

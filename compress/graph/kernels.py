@@ -1,0 +1,94 @@
+"""The kernels of a flat model: which layers have one, what it is called, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tf_keras
+
+from compress.graph.rewrite import positions
+
+Layer = tf_keras.layers.Layer
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One weight tensor that multiplies activations.
+
+    ``name`` is ``"<layer>/<attribute>"``; ``macs`` is the number of multiply-adds that it takes part in,
+    for one sample, over all calls of its layer.
+    """
+
+    layer: Layer
+    attribute: str
+    macs: int
+
+    @property
+    def name(self) -> str:
+        """Name of the weight, as guarantees spell it."""
+        return f"{self.layer.name}/{self.attribute}"
+
+    @property
+    def value(self) -> np.ndarray:
+        """The weight's value."""
+        return np.asarray(getattr(self.layer, self.attribute))
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return int(np.prod(getattr(self.layer, self.attribute).shape))
+
+    @property
+    def macs_per_weight(self) -> float:
+        """Multiply-adds that one weight takes part in."""
+        return self.macs / self.size
+
+
+def kernel_attributes(layer: Layer) -> tuple[str, ...]:
+    """Return the names of the attributes of ``layer`` that hold kernels, in order of use."""
+    names = ("depthwise_kernel", "pointwise_kernel", "kernel")
+    if isinstance(layer, tf_keras.layers.BatchNormalization):
+        return ()
+    return tuple(name for name in names if hasattr(getattr(layer, name, None), "shape"))
+
+
+def kernels(model: tf_keras.Model) -> list[Kernel]:
+    """Return the kernels of the flat ``model`` in the order of its layers."""
+    macs: dict[str, int] = {}
+    layers: dict[str, Layer] = {}
+    for layer, _, output_shape in positions(model):
+        for attribute in kernel_attributes(layer):
+            key = f"{layer.name}/{attribute}"
+            layers[key] = layer
+            macs[key] = macs.get(key, 0) + _macs(layer, attribute, output_shape)
+    return [Kernel(layers[key], key.rpartition("/")[2], count) for key, count in macs.items()]
+
+
+def get_weight(model: tf_keras.Model, name: str) -> np.ndarray:
+    """Return the value of the weight ``"<layer>/<attribute>"``."""
+    return np.asarray(get_variable(model, name))
+
+
+def get_variable(model: tf_keras.Model, name: str):  # type: ignore[no-untyped-def]
+    """Return the variable ``"<layer>/<attribute>"``."""
+    layer, _, attribute = name.rpartition("/")
+    return getattr(model.get_layer(layer), attribute)
+
+
+def _macs(layer: Layer, attribute: str, output_shape: Sequence[int | None]) -> int:
+    """Return the multiply-adds of one call: size of the kernel times the positions it is applied at."""
+    shape = getattr(layer, attribute).shape
+    size = int(np.prod(shape))
+    if isinstance(layer, tf_keras.layers.Dense):
+        return size * _product(output_shape[1:-1])
+    if isinstance(layer, (tf_keras.layers.Conv2DTranspose, tf_keras.layers.Conv1DTranspose)):
+        # Every input position is multiplied by the whole kernel.
+        return size * _product(layer.input_shape[1:-1])
+    spatial = output_shape[2:] if getattr(layer, "data_format", "") == "channels_first" else output_shape[1:-1]
+    return size * _product(spatial)
+
+
+def _product(values: Sequence[int | None]) -> int:
+    return int(np.prod([1 if value is None else value for value in values], dtype=np.int64))

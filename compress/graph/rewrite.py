@@ -1,0 +1,175 @@
+"""Copy, flatten and rewrite functional Keras models without touching the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from compress.errors import CompressError
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """A layer to be put into a model, and the weights it starts from (empty: its own initial ones)."""
+
+    layer: tf_keras.layers.Layer
+    weights: tuple[np.ndarray, ...] = ()
+
+
+Replacements = Mapping[str, Sequence[NewLayer]]
+"""Layer name -> the chain of layers that takes its place; an empty chain removes the layer."""
+
+
+def rewrite(model: tf_keras.Model, replacements: Replacements | None = None) -> tf_keras.Model:
+    """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
+
+    Nested models and Sequentials are laid open; a layer used twice stays shared. All weights are copied;
+    nothing is shared with ``model``. A replaced layer must have one input tensor and one output tensor.
+
+    Raises:
+        CompressError: if the model is not functional (a subclassed model has no graph to read), or a
+            name in ``replacements`` is not a layer of it.
+    """
+    _require_functional(model)
+    builder = _Builder(replacements or {})
+    inputs = [tf_keras.Input(batch_shape=t.shape, dtype=t.dtype, name=_input_name(t)) for t in model.inputs]
+    outputs = builder.inline(model, inputs)
+    unknown = set(builder.replacements) - builder.replaced
+    if unknown:
+        raise CompressError(
+            "graph",
+            expected="the names of layers of the model",
+            received=", ".join(sorted(unknown)),
+            fix="Name layers as model.summary() shows them.",
+        )
+    copy = tf_keras.Model(inputs, outputs, name=model.name)
+    for layer, weights in builder.pending:
+        layer.set_weights(weights)
+    return copy
+
+
+def copy_model(model: tf_keras.Model) -> tf_keras.Model:
+    """Return a flat functional copy that shares nothing with ``model``."""
+    return rewrite(model)
+
+
+def consumers(model: tf_keras.Model) -> dict[str, list[tf_keras.layers.Layer]]:
+    """Return, for each layer name, the layers of the flat ``model`` that read one of its outputs."""
+    result: dict[str, list[tf_keras.layers.Layer]] = {layer.name: [] for layer in model.layers}
+    for node in _nodes(model):
+        for parent in node.parent_nodes:
+            result.setdefault(parent.layer.name, []).append(node.layer)
+    return result
+
+
+def calls(model: tf_keras.Model) -> dict[str, int]:
+    """Return how often each layer of the flat ``model`` is called (more than once: a shared layer)."""
+    result: dict[str, int] = {}
+    for node in _nodes(model):
+        result[node.layer.name] = result.get(node.layer.name, 0) + 1
+    return result
+
+
+def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, Any, Any]]:
+    """Return (layer, input shape, output shape) of every call in the flat ``model``, in order."""
+    return [(node.layer, node.input_shapes, node.output_shapes) for node in _nodes(model) if not node.is_input]
+
+
+class _Builder:
+    """Carries the state of one rewrite: fresh layers by original identity, and weights to set at the end."""
+
+    def __init__(self, replacements: Replacements) -> None:
+        self.replacements = replacements
+        self.replaced: set[str] = set()
+        self.pending: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = []
+        self._fresh: dict[int, list[tf_keras.layers.Layer]] = {}
+        self._names: set[str] = set()
+
+    def inline(self, model: tf_keras.Model, inputs: Sequence[Any], prefix: str = "") -> Any:
+        """Replay the calls of ``model`` on ``inputs``; return its outputs in the model's own structure."""
+        tensors: dict[int, Any] = dict(zip((id(t) for t in model.inputs), inputs, strict=True))
+
+        def mapped(value: Any) -> Any:
+            return tensors.get(id(value), value)
+
+        for node in _nodes(model):
+            if node.is_input:
+                continue
+            arguments = tf.nest.map_structure(mapped, node.call_args)
+            keywords = {k: tf.nest.map_structure(mapped, v) for k, v in node.call_kwargs.items()}
+            results = self._call(node.layer, arguments, keywords, prefix)
+            flat_old, flat_new = tf.nest.flatten(node.outputs), tf.nest.flatten(results)
+            tensors.update(zip((id(t) for t in flat_old), flat_new, strict=True))
+        return [tensors[id(t)] for t in model.outputs]
+
+    def _call(self, layer: tf_keras.layers.Layer, arguments: Any, keywords: dict[str, Any], prefix: str) -> Any:
+        if isinstance(layer, tf_keras.Model):
+            _require_functional(layer)
+            keywords.pop("training", None), keywords.pop("mask", None)
+            inner = self.inline(layer, tf.nest.flatten(arguments[0]), prefix=f"{prefix}{layer.name}_")
+            return inner[0] if len(inner) == 1 else inner
+        fresh = self._fresh_layers(layer, prefix)
+        if layer.name not in self.replacements and prefix + layer.name not in self.replacements:
+            return fresh[0](*arguments, **keywords)
+        result = arguments[0]
+        for replacement in fresh:
+            result = replacement(result)
+        return result
+
+    def _fresh_layers(self, layer: tf_keras.layers.Layer, prefix: str) -> list[tf_keras.layers.Layer]:
+        if id(layer) not in self._fresh:
+            chain = self.replacements.get(layer.name)
+            if chain is None:
+                config = layer.get_config()
+                config["name"] = self._unused(layer.name, prefix)
+                fresh = [layer.__class__.from_config(config)]
+                self.pending.append((fresh[0], layer.get_weights()))
+            else:
+                self.replaced.add(layer.name)
+                fresh = [new.layer for new in chain]
+                self._names.update(item.name for item in fresh)
+                self.pending.extend((new.layer, list(new.weights)) for new in chain if new.weights)
+            for item in fresh:
+                item.trainable = layer.trainable
+            self._fresh[id(layer)] = fresh
+        return self._fresh[id(layer)]
+
+    def _unused(self, name: str, prefix: str) -> str:
+        chosen = name if name not in self._names else prefix + name
+        self._names.add(chosen)
+        return chosen
+
+
+def _nodes(model: tf_keras.Model) -> Iterable[Any]:
+    """Yield the nodes of a functional model in an order in which every input exists before it is read."""
+    by_depth = model._nodes_by_depth
+    for depth in sorted(by_depth, reverse=True):
+        yield from by_depth[depth]
+
+
+def _require_functional(model: tf_keras.Model) -> None:
+    if isinstance(model, tf_keras.Sequential) and not model.built:
+        raise CompressError(
+            f"model {model.name}",
+            expected="a built model",
+            received="a Sequential without an input shape",
+            fix="Give its first layer an input_shape, or call model.build(...), then save it again.",
+        )
+    if not getattr(model, "_is_graph_network", False):
+        kind = type(model)
+        raise CompressError(
+            f"model {model.name}",
+            expected="a functional or Sequential Keras model",
+            received=f"{kind.__module__}.{kind.__qualname__}, which has no graph of layers to read",
+            fix="Rebuild it with the functional API: tf_keras.Model(inputs, outputs).",
+        )
+
+
+def _input_name(tensor: Any) -> str:
+    name: str = tensor.node.layer.name
+    return name

@@ -1,0 +1,1 @@
+"""Numbers: parameters, multiply-adds, bytes, peak memory, accuracy."""

@@ -1,0 +1,235 @@
+"""Reads a ``.tflite`` file without running it: operators, tensors, weights by layer, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tensorflow.lite.python import schema_py_generated as schema
+
+from compress.errors import CompressError
+
+_DTYPES = {
+    schema.TensorType.FLOAT32: np.dtype(np.float32),
+    schema.TensorType.FLOAT16: np.dtype(np.float16),
+    schema.TensorType.FLOAT64: np.dtype(np.float64),
+    schema.TensorType.INT8: np.dtype(np.int8),
+    schema.TensorType.UINT8: np.dtype(np.uint8),
+    schema.TensorType.INT16: np.dtype(np.int16),
+    schema.TensorType.INT32: np.dtype(np.int32),
+    schema.TensorType.INT64: np.dtype(np.int64),
+    schema.TensorType.BOOL: np.dtype(np.bool_),
+}
+_OPERATOR_NAMES = {
+    code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")
+}
+_WEIGHT_OPERATORS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "CONV_3D"}
+_KERNEL_SUFFIXES = ("Conv2D", "Conv1D", "MatMul", "Tensordot", "depthwise", "separable_conv2d", "conv2d_transpose")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file. ``data`` is None for activations; ``scales`` is empty for floats."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    data: np.ndarray | None
+    scales: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory for the shape as written (batch 1)."""
+        return int(np.prod(np.abs(self.shape), dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of the file with the indices of the tensors that it reads and writes."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class TFLiteFile:
+    """The main subgraph of a ``.tflite`` file.
+
+    Raises:
+        CompressError: if the bytes are not a TFLite flatbuffer.
+    """
+
+    def __init__(self, content: bytes, name: str = "model.tflite") -> None:
+        if len(content) < 8 or content[4:8] != b"TFL3":
+            raise CompressError(
+                name,
+                expected="a TFLite file (its bytes 4 to 8 are 'TFL3')",
+                received=f"{len(content)} bytes that begin with {content[:8]!r}",
+                fix="Export the model again.",
+            )
+        self.content = content
+        self._model = schema.Model.GetRootAs(content, 0)
+        graph = self._model.Subgraphs(0)
+        self.tensors = [self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())]
+        self.operators = [self._operator(graph.Operators(i)) for i in range(graph.OperatorsLength())]
+        self.inputs = tuple(int(i) for i in graph.InputsAsNumpy())
+        self.outputs = tuple(int(i) for i in graph.OutputsAsNumpy())
+
+    @classmethod
+    def read(cls, path: Path) -> TFLiteFile:
+        """Read a file from disk."""
+        return cls(path.read_bytes(), str(path))
+
+    def _tensor(self, raw: schema.Tensor) -> Tensor:
+        dtype = _DTYPES.get(raw.Type(), np.dtype(np.uint8))
+        shape = tuple(int(v) for v in raw.ShapeAsNumpy()) if raw.ShapeLength() else ()
+        buffer = self._model.Buffers(raw.Buffer())
+        data = None
+        if buffer.DataLength():
+            flat = buffer.DataAsNumpy().view(dtype)
+            data = flat.reshape(shape) if flat.size == np.prod(shape, dtype=np.int64) else flat
+        quantization = raw.Quantization()
+        scales = (
+            quantization.ScaleAsNumpy() if quantization is not None and quantization.ScaleLength() else np.zeros(0)
+        )
+        return Tensor(raw.Name().decode(), shape, dtype, data, scales)
+
+    def _operator(self, raw: schema.Operator) -> Operator:
+        code = self._model.OperatorCodes(raw.OpcodeIndex())
+        builtin = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
+        return Operator(
+            _OPERATOR_NAMES.get(builtin, f"BUILTIN_{builtin}"),
+            tuple(int(i) for i in raw.InputsAsNumpy()) if raw.InputsLength() else (),
+            tuple(int(i) for i in raw.OutputsAsNumpy()) if raw.OutputsLength() else (),
+        )
+
+    @cached_property
+    def _producer(self) -> dict[int, Operator]:
+        return {tensor: op for op in self.operators for tensor in op.outputs}
+
+    def _stored(self, index: int) -> Tensor:
+        """Return the tensor as stored: what a DEQUANTIZE of a constant reads."""
+        tensor = self.tensors[index]
+        op = self._producer.get(index)
+        if tensor.data is None and op is not None and op.name == "DEQUANTIZE":
+            return self.tensors[op.inputs[0]]
+        return tensor
+
+    @cached_property
+    def weighted(self) -> list[tuple[Operator, Tensor]]:
+        """The operators that multiply by constant weights, each with the weight tensor as stored."""
+        pairs = ((op, self._stored(op.inputs[1])) for op in self.operators if op.name in _WEIGHT_OPERATORS)
+        return [(op, tensor) for op, tensor in pairs if tensor.data is not None]
+
+    def kernel_of(self, layer: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Return the stored kernel of a Keras layer in the layout of its Keras kernel.
+
+        Integers stay integers. None if the file does not name the layer, or its weights are of another size.
+        The converter names tensors after the layers whose operations were fused into them.
+        """
+        found = self._find(layer)
+        if found is None:
+            return None
+        op, tensor = found
+        stored = np.asarray(tensor.data)
+        if stored.size != int(np.prod(shape, dtype=np.int64)):
+            return None
+        if op.name == "DEPTHWISE_CONV_2D":
+            return stored.reshape(shape)
+        if op.name == "TRANSPOSE_CONV":
+            return stored.transpose(1, 2, 0, 3).reshape(shape)
+        return np.moveaxis(stored, 0, -1).reshape(shape)
+
+    def _find(self, layer: str) -> tuple[Operator, Tensor] | None:
+        for op, tensor in self.weighted:
+            if _names(tensor.name, layer) or any(_names(self.tensors[i].name, layer) for i in op.outputs):
+                return op, tensor
+        return None
+
+    def operator_of(self, layer: str) -> str | None:
+        """Return the operator that multiplies by the layer's kernel; None if the file does not name it."""
+        found = self._find(layer)
+        return None if found is None else found[0].name
+
+    def output_channels_of(self, layer: str) -> int | None:
+        """Return how many channels the layer's operator writes; None if the file does not name it."""
+        found = self._find(layer)
+        return None if found is None else self.tensors[found[0].outputs[0]].shape[-1]
+
+    def storage_of(self, layer: str) -> np.dtype | None:
+        """Return the type in which the weights of a Keras layer are stored; None if the file does not name it."""
+        found = self._find(layer)
+        return None if found is None else found[1].dtype
+
+    def dequantized(self, tensor: Tensor) -> np.ndarray:
+        """Return the real values of a stored weight tensor (zero points of weights are 0)."""
+        if tensor.data is None:
+            return np.zeros(tensor.shape, np.float32)
+        if tensor.scales.size <= 1:
+            scale = tensor.scales[0] if tensor.scales.size else 1.0
+            return np.asarray(tensor.data, np.float32) * np.float32(scale)
+        # Depthwise kernels [1, h, w, c] carry their channels last, all others first.
+        axis = next(i for i in (0, len(tensor.shape) - 1) if tensor.shape[i] == tensor.scales.size)
+        shape = [1] * len(tensor.shape)
+        shape[axis] = tensor.scales.size
+        return np.asarray(tensor.data, np.float32) * tensor.scales.reshape(shape)
+
+    def macs(self) -> int:
+        """Return the multiply-adds of one run, counted on the operators of the file."""
+        total = 0
+        for op, weight in self.weighted:
+            out = self.tensors[op.outputs[0]].shape
+            size = int(np.prod(weight.shape))
+            if op.name == "FULLY_CONNECTED":
+                total += size * int(np.prod(out[:-1]))
+            elif op.name == "TRANSPOSE_CONV":
+                total += size * int(np.prod(self.tensors[op.inputs[2]].shape[:-1]))
+            else:
+                total += size * int(np.prod(out[:-1]))
+        return total
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most bytes of activations alive at once, operators run in the order of the file.
+
+        A tensor lives from the operator that writes it to the last one that reads it; what a runtime
+        adds on top (im2col buffers, alignment) is not counted.
+        """
+        count = len(self.operators)
+        size = np.zeros(len(self.tensors), np.int64)
+        birth = np.full(len(self.tensors), count, np.int64)
+        death = np.full(len(self.tensors), -1, np.int64)
+        for index in self.inputs:
+            birth[index] = 0
+        constant_outputs = {
+            t for op in self.operators if op.name == "DEQUANTIZE" and self.tensors[op.inputs[0]].data is not None
+            for t in op.outputs
+        }
+        for step, op in enumerate(self.operators):
+            for index in (*op.inputs, *op.outputs):
+                if index >= 0 and self.tensors[index].data is None and index not in constant_outputs:
+                    size[index] = self.tensors[index].bytes
+                    birth[index] = min(birth[index], step)
+                    death[index] = max(death[index], step)
+        for index in self.outputs:
+            death[index] = count - 1
+        change = np.zeros(count + 1, np.int64)
+        alive = death >= birth
+        np.add.at(change, birth[alive], size[alive])
+        np.add.at(change, death[alive] + 1, -size[alive])
+        return int(np.cumsum(change).max(initial=0))
+
+
+def _names(tensor_name: str, layer: str) -> bool:
+    """Say whether a tensor's name contains ``<layer>/<kernel operation>`` as whole parts."""
+    parts = [segment.rstrip("0123456789").split("/") for segment in tensor_name.split(";")]
+    plain = [segment.split("/") for segment in tensor_name.split(";")]
+    wanted = layer.split("/")
+    for segment in (*parts, *plain):
+        for start in range(len(segment) - len(wanted)):
+            if segment[start : start + len(wanted)] == wanted and segment[start + len(wanted)].startswith(
+                _KERNEL_SUFFIXES
+            ):
+                return True
+    return False

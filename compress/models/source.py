@@ -1,0 +1,125 @@
+"""What a model source gives: the trained reference model that a pipeline starts from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tf_keras
+from annotated_types import Ge, Gt
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from compress.data.source import STRICT, Data, find_file
+from compress.errors import CompressError
+from compress.graph.rewrite import copy_model
+from compress.progress import progress
+from compress.training import Recovery, train
+
+SCRATCH = "scratch"
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Schedule:
+    """How a model is trained from scratch when there are no weights for it."""
+
+    epochs: Annotated[float, Ge(0)] = 30.0
+    learning_rate: Annotated[float, Gt(0)] = 0.05
+    batch_size: Annotated[int, Gt(0)] = 64
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+
+    def as_recovery(self) -> Recovery:
+        """Return the same as settings of the one training loop."""
+        return Recovery(
+            method="finetune",
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the reference weights come from: a file, or training with these settings."""
+
+    file: Path | None
+    schedule: Schedule | None
+
+
+class ModelSource(ABC):
+    """Makes the reference model. Subclasses are frozen dataclasses whose fields are the configuration."""
+
+    @abstractmethod
+    def origin(self) -> Origin:
+        """Say where the weights will come from, without reading them.
+
+        Raises:
+            CompressError: if a file that is asked for is not there.
+        """
+
+    @abstractmethod
+    def build(self, data: Data, seed: int) -> tf_keras.Model:
+        """Return the model as a flat functional one: with its weights, or untrained if they are to be trained."""
+
+    def reference(self, data: Data, seed: int) -> tf_keras.Model:
+        """Return the trained reference model.
+
+        Raises:
+            CompressError: if the model does not fit the data, or its weights are not finite.
+        """
+        model = copy_model(self.build(data, seed))
+        fitted = data.fitted_to(model, f"model {model.name}")
+        schedule = self.origin().schedule
+        if schedule is not None:
+            with progress(f"training {model.name} from scratch") as shown:
+                train(model, fitted, schedule.as_recovery(), seed=seed, progress=shown)
+        check_finite(model)
+        return model
+
+
+def check_finite(model: tf_keras.Model) -> None:
+    """Refuse a model with NaN or infinite weights.
+
+    Raises:
+        CompressError: naming the first such layer.
+    """
+    for layer in model.layers:
+        for weight in layer.weights:
+            values = np.asarray(weight)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                bad = int((~np.isfinite(values)).sum())
+                raise CompressError(
+                    f"model {model.name}, layer {layer.name}",
+                    expected="finite weights",
+                    received=f"{bad} NaN or infinite values of {values.size} in {weight.name}",
+                    fix="Bring weights from before the training diverged.",
+                )
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class TrainableSource(ModelSource):
+    """A model of ours: weights from a file, or trained from scratch.
+
+    ``weights``: ``scratch``, or a file name that is looked for as it is and in ``$COMPRESS_DATA_DIR``.
+    """
+
+    weights: str = SCRATCH
+    train: Schedule = Schedule()
+
+    def origin(self) -> Origin:
+        """Look for the weights."""
+        if self.weights == SCRATCH:
+            return Origin(None, self.train)
+        direct = Path(self.weights).expanduser()
+        found = direct if direct.is_file() else find_file(None, self.weights)
+        if found is None:
+            raise CompressError(
+                "model.weights",
+                expected=f"the file {self.weights}, here or in $COMPRESS_DATA_DIR",
+                received="no such file",
+                fix="Set COMPRESS_DATA_DIR to the folder with the weights, or train anew: model.weights=scratch.",
+            )
+        return Origin(found, None)

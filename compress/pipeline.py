@@ -1,0 +1,331 @@
+"""Runs strategies in order; checks guarantees before and after; measures every stage on its exported file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tf_keras
+
+from compress.boards.board import Board
+from compress.cache import Entry, StageCache, code_digest
+from compress.candidate import Artifact, Candidate, Guarantee, Numbers, Skipped, Violation
+from compress.data.source import Data
+from compress.deploy.tflite import export
+from compress.errors import CompressError
+from compress.graph.selection import Selection
+from compress.metrics.accuracy import file_accuracy, keras_accuracy
+from compress.metrics.counts import count_macs, count_nonzero_params, count_params
+from compress.metrics.size import file_bytes, gzip_bytes
+from compress.metrics.tflite_file import TFLiteFile
+from compress.models.source import ModelSource
+from compress.strategies.strategy import Context, Strategy
+from compress.training import Recovery
+
+_LOG = logging.getLogger("compress")
+
+
+@dataclass(frozen=True)
+class Stage(Strategy):
+    """A strategy in a pipeline, with the wrappers around it: which layers, how often, what recovery."""
+
+    name: str
+    strategy: Strategy
+    selection: Selection = field(default_factory=Selection)
+    recovery: Recovery = field(default_factory=Recovery)
+    repeat: int = 1
+    release: tuple[str, ...] = ()
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Apply the strategy ``repeat`` times to the selected layers, and check every guarantee afterwards."""
+        for guarantee in candidate.guarantees:
+            if guarantee.stage in self.release:
+                note = f"{guarantee.stage}: {guarantee.describe()} (released by {self.name})"
+                candidate = candidate.evolve(released=(*candidate.released, note))
+        candidate = candidate.evolve(
+            guarantees=tuple(g for g in candidate.guarantees if g.stage not in self.release)
+        )
+        inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
+        for _ in range(self.repeat):
+            candidate = self.strategy.apply(candidate, inner)
+        for guarantee in candidate.guarantees:
+            require_kept(guarantee, guarantee.check(candidate.model), self.name, "the model")
+        return candidate.evolve(lineage=(*candidate.lineage, self.name))
+
+    def config(self) -> dict[str, Any]:
+        """Return everything that decides what the stage does, as plain values."""
+        return {
+            "strategy": f"{type(self.strategy).__module__}.{type(self.strategy).__qualname__}",
+            **dataclasses.asdict(self.strategy),  # type: ignore[call-overload]
+            "only": [_plain(rule) for rule in self.selection.only],
+            "skip": [_plain(rule) for rule in self.selection.skip],
+            "recovery": dataclasses.asdict(self.recovery),
+            "repeat": self.repeat,
+            "release": list(self.release),
+        }
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage: its numbers, measured on the exported file, and what is to be said about it."""
+
+    name: str
+    config: dict[str, Any]
+    numbers: Numbers
+    seconds: float
+    skipped: tuple[Skipped, ...]
+    guarantees: tuple[str, ...]
+    released: tuple[str, ...]
+    layers: dict[str, dict[str, int]]
+    """Layer -> parameters, non-zero parameters and multiply-adds; for the picture."""
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished pipeline."""
+
+    baseline: StageResult
+    stages: tuple[StageResult, ...]
+    candidate: Candidate
+    artifact: Artifact
+
+    @property
+    def final(self) -> Numbers:
+        """Numbers of the last stage."""
+        return (self.stages or (self.baseline,))[-1].numbers
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything that a run needs. ``seed`` decides every random draw."""
+
+    model: ModelSource
+    data: Data
+    board: Board
+    stages: tuple[Stage, ...]
+    cache: StageCache
+    seed: int = 0
+    strict: bool = False
+    on_stage: Callable[[StageResult], None] = lambda result: None
+
+    def run(self, folder: Path) -> Result:
+        """Make the reference model, send it through all stages, leave the last exported file in ``folder``.
+
+        Raises:
+            CompressError: naming the stage. Stages finished before stay in the cache.
+        """
+        reference, baseline, artifact, key = self._reference(folder)
+        data = self.data.fitted_to(reference.model, f"model {reference.model.name}")
+        refuse_clashes(self.stages, reference.model)
+        context = Context(
+            stage="",
+            data=data,
+            reference=reference.model,
+            recovery=Recovery(),
+            seed=self.seed,
+            strict=self.strict,
+        )
+        candidate, results = reference, []
+        for stage in self.stages:
+            key = _digest(
+                [key, stage.name, stage.config(), code_digest(type(stage.strategy)), self.seed, self.strict]
+            )
+            config = {k: v for k, v in stage.config().items() if k != "strategy"}
+
+            def make(
+                stage: Stage = stage, before: Candidate = candidate, config: dict[str, Any] = config, key: str = key
+            ) -> tuple[Candidate, StageResult]:
+                own = dataclasses.replace(context, seed=_stage_seed(self.seed, key))
+                return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder)
+
+            candidate, result, artifact = self._cached(key, make, folder)
+            results.append(result)
+            self.on_stage(result)
+        return Result(baseline, tuple(results), candidate, artifact)
+
+    def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
+        origin = self.model.origin()
+        key = _digest(
+            [
+                "reference",
+                type(self.model).__qualname__,
+                dataclasses.asdict(self.model),  # type: ignore[call-overload]
+                None if origin.file is None else hashlib.sha256(origin.file.read_bytes()).hexdigest(),
+                code_digest(type(self.model)),
+                self.data.identity,
+                # A file's weights do not depend on the seed, so neither does the baseline.
+                self.seed if origin.schedule is not None else None,
+                dataclasses.asdict(self.board),  # type: ignore[call-overload]
+            ]
+        )
+
+        def make() -> tuple[Candidate, StageResult]:
+            model = self.model.reference(self.data, self.seed)
+            data = self.data.fitted_to(model, f"model {model.name}")
+            return self._measured("baseline", {}, lambda: Candidate(model), data, folder)
+
+        candidate, result, artifact = self._cached(key, make, folder)
+        self.on_stage(result)
+        return candidate, result, artifact, key
+
+    def _cached(
+        self, key: str, make: Callable[[], tuple[Candidate, StageResult]], folder: Path
+    ) -> tuple[Candidate, StageResult, Artifact]:
+        path = folder / "model.tflite"
+        found = self.cache.load(key)
+        if found is None:
+            candidate, result = make()
+            found = Entry(candidate, _result_to_json(result), path.read_bytes())
+            self.cache.store(key, found)
+        else:
+            _LOG.info("%s: taken from the cache", found.result["name"])
+            result = _result_from_json(found.result, cached=True)
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_bytes(found.tflite)
+            partial.replace(path)
+        return found.candidate, result, Artifact(path, found.candidate.storage)
+
+    def _measured(
+        self, name: str, config: dict[str, Any], make: Callable[[], Candidate], data: Data, folder: Path
+    ) -> tuple[Candidate, StageResult]:
+        _LOG.info("%s: running", name)
+        started = time.perf_counter()
+        candidate = make()
+        artifact = export(candidate, data, folder / "model.tflite")
+        file = TFLiteFile.read(artifact.path)
+        for guarantee in candidate.guarantees:
+            require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
+        numbers = self._numbers(candidate, artifact, file, data)
+        seconds = time.perf_counter() - started
+        _LOG.info("%s: accuracy %.2f %%, %d bytes, %.1f s", name, numbers.accuracy, numbers.tflite_bytes, seconds)
+        return candidate, StageResult(
+            name,
+            config,
+            numbers,
+            seconds,
+            candidate.skipped,
+            tuple(f"{g.stage}: {g.describe()}" for g in candidate.guarantees),
+            candidate.released,
+            layer_table(candidate.model),
+        )
+
+    def _numbers(self, candidate: Candidate, artifact: Artifact, file: TFLiteFile, data: Data) -> Numbers:
+        measurement = self.board.measure(artifact)
+        if measurement.failure is not None:
+            _LOG.warning("board %s gave no latency: %s", measurement.board, measurement.failure)
+        return Numbers(
+            accuracy=file_accuracy(artifact.path, data.test),
+            accuracy_keras=keras_accuracy(candidate.model, data.test),
+            params=count_params(candidate.model),
+            nonzero_params=count_nonzero_params(candidate.model),
+            macs=count_macs(candidate.model),
+            tflite_bytes=file_bytes(artifact.path),
+            gzip_bytes=gzip_bytes(artifact.path),
+            packed_bytes=None,
+            peak_memory_bytes=file.peak_memory_bytes(),
+            latency_ms=measurement.latency_ms,
+            latency_failure=measurement.failure,
+        )
+
+
+def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
+    """Refuse a pipeline in which a stage cannot keep what an earlier one establishes, before anything runs.
+
+    Raises:
+        CompressError: naming both stages.
+    """
+    for index, later in enumerate(stages):
+        unknown = set(later.release) - {stage.name for stage in stages[:index]}
+        if unknown:
+            raise CompressError(
+                f"strategy.{later.name}.release",
+                expected=f"stages before it ({', '.join(s.name for s in stages[:index]) or 'there is none'})",
+                received=", ".join(sorted(unknown)),
+                fix="Name a stage as it appears under strategy in the configuration.",
+            )
+        targets = later.strategy.targets(model, later.selection)
+        for earlier in stages[:index]:
+            if earlier.name in later.release:
+                continue
+            reason = later.strategy.clashes_with(earlier.strategy)
+            both = targets & earlier.strategy.targets(model, earlier.selection)
+            if reason is not None and both:
+                raise CompressError(
+                    f"stage {later.name} after stage {earlier.name}",
+                    expected=f"a strategy that keeps what {earlier.name} establishes on {_few(both)}",
+                    received=f"{later.name}, which cannot: {reason}",
+                    fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
+                    f"or write strategy.{later.name}.release=[{earlier.name}].",
+                )
+
+
+def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: str, where: str) -> None:
+    """Raise if a guarantee does not hold.
+
+    Raises:
+        CompressError: naming the stage that broke it and the one that established it.
+    """
+    if violations:
+        first = violations[0]
+        raise CompressError(
+            f"stage {stage}, {first.layer}",
+            expected=f"what stage {guarantee.stage} established ({guarantee.describe()}), in {where}",
+            received=f"{first.found}" + (f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""),
+            fix=f"Skip the layer in one of the two stages, or write strategy.{stage}.release=[{guarantee.stage}].",
+        )
+
+
+def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
+    """Return parameters, non-zero parameters and multiply-adds of every layer with a kernel."""
+    from compress.graph.kernels import kernels
+
+    table: dict[str, dict[str, int]] = {}
+    for kernel in kernels(model):
+        row = table.setdefault(kernel.layer.name, {"params": 0, "nonzero": 0, "macs": 0})
+        row["params"] += kernel.size
+        row["nonzero"] += int((kernel.value != 0).sum())
+        row["macs"] += kernel.macs
+    return table
+
+
+def _few(names: frozenset[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more layers" if len(listed) > 3 else "")
+
+
+def _plain(rule: Any) -> Any:
+    return rule if isinstance(rule, str) else dataclasses.asdict(rule)
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _stage_seed(seed: int, key: str) -> int:
+    """Return a seed for one stage: the same for the same pipeline up to here, whether or not it was cached."""
+    return int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:7], 16)
+
+
+def _result_to_json(result: StageResult) -> dict[str, Any]:
+    return dataclasses.asdict(result)
+
+
+def _result_from_json(value: dict[str, Any], *, cached: bool) -> StageResult:
+    return StageResult(
+        **{
+            **value,
+            "numbers": Numbers.from_json(value["numbers"]),
+            "skipped": tuple(Skipped(**item) for item in value["skipped"]),
+            "guarantees": tuple(value["guarantees"]),
+            "released": tuple(value["released"]),
+            "cached": cached,
+        }
+    )

@@ -1,0 +1,63 @@
+"""``python -m compress.run``: compress a model, measure the exported file, record the result.
+
+    python -m compress.run strategy=lowrank+prune model=resnet20 data=cifar10 strategy.prune.sparsity=0.8
+    python -m compress.run -m strategy=prune,lowrank+prune seed=0,1,2
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from compress.cli import config_source
+from compress.cli.errors import guarded
+from compress.cli.places import conf_dir
+from compress.errors import CompressError
+
+_LOG = logging.getLogger("compress")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, or 2 after a user's mistake."""
+    if arguments is not None:
+        sys.argv[1:] = list(arguments)
+    sys.exit(guarded(lambda: run_command(), sys.argv[1:]))
+
+
+def run_command() -> list[CompressError]:
+    """Let Hydra compose and run the job or jobs; return the mistakes that ended single jobs."""
+    failures: list[CompressError] = []
+
+    def job(config: DictConfig) -> float | None:
+        # Imported here, so that --help, --cfg and completion answer without TensorFlow and MLflow.
+        from compress.quiet import import_tensorflow
+
+        import_tensorflow()
+        from compress.cli.job import run_job
+
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == RunMode.MULTIRUN else None
+        try:
+            return run_job(config, folder, sweep)
+        except CompressError as error:
+            if config.debug:
+                raise
+            _LOG.error("%s", error)
+            failures.append(error)
+            return None
+
+    config_source.register()
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+    return failures
+
+
+if __name__ == "__main__":
+    main()

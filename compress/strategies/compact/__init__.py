@@ -1,0 +1,1 @@
+"""Compact filters: cheaper kinds of convolution."""

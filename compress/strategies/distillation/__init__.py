@@ -1,0 +1,1 @@
+"""Knowledge distillation, and plain training beside it."""

@@ -1,0 +1,73 @@
+"""Distillation by soft targets: the student learns the teacher's softened probabilities.
+
+Source: Hinton, Vinyals, Dean (arXiv 1503.02531, section 2): cross-entropy with the teacher at temperature T, multiplied
+by T squared, beside the ordinary cross-entropy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from annotated_types import Gt, Le
+from pydantic.dataclasses import dataclass
+
+from compress.candidate import Candidate, Effect
+from compress.data.source import Data
+from compress.graph.rewrite import copy_model
+from compress.strategies.strategy import STRICT, Context, Strategy
+from compress.training import Batch, gives_probabilities, logits_of
+
+
+class SoftTargets:
+    """The loss term ``soft_weight * T^2 * KL(teacher_T || student_T)``; the task loss gets the rest of the weight.
+
+    Where training images are not augmented the teacher runs once over them before training; else it runs inside the
+    compiled step, on the very images that the student sees.
+    """
+
+    def __init__(self, teacher: tf_keras.Model, temperature: float, soft_weight: float) -> None:
+        self.task_weight = 1.0 - soft_weight
+        self._teacher = teacher
+        self._probabilities = gives_probabilities(teacher)
+        self._temperature = temperature
+        self._soft_weight = soft_weight
+        self._known: tf.Tensor | None = None
+
+    def prepare(self, data: Data, batch_size: int) -> None:
+        """Run the teacher over the training part, if its images stay the same."""
+        self._known = None
+        if not data.augmentation:
+            outputs = self._teacher.predict(data.train.x, batch_size=max(batch_size, 256), verbose=0)
+            self._known = logits_of(tf.constant(np.asarray(outputs, np.float32)), self._probabilities)
+
+    def __call__(self, batch: Batch) -> tf.Tensor:
+        """Return the weighted divergence, averaged over the batch."""
+        if self._known is not None:
+            teacher = tf.gather(self._known, batch.indices)
+        else:
+            teacher = tf.stop_gradient(logits_of(self._teacher(batch.inputs, training=False), self._probabilities))
+        target = tf.nn.log_softmax(teacher / self._temperature)
+        student = tf.nn.log_softmax(batch.logits / self._temperature)
+        divergence = tf.reduce_sum(tf.exp(target) * (target - student), axis=-1)
+        return self._soft_weight * self._temperature**2 * tf.reduce_mean(divergence)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Distill(Strategy):
+    """Train the candidate on the soft targets of the pipeline's reference model."""
+
+    temperature: Annotated[float, Gt(0)] = 4.0
+    soft_weight: Annotated[float, Gt(0), Le(1)] = 0.9
+
+    effects = frozenset({Effect.TRAIN})
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Train a copy."""
+        context.require_training()
+        student = candidate.evolve(model=copy_model(candidate.model), skipped=())
+        return context.recover(
+            student, terms=[SoftTargets(context.reference, self.temperature, self.soft_weight)]
+        )

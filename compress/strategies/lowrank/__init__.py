@@ -1,0 +1,1 @@
+"""Low-rank factorization: one layer as a product of smaller ones."""

@@ -1,0 +1,1 @@
+"""Parameter sharing: many weights, few values."""

@@ -1,0 +1,142 @@
+"""The contract of a strategy, and the context that it works in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import tf_keras
+from pydantic import ConfigDict
+
+from compress.candidate import Candidate, Effect, Guarantee, Skipped
+from compress.data.source import Data
+from compress.errors import CompressError
+from compress.graph.selection import Selection
+from compress.progress import progress
+from compress.training import LossTerm, Projection, Recovery, train
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a strategy may use besides the candidate. Nothing else is global."""
+
+    stage: str
+    """Name of the stage, for guarantees and errors."""
+    data: Data
+    reference: tf_keras.Model
+    """The model that the pipeline started from: the default teacher."""
+    recovery: Recovery
+    seed: int
+    selection: Selection = field(default_factory=Selection)
+    strict: bool = False
+
+    def recover(
+        self,
+        candidate: Candidate,
+        *,
+        projections: Sequence[Projection] = (),
+        terms: Sequence[LossTerm] = (),
+    ) -> Candidate:
+        """Train the candidate's model in place as the stage's recovery says, keeping every guarantee.
+
+        The model must be the strategy's own copy. With ``recovery.method=none`` or ``epochs=0`` the candidate
+        comes back as it is.
+        """
+        if not self.recovery.trains:
+            return candidate
+        extra = list(terms)
+        if self.recovery.method == "distill":
+            # Imported here: the term's own module holds a strategy and imports this one.
+            from compress.strategies.distillation.soft_targets import SoftTargets
+
+            if not any(isinstance(term, SoftTargets) for term in extra):
+                extra.append(SoftTargets(self.reference, self.recovery.temperature, self.recovery.soft_weight))
+        with progress(self.stage) as shown:
+            train(
+                candidate.model,
+                self.data,
+                self.recovery,
+                seed=self.seed,
+                guarantees=candidate.guarantees,
+                projections=projections,
+                terms=extra,
+                progress=shown,
+            )
+        return candidate
+
+    def require_training(self) -> None:
+        """Refuse a stage that does nothing but train when its recovery does not train.
+
+        Raises:
+            CompressError: if the recovery makes no step.
+        """
+        if not self.recovery.trains:
+            raise CompressError(
+                f"strategy.{self.stage}.recovery",
+                expected="some training: this stage does nothing else",
+                received=f"method={self.recovery.method} epochs={self.recovery.epochs:g}",
+                fix=f"Write strategy.{self.stage}.recovery.method=finetune strategy.{self.stage}.recovery.epochs=1, "
+                "or leave the stage out.",
+            )
+
+    def skip(self, skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
+        """Return the skipped layers for the report.
+
+        Raises:
+            CompressError: in strict mode, if there are any.
+        """
+        if self.strict and skipped:
+            first = skipped[0]
+            raise CompressError(
+                f"stage {self.stage}, layer {first.layer}",
+                expected="a layer that the strategy can handle (strict=true)",
+                received=first.reason,
+                fix=f"Leave it out with strategy.{self.stage}.skip, or write strict=false.",
+            )
+        return tuple(skipped)
+
+    def nothing_done(self, expected: str, skipped: Sequence[Skipped]) -> CompressError:
+        """Return the error for a stage that found no layer to change."""
+        reasons = "; ".join(f"{s.layer}: {s.reason}" for s in skipped[:6]) or "no layer of this kind"
+        return CompressError(
+            f"stage {self.stage}",
+            expected=expected,
+            received=f"none ({reasons})",
+            fix=f"Widen strategy.{self.stage}.only and skip, or leave the stage out.",
+        )
+
+    def for_stage(self, stage: str, **changes: object) -> Context:
+        """Return the context of another stage."""
+        return replace(self, stage=stage, **changes)  # type: ignore[arg-type]
+
+
+class Strategy(ABC):
+    """A way to make a model smaller. Subclasses are frozen dataclasses; their fields are their configuration."""
+
+    effects: ClassVar[frozenset[Effect]] = frozenset()
+    """What it does to the layers that it touches."""
+    establishes: ClassVar[type[Guarantee] | None] = None
+    """The kind of guarantee that it adds."""
+
+    @abstractmethod
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Return a new candidate; the one given, and its model, are left as they are.
+
+        Raises:
+            CompressError: if what was asked for cannot be done, naming the stage.
+        """
+
+    def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
+        """Return the names of the layers that it would touch; used to refuse a pipeline before it runs."""
+        return selection.names(model)
+
+    def clashes_with(self, earlier: Strategy) -> str | None:
+        """Say why it cannot keep what ``earlier`` establishes on a layer that both touch; None if it can."""
+        if earlier.establishes is None:
+            return None
+        broken = sorted(effect.value for effect in self.effects & earlier.establishes.broken_by)
+        return f"it {' and '.join(broken)}" if broken else None

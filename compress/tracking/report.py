@@ -1,0 +1,220 @@
+"""``report.json``: the run's numbers, as published in ``report.schema.json``, and the table that is printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import compress
+from compress.candidate import Numbers
+from compress.pipeline import Result, StageResult
+
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+ACCURACY_GAP_LIMIT = 0.5
+"""Percentage points that Keras and the exported file may differ before the report says so."""
+
+_PACKAGES = (
+    "tensorflow", "tf_keras", "tensorflow-model-optimization", "ai-edge-litert", "numpy", "mlflow", "hydra-core",
+)  # fmt: skip
+_RATIOS = ("params", "nonzero_params", "macs", "tflite_bytes", "packed_bytes", "gzip_bytes", "peak_memory_bytes")
+
+
+def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
+    """Return the report of a finished pipeline.
+
+    Args:
+        result: what the pipeline gave.
+        config: the composed configuration, as plain values.
+        seconds: wall time of the whole run.
+    """
+    baseline, final = result.baseline.numbers, result.final
+    return {
+        "schema": 1,
+        "strategy": "+".join(stage.name for stage in result.stages) or "none",
+        "model": result.candidate.model.name,
+        "data": _choice(config["data"]),
+        "seed": config["seed"],
+        "board": _choice(config["board"]),
+        "versions": versions(),
+        "seconds": round(seconds, 3),
+        "baseline": numbers_to_json(baseline),
+        "stages": [_stage(stage) for stage in result.stages],
+        "final": numbers_to_json(final),
+        "ratios": ratios(baseline, final),
+        "notes": notes(result),
+        "artifacts": {"keras": "model.keras", "tflite": "model.tflite", "packed": None, "card": None},
+    }
+
+
+def numbers_to_json(numbers: Numbers) -> dict[str, Any]:
+    """Return numbers under the keys of the report."""
+    return {key: value for key, value in asdict(numbers).items() if key != "latency_failure"}
+
+
+def ratios(baseline: Numbers, final: Numbers) -> dict[str, float | None]:
+    """Return baseline / final of every size, and the accuracy's change in percentage points."""
+    result: dict[str, float | None] = {}
+    for key in _RATIOS:
+        before, after = getattr(baseline, key), getattr(final, key)
+        result[key] = before / after if before is not None and after else None
+    both = baseline.latency_ms is not None and final.latency_ms is not None
+    result["latency_p50"] = (
+        baseline.latency_ms.p50 / final.latency_ms.p50 if both else None  # type: ignore[union-attr]
+    )
+    result["accuracy_delta"] = final.accuracy - baseline.accuracy
+    return result
+
+
+def notes(result: Result) -> list[str]:
+    """Say what did not get better and why, and what a reader must know to trust the numbers."""
+    baseline, final = result.baseline.numbers, result.final
+    kinds = {type(g).__name__ for g in result.candidate.guarantees}
+    found: list[str] = []
+    for stage in (result.baseline, *result.stages):
+        gap = stage.numbers.accuracy - stage.numbers.accuracy_keras
+        if abs(gap) > ACCURACY_GAP_LIMIT:
+            found.append(
+                f"{stage.name}: the exported file's accuracy differs from the Keras model's by {gap:+.2f} points "
+                f"(limit {ACCURACY_GAP_LIMIT})."
+            )
+        if stage.numbers.latency_failure is not None:
+            found.append(f"{stage.name}: the board gave no latency: {stage.numbers.latency_failure}.")
+    if not result.stages:
+        return found
+    if baseline.latency_ms and final.latency_ms and final.latency_ms.p50 > 0.97 * baseline.latency_ms.p50:
+        reasons = [text for kind, text in _SLOW_REASONS.items() if kind in kinds]
+        found.append(
+            f"Latency did not fall ({baseline.latency_ms.p50:.3f} to {final.latency_ms.p50:.3f} ms): "
+            + ("; ".join(reasons) or "no stage removed work that this runtime would do")
+            + "."
+        )
+    if final.tflite_bytes >= baseline.tflite_bytes:
+        reason = (
+            "TFLite stores zeros and repeated values like any others; gzip_bytes shows what a download would save"
+            if kinds & {"Zeros", "Codebook"}
+            else "no stage removed weights or stored them in fewer bits"
+        )
+        found.append(f"The .tflite file did not shrink: {reason}.")
+    for text in result.candidate.released:
+        found.append(f"Given up on purpose: {text}.")
+    return found
+
+
+_SLOW_REASONS = {
+    "Zeros": "the runtime multiplies by zeros like by any other weight",
+    "Codebook": "the runtime sees no codebook, only floats or integers",
+    "Rank": "two small operators cost more than their multiply-adds say",
+    "SeparableForm": "depthwise convolutions do little work for each byte that they move",
+    "Stored": "the runtime may lack faster kernels for this type on this processor, or convert back to float",
+}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the numbers, and the project's commit if it is known."""
+    import platform
+
+    found = {"compress": compress.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    found["commit"] = commit()
+    return found
+
+
+def commit() -> str:
+    """Return the git commit of the source tree, marked if it has changes; ``unknown`` outside one."""
+    folder = Path(compress.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return "unknown"
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "compress", "conf", "experiments")
+    except OSError:
+        return "unknown"
+    return (head + ("+changes" if changed else "")) if head else "unknown"
+
+
+def write_report(report: Mapping[str, Any], path: Path) -> None:
+    """Write the report under a temporary name and rename it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(path)
+
+
+def print_table(report: Mapping[str, Any]) -> None:
+    """Print baseline, every stage and the ratios as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['strategy']} on {report['model']}, {report['data']}, seed {report['seed']}")
+    for heading in ("stage", "accuracy %", "nonzero params", "MACs", ".tflite bytes", "gzip bytes", "peak mem.", "p50 ms", "s"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    rows = [("baseline", report["baseline"], None)]
+    rows += [
+        (stage["name"] + (" (cached)" if stage["cached"] else ""), stage, stage["seconds"]) for stage in report["stages"]
+    ]
+    for name, numbers, seconds in rows:
+        latency = numbers["latency_ms"]
+        table.add_row(
+            name,
+            f"{numbers['accuracy']:.2f}",
+            f"{numbers['nonzero_params']:,}",
+            f"{numbers['macs']:,}",
+            f"{numbers['tflite_bytes']:,}",
+            f"{numbers['gzip_bytes']:,}",
+            f"{numbers['peak_memory_bytes']:,}",
+            "-" if latency is None else f"{latency['p50']:.3f}",
+            "" if seconds is None else f"{seconds:.1f}",
+        )
+    ratio = report["ratios"]
+    table.add_section()
+    table.add_row(
+        "gain",
+        f"{ratio['accuracy_delta']:+.2f}",
+        *(_times(ratio[key]) for key in ("nonzero_params", "macs", "tflite_bytes", "gzip_bytes", "peak_memory_bytes")),
+        _times(ratio["latency_p50"]),
+        f"{report['seconds']:.1f}",
+    )
+    console = Console()
+    # A file or a pipe has no width; the table must not be cut to 80 columns there.
+    (console if console.is_terminal else Console(width=140)).print(table)
+    for stage in report["stages"]:
+        for item in stage["skipped"]:
+            print(f"{stage['name']} skipped {item['layer']}: {item['reason']}")
+    for note in report["notes"]:
+        print(note)
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _stage(stage: StageResult) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "config": stage.config,
+        **numbers_to_json(stage.numbers),
+        "seconds": round(stage.seconds, 3),
+        "cached": stage.cached,
+        "skipped": [asdict(item) for item in stage.skipped],
+        "guarantees": list(stage.guarantees),
+        "released": list(stage.released),
+    }
+
+
+def _choice(values: Mapping[str, Any]) -> str:
+    """Return a short name for a configured object: its data set, or its class in lower case."""
+    named = values.get("dataset")
+    return str(named) if named else str(values["_target_"]).rpartition(".")[2].lower()

@@ -1,0 +1,310 @@
+"""The one training loop: task loss + extra loss terms + projections after every step.
+
+Every strategy that recovers accuracy does it here. The loop is ``tf_keras``' own ``fit`` with a training
+step that adds the extra terms to the loss and applies the projections to the weights, all in one compiled
+function; so it costs what ``fit`` costs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from compress.candidate import Guarantee
+from compress.data.source import STRICT, Augmentation, Data, Split
+from compress.errors import CompressError
+from compress.graph.kernels import get_variable, kernel_attributes
+from compress.progress import Progress
+
+Projection = Callable[[tf.Tensor], None]
+"""Changes weights in place after a step; receives the training done so far as a fraction in (0, 1]."""
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Recovery:
+    """How a stage wins accuracy back (``conf/recovery``)."""
+
+    method: Literal["finetune", "distill", "none"] = "finetune"
+    epochs: Annotated[float, Ge(0)] = 1.0
+    learning_rate: Annotated[float, Gt(0)] = 0.01
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    batch_size: Annotated[int, Gt(0)] = 128
+    temperature: Annotated[float, Gt(0)] = 4.0
+    soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
+
+    @property
+    def trains(self) -> bool:
+        """Whether any training step is made."""
+        return self.method != "none" and self.epochs > 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss term sees of one step: inputs, labels [b], the model's logits [b, classes], sample indices [b]."""
+
+    inputs: tf.Tensor
+    labels: tf.Tensor
+    logits: tf.Tensor
+    indices: tf.Tensor
+
+
+class LossTerm(Protocol):
+    """An extra term of the loss."""
+
+    task_weight: float
+    """What the task loss is multiplied with beside this term."""
+
+    def prepare(self, data: Data, batch_size: int) -> None:
+        """Get ready for training on ``data``: called once, outside the compiled step."""
+
+    def __call__(self, batch: Batch) -> tf.Tensor:
+        """Return the scalar that is added to the loss."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training run did."""
+
+    steps: int
+    images: int
+    seconds: float
+    loss: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Training throughput."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def logits_of(outputs: tf.Tensor, probabilities: bool) -> tf.Tensor:
+    """Return logits; for a model that ends in a softmax, its log-probabilities (equal up to a constant)."""
+    return tf.math.log(tf.maximum(outputs, 1e-7)) if probabilities else outputs
+
+
+def gives_probabilities(model: tf_keras.Model) -> bool:
+    """Say whether the model's last operation is a softmax."""
+    layer = model.outputs[0].node.layer
+    return isinstance(layer, tf_keras.layers.Softmax) or (
+        getattr(layer, "activation", None) is tf_keras.activations.softmax
+    )
+
+
+def train(
+    model: tf_keras.Model,
+    data: Data,
+    recovery: Recovery,
+    *,
+    seed: int,
+    guarantees: Sequence[Guarantee] = (),
+    projections: Sequence[Projection] = (),
+    terms: Sequence[LossTerm] = (),
+    progress: Progress | None = None,
+) -> History:
+    """Train ``model`` in place on the training part and return what was done.
+
+    Args:
+        model: a model of the caller's own; it is changed.
+        data: the data; only its training part is read.
+        recovery: epochs, optimiser, schedule.
+        seed: of the order of the samples, the augmentation and dropout.
+        guarantees: properties restored after every step.
+        projections: further changes of the weights after every step, made before the guarantees are restored.
+        terms: extra terms of the loss.
+        progress: where the progress is shown.
+
+    Raises:
+        CompressError: if the loss becomes NaN or infinite.
+    """
+    steps_per_epoch = max(1, int(np.ceil(len(data.train) / recovery.batch_size)))
+    steps = max(1, round(recovery.epochs * steps_per_epoch))
+    tf_keras.utils.set_random_seed(seed)
+    for term in terms:
+        term.prepare(data, recovery.batch_size)
+    trainee = _Trainee(model.inputs, model.outputs, name=model.name)
+    trainee.setup(
+        steps=steps,
+        probabilities=gives_probabilities(model),
+        projections=[*projections, *_guarantee_projections(model, guarantees)],
+        terms=terms,
+        weight_decay=recovery.weight_decay,
+    )
+    # A compiled loss would be added to ours; the loop's loss is `_Trainee.train_step`'s own.
+    trainee.compile(optimizer=_optimizer(recovery, steps))
+    batches = training_batches(data.train, recovery.batch_size, steps, seed, data.augmentation)
+    started = time.perf_counter()
+    callback = _Watch(steps, recovery, progress)
+    trainee.fit(batches, epochs=1, steps_per_epoch=steps, verbose=0, callbacks=[callback])
+    return History(
+        steps=steps,
+        images=min(steps * recovery.batch_size, round(steps / steps_per_epoch * len(data.train))),
+        seconds=time.perf_counter() - started,
+        loss=callback.loss,
+    )
+
+
+def training_batches(
+    split: Split, batch_size: int, steps: int, seed: int, augmentation: Augmentation
+) -> tf.data.Dataset:
+    """Return ``steps`` batches ``(inputs float32 [b, ...], labels [b], indices [b])``, shuffled anew each epoch.
+
+    A function of the seed alone: samples are gathered a batch at a time, and random numbers are stateless.
+    """
+    x, y = tf.constant(split.x), tf.constant(split.y)
+    count = len(split)
+    per_epoch = int(np.ceil(count / batch_size))
+
+    def indices_of(epoch: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(count, dtype=tf.int64), seed=tf.stack([tf.constant(seed, tf.int64), epoch])
+        )
+        return tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
+
+    def load(step: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        images = tf.cast(tf.gather(x, indices), tf.float32)
+        if augmentation:
+            images = augment(images, augmentation, tf.stack([tf.constant(seed, tf.int64), step + 1]))
+        return images, tf.gather(y, indices), indices
+
+    epochs = int(np.ceil(steps / per_epoch))
+    batches = tf.data.Dataset.range(epochs).flat_map(indices_of).take(steps).enumerate()
+    return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
+
+
+def augment(images: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor) -> tf.Tensor:
+    """Shift [b, h, w, c] images with zero padding and mirror half of them, each image by its own draw."""
+    if augmentation.shift:
+        shape = tf.shape(images)
+        pad = augmentation.shift
+        padded = tf.pad(images, [[0, 0], [pad, pad], [pad, pad], [0, 0]])
+        offsets = tf.random.stateless_uniform([2, shape[0], 1], seed, 0, 2 * pad + 1, tf.int32)
+        rows = offsets[0] + tf.range(shape[1])[None]
+        columns = offsets[1] + tf.range(shape[2])[None]
+        images = tf.gather(padded, rows, axis=1, batch_dims=1)
+        images = tf.gather(images, columns, axis=2, batch_dims=1)
+    if augmentation.mirror:
+        coins = tf.random.stateless_uniform([tf.shape(images)[0], 1, 1, 1], seed + 1) < 0.5
+        images = tf.where(coins, images[:, :, ::-1], images)
+    return images
+
+
+class _Trainee(tf_keras.Model):
+    """The model under training: ``fit`` with our training step."""
+
+    def setup(
+        self,
+        *,
+        steps: int,
+        probabilities: bool,
+        projections: Sequence[Projection],
+        terms: Sequence[LossTerm],
+        weight_decay: float,
+    ) -> None:
+        """Set what the step needs; wrapped, so that Keras does not track any of it."""
+        decayed = [getattr(layer, name) for layer in self.layers for name in kernel_attributes(layer)]
+        self._plan: Callable[[], dict[str, Any]] = lambda: {
+            "steps": steps,
+            "probabilities": probabilities,
+            "projections": projections,
+            "terms": terms,
+            "decayed": decayed,
+            "weight_decay": weight_decay,
+        }
+
+    def train_step(self, data: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Make one step: forward, loss, gradients, update, projections."""
+        plan = self._plan()
+        inputs, labels, indices = data
+        with tf.GradientTape() as tape:
+            logits = logits_of(self(inputs, training=True), plan["probabilities"])
+            task = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
+            loss = task
+            for term in plan["terms"]:
+                loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices))
+            total = tf.add_n([loss, *self.losses]) if self.losses else loss
+        variables = self.trainable_variables
+        gradients = tape.gradient(total, variables)
+        if plan["weight_decay"]:
+            decayed = {v.ref() for v in plan["decayed"]}
+            gradients = [
+                g + plan["weight_decay"] * v if g is not None and v.ref() in decayed else g
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        done = tf.cast(self.optimizer.iterations, tf.float32) / plan["steps"]
+        for projection in plan["projections"]:
+            projection(done)
+        return {"loss": loss}
+
+
+def _guarantee_projections(model: tf_keras.Model, guarantees: Sequence[Guarantee]) -> list[Projection]:
+    by_weight: dict[str, list[Guarantee]] = {}
+    for guarantee in guarantees:
+        for name in guarantee.weights():
+            by_weight.setdefault(name, []).append(guarantee)
+
+    def make(name: str, bound: list[Guarantee]) -> Projection:
+        variable = get_variable(model, name)
+
+        def project(done: tf.Tensor) -> None:
+            value = variable.value()
+            for guarantee in bound:
+                value = guarantee.project(name, value)
+            variable.assign(value)
+
+        return project
+
+    return [make(name, bound) for name, bound in sorted(by_weight.items())]
+
+
+def restore(model: tf_keras.Model, guarantees: Sequence[Guarantee]) -> None:
+    """Project the weights of ``model``, in place, back to where every guarantee holds."""
+    for projection in _guarantee_projections(model, guarantees):
+        projection(tf.constant(1.0))
+
+
+def _optimizer(recovery: Recovery, steps: int) -> tf_keras.optimizers.Optimizer:
+    rate: Any = recovery.learning_rate
+    if recovery.schedule == "cosine":
+        rate = tf_keras.optimizers.schedules.CosineDecay(recovery.learning_rate, steps)
+    if recovery.optimizer == "adam":
+        return tf_keras.optimizers.Adam(rate)
+    return tf_keras.optimizers.SGD(rate, momentum=recovery.momentum, nesterov=recovery.momentum > 0)
+
+
+class _Watch(tf_keras.callbacks.Callback):
+    """Shows progress and stops a training whose loss is no longer a number."""
+
+    def __init__(self, steps: int, recovery: Recovery, progress: Progress | None) -> None:
+        super().__init__()
+        self.loss = float("nan")
+        self._steps = steps
+        self._recovery = recovery
+        self._progress = progress
+        # Reading the loss waits for the step, so it is done a hundred times in all, not at every step.
+        self._every = max(1, steps // 100)
+        self._supports_tf_logs = True
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if (batch + 1) % self._every and batch + 1 != self._steps:
+            return
+        self.loss = float((logs or {}).get("loss", float("nan")))
+        if not np.isfinite(self.loss):
+            raise CompressError(
+                "training",
+                expected="a finite loss",
+                received=f"{self.loss} at step {batch + 1} of {self._steps}",
+                fix=f"Lower the rate: recovery.learning_rate={self._recovery.learning_rate / 10:g}.",
+            )
+        if self._progress is not None:
+            self._progress.advance(batch + 1, self._steps, f"loss {self.loss:.4f}")
