@@ -82,7 +82,7 @@ class StageCache:
             _write(partial, entry)
             target = self.folder / key
             if not target.exists():
-                os.replace(partial, target)
+                partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

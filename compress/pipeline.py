@@ -49,9 +49,7 @@ class Stage(Strategy):
             if guarantee.stage in self.release:
                 note = f"{guarantee.stage}: {guarantee.describe()} (released by {self.name})"
                 candidate = candidate.evolve(released=(*candidate.released, note))
-        candidate = candidate.evolve(
-            guarantees=tuple(g for g in candidate.guarantees if g.stage not in self.release)
-        )
+        candidate = candidate.evolve(guarantees=tuple(g for g in candidate.guarantees if g.stage not in self.release))
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
         for _ in range(self.repeat):
             candidate = self.strategy.apply(candidate, inner)
@@ -122,9 +120,10 @@ class Pipeline:
         Raises:
             CompressError: naming the stage. Stages finished before stay in the cache.
         """
+        if self.stages:
+            refuse_clashes(self.stages, self.model.build(self.data, self.seed))
         reference, baseline, artifact, key = self._reference(folder)
         data = self.data.fitted_to(reference.model, f"model {reference.model.name}")
-        refuse_clashes(self.stages, reference.model)
         context = Context(
             stage="",
             data=data,
@@ -135,9 +134,7 @@ class Pipeline:
         )
         candidate, results = reference, []
         for stage in self.stages:
-            key = _digest(
-                [key, stage.name, stage.config(), code_digest(type(stage.strategy)), self.seed, self.strict]
-            )
+            key = _digest([key, stage.name, stage.config(), code_digest(type(stage.strategy)), self.seed, self.strict])
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(

@@ -1,7 +1,7 @@
 """``python -m compress.run``: compress a model, measure the exported file, record the result.
 
-    python -m compress.run strategy=lowrank+prune model=resnet20 data=cifar10 strategy.prune.sparsity=0.8
-    python -m compress.run -m strategy=prune,lowrank+prune seed=0,1,2
+python -m compress.run strategy=lowrank+prune model=resnet20 data=cifar10 strategy.prune.sparsity=0.8
+python -m compress.run -m strategy=prune,lowrank+prune seed=0,1,2
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def run_command() -> list[CompressError]:
         except CompressError as error:
             if config.debug:
                 raise
-            _LOG.error("%s", error)
+            if sweep is not None:
+                _LOG.error("job %s stopped: %s", hydra_config.job.num, error)
             failures.append(error)
             return None
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -87,7 +87,7 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     fields = dict(values)
     kind = _find_class(base, fields.pop("_target_", None), where)
-    known = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = _field_names(kind)
     for name in fields:
         if name not in known:
             raise _unknown_key(f"{where}.{name}", name, known)
@@ -113,16 +113,14 @@ def _stage(name: str, values: Mapping[str, Any]) -> Stage:
     where = f"strategy.{name}"
     wrappers = {key: values[key] for key in _WRAPPERS}
     fields = {key: value for key, value in values.items() if key not in _WRAPPERS}
-    _find_class(Strategy, fields.get("_target_"), where)
-    known = {item.name for item in dataclasses.fields(_find_class(Strategy, fields.get("_target_"), where))}  # type: ignore[arg-type]
+    known = _field_names(_find_class(Strategy, fields.get("_target_"), where))
     for key in fields:
         if key != "_target_" and key not in known:
             raise _unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
     recovery = wrappers["recovery"]
-    unknown = set(recovery) - {item.name for item in dataclasses.fields(Recovery)}
-    if unknown:
-        key = sorted(unknown)[0]
-        raise _unknown_key(f"{where}.recovery.{key}", key, {item.name for item in dataclasses.fields(Recovery)})
+    for key in recovery:
+        if key not in _field_names(Recovery):
+            raise _unknown_key(f"{where}.recovery.{key}", key, _field_names(Recovery))
     release = wrappers["release"]
     return Stage(
         name=name,
@@ -171,6 +169,10 @@ def _rules(value: Any, where: str) -> tuple[Rule | Position, ...]:
     return tuple(rules)
 
 
+def _field_names(kind: Any) -> set[str]:
+    return {item.name for item in dataclasses.fields(kind)}
+
+
 def _find_class(base: type[T], target: Any, where: str) -> type[T]:
     if not isinstance(target, str) or "." not in target:
         raise CompressError(
@@ -181,19 +183,19 @@ def _find_class(base: type[T], target: Any, where: str) -> type[T]:
         )
     module, _, name = target.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name, None)
+        kind: Any = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise CompressError(
             f"{where}._target_", expected="an importable module", received=f"{module} ({error})", fix="Install it."
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
+    if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, base)):
         raise CompressError(
             f"{where}._target_",
             expected=f"a dataclass that is a {base.__module__}.{base.__name__}",
             received=target,
             fix="Name the class of the strategy, model, data source or board.",
         )
-    return kind
+    return cast(type[T], kind)
 
 
 def _unknown_key(where: str, name: str, known: set[str]) -> CompressError:

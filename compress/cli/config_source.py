@@ -9,6 +9,7 @@ The single files are read by Hydra's own sources, so a user's ``--config-dir`` a
 from __future__ import annotations
 
 import os
+import re
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
@@ -17,16 +18,29 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
+from compress.errors import CompressError
+
 GROUP = "strategy"
 SCHEME = "pipeline"
 NO_STRATEGY = "none"
 
 
 def stage_names(expression: str) -> list[tuple[str, str]]:
-    """Split ``a+b+a`` into (stage name, strategy name) pairs: ``[(a, a), (b, b), (a2, a)]``."""
+    """Split ``a+b+a`` into (stage name, strategy name) pairs: ``[(a, a), (b, b), (a2, a)]``.
+
+    Raises:
+        CompressError: if a part is no name.
+    """
     seen: dict[str, int] = {}
     pairs = []
     for strategy in expression.split("+"):
+        if not re.fullmatch(r"[A-Za-z_]\w*", strategy):
+            raise CompressError(
+                GROUP,
+                expected="names of strategies joined by +, one of lowrank, prune, ... in each place",
+                received=f"{expression!r}, with {strategy!r} as one of them",
+                fix="Write for example strategy=lowrank+prune.",
+            )
         seen[strategy] = seen.get(strategy, 0) + 1
         count = seen[strategy]
         pairs.append((strategy if count == 1 else f"{strategy}{count}", strategy))

@@ -10,6 +10,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from compress.cli.errors import USER_ERROR, paragraph
+from compress.errors import CompressError
+
 _LOG = logging.getLogger("compress")
 
 
@@ -22,7 +25,12 @@ class SweepCallback(Callback):
             return
         from compress.tracking.store import connect, start_parent, write_parent
 
-        client, experiment = connect(config.tracking.uri, config.tracking.experiment)
+        try:
+            client, experiment = connect(config.tracking.uri, config.tracking.experiment)
+        except CompressError as error:
+            # Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
+            print(paragraph(error), file=sys.stderr)
+            sys.exit(USER_ERROR)
         parent = start_parent(client, experiment, "multirun", sys.argv[1:])
         write_parent(Path(config.hydra.sweep.dir), parent)
 

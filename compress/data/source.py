@@ -60,7 +60,6 @@ class Data:
     augmentation: Augmentation
     identity: str
 
-
     def fitted_to(self, model: tf_keras.Model, where: str) -> Data:
         """Return the data in the shape that ``model`` reads: a missing channel axis of 1 is added.
 
@@ -76,8 +75,9 @@ class Data:
             )
         wanted, given = tuple(model.inputs[0].shape[1:]), self.train.x.shape[1:]
         if _fits((*given, 1), wanted) and not _fits(given, wanted):
-            parts = {k: Split(s.x[..., None], s.y) for k, s in self.parts.items()}
-            return replace(self, **parts)
+            parts = (Split(part.x[..., None], part.y) for part in (self.train, self.validation, self.test))
+            train, validation, test = parts
+            return replace(self, train=train, validation=validation, test=test)
         if not _fits(given, wanted):
             raise CompressError(
                 where,
@@ -94,11 +94,6 @@ class Data:
                 fix="Choose the data that the model was trained on, or another model.",
             )
         return self
-
-    @property
-    def parts(self) -> dict[str, Split]:
-        """The three parts by name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 def _fits(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
@@ -214,11 +209,15 @@ def _check(name: str, part: str, split: Split, train: Split) -> None:
         raise fail("labels from 0", f"the label {int(y.min())}", "Number the classes from 0.")
     if x.shape[1:] != train.x.shape[1:]:
         raise fail(
-            f"samples of shape {train.x.shape[1:]}, as in the train part", f"{x.shape[1:]}", "Use one shape for all parts."
+            f"samples of shape {train.x.shape[1:]}, as in the train part",
+            f"{x.shape[1:]}",
+            "Use one shape for all parts.",
         )
     if x.dtype.kind not in "fiub":
         raise fail("numeric samples", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise fail(
-            "finite samples", f"{int((~np.isfinite(x)).sum())} NaN or infinite values", "Clean the data before compressing."
+            "finite samples",
+            f"{int((~np.isfinite(x)).sum())} NaN or infinite values",
+            "Clean the data before compressing.",
         )

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 
 from compress.graph.rewrite import positions
-
-Layer = tf_keras.layers.Layer
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Kernel:
     for one sample, over all calls of its layer.
     """
 
-    layer: Layer
+    layer: tf_keras.layers.Layer
     attribute: str
     macs: int
 
@@ -46,7 +45,7 @@ class Kernel:
         return self.macs / self.size
 
 
-def kernel_attributes(layer: Layer) -> tuple[str, ...]:
+def kernel_attributes(layer: tf_keras.layers.Layer) -> tuple[str, ...]:
     """Return the names of the attributes of ``layer`` that hold kernels, in order of use."""
     names = ("depthwise_kernel", "pointwise_kernel", "kernel")
     if isinstance(layer, tf_keras.layers.BatchNormalization):
@@ -57,7 +56,7 @@ def kernel_attributes(layer: Layer) -> tuple[str, ...]:
 def kernels(model: tf_keras.Model) -> list[Kernel]:
     """Return the kernels of the flat ``model`` in the order of its layers."""
     macs: dict[str, int] = {}
-    layers: dict[str, Layer] = {}
+    layers: dict[str, tf_keras.layers.Layer] = {}
     for layer, _, output_shape in positions(model):
         for attribute in kernel_attributes(layer):
             key = f"{layer.name}/{attribute}"
@@ -71,13 +70,13 @@ def get_weight(model: tf_keras.Model, name: str) -> np.ndarray:
     return np.asarray(get_variable(model, name))
 
 
-def get_variable(model: tf_keras.Model, name: str):  # type: ignore[no-untyped-def]
+def get_variable(model: tf_keras.Model, name: str) -> tf.Variable:
     """Return the variable ``"<layer>/<attribute>"``."""
     layer, _, attribute = name.rpartition("/")
     return getattr(model.get_layer(layer), attribute)
 
 
-def _macs(layer: Layer, attribute: str, output_shape: Sequence[int | None]) -> int:
+def _macs(layer: tf_keras.layers.Layer, attribute: str, output_shape: Sequence[int | None]) -> int:
     """Return the multiply-adds of one call: size of the kernel times the positions it is applied at."""
     shape = getattr(layer, attribute).shape
     size = int(np.prod(shape))

@@ -36,7 +36,7 @@ def rewrite(model: tf_keras.Model, replacements: Replacements | None = None) -> 
             name in ``replacements`` is not a layer of it.
     """
     _require_functional(model)
-    builder = _Builder(replacements or {})
+    builder = _Builder(replacements or {}, frozenset(layer.name for layer in model.layers))
     inputs = [tf_keras.Input(batch_shape=t.shape, dtype=t.dtype, name=_input_name(t)) for t in model.inputs]
     outputs = builder.inline(model, inputs)
     unknown = set(builder.replacements) - builder.replaced
@@ -83,12 +83,14 @@ def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, Any, A
 class _Builder:
     """Carries the state of one rewrite: fresh layers by original identity, and weights to set at the end."""
 
-    def __init__(self, replacements: Replacements) -> None:
+    def __init__(self, replacements: Replacements, outer: frozenset[str]) -> None:
         self.replacements = replacements
         self.replaced: set[str] = set()
         self.pending: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = []
         self._fresh: dict[int, list[tf_keras.layers.Layer]] = {}
         self._names: set[str] = set()
+        self._outer = outer
+        """Names of the outermost layers: they are kept, and a layer of a nested model gives way."""
 
     def inline(self, model: tf_keras.Model, inputs: Sequence[Any], prefix: str = "") -> Any:
         """Replay the calls of ``model`` on ``inputs``; return its outputs in the model's own structure."""
@@ -140,7 +142,11 @@ class _Builder:
         return self._fresh[id(layer)]
 
     def _unused(self, name: str, prefix: str) -> str:
-        chosen = name if name not in self._names else prefix + name
+        taken = self._names | self._outer if prefix else self._names
+        chosen = name if name not in taken else prefix + name
+        count = 2
+        while chosen in taken:
+            chosen, count = f"{prefix}{name}_{count}", count + 1
         self._names.add(chosen)
         return chosen
 

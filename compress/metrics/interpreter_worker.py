@@ -64,7 +64,7 @@ class _Runner:
         raw = self._interpreter.get_tensor(self._output["index"])
         scale, zero = self._output["quantization"]
         if scale:
-            return (raw.astype(np.float32) - zero) * scale
+            return np.asarray((raw.astype(np.float32) - zero) * scale)
         return np.array(raw, np.float32)
 
 
@@ -73,7 +73,7 @@ def _quantized(values: np.ndarray, detail: dict) -> np.ndarray:
     dtype = np.dtype(detail["dtype"])
     if scale and dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        return np.clip(np.round(values / scale) + zero, limits.min, limits.max).astype(dtype)
+        return np.asarray(np.clip(np.round(values / scale) + zero, limits.min, limits.max), dtype)
     return np.ascontiguousarray(values, dtype)
 
 

@@ -11,7 +11,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 
 from compress.errors import CompressError
 
-_DTYPES = {
+_DTYPES: dict[int, np.dtype] = {
     schema.TensorType.FLOAT32: np.dtype(np.float32),
     schema.TensorType.FLOAT16: np.dtype(np.float16),
     schema.TensorType.FLOAT64: np.dtype(np.float64),
@@ -22,9 +22,7 @@ _DTYPES = {
     schema.TensorType.INT64: np.dtype(np.int64),
     schema.TensorType.BOOL: np.dtype(np.bool_),
 }
-_OPERATOR_NAMES = {
-    code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")
-}
+_OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _WEIGHT_OPERATORS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "CONV_3D"}
 _KERNEL_SUFFIXES = ("Conv2D", "Conv1D", "MatMul", "Tensordot", "depthwise", "separable_conv2d", "conv2d_transpose")
 
@@ -91,9 +89,7 @@ class TFLiteFile:
             flat = buffer.DataAsNumpy().view(dtype)
             data = flat.reshape(shape) if flat.size == np.prod(shape, dtype=np.int64) else flat
         quantization = raw.Quantization()
-        scales = (
-            quantization.ScaleAsNumpy() if quantization is not None and quantization.ScaleLength() else np.zeros(0)
-        )
+        scales = quantization.ScaleAsNumpy() if quantization is not None and quantization.ScaleLength() else np.zeros(0)
         return Tensor(raw.Name().decode(), shape, dtype, data, scales)
 
     def _operator(self, raw: schema.Operator) -> Operator:
@@ -140,7 +136,8 @@ class TFLiteFile:
             return stored.reshape(shape)
         if op.name == "TRANSPOSE_CONV":
             return stored.transpose(1, 2, 0, 3).reshape(shape)
-        return np.moveaxis(stored, 0, -1).reshape(shape)
+        moved: np.ndarray = np.moveaxis(stored, 0, -1).reshape(shape)
+        return moved
 
     def _find(self, layer: str) -> tuple[Operator, Tensor] | None:
         for op, tensor in self.weighted:
@@ -203,7 +200,9 @@ class TFLiteFile:
         for index in self.inputs:
             birth[index] = 0
         constant_outputs = {
-            t for op in self.operators if op.name == "DEQUANTIZE" and self.tensors[op.inputs[0]].data is not None
+            t
+            for op in self.operators
+            if op.name == "DEQUANTIZE" and self.tensors[op.inputs[0]].data is not None
             for t in op.outputs
         }
         for step, op in enumerate(self.operators):

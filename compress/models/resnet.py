@@ -64,9 +64,7 @@ class ResNet8(TrainableSource):
 def cifar_resnet(depth: int, classes: int = 10) -> tf_keras.Model:
     """Return an untrained CIFAR ResNet; blocks are named ``stage1_block1_conv1`` and so on."""
     image = tf_keras.Input((32, 32, 3), name="image")
-    x = layers.Rescaling(
-        (1.0 / 255.0 / _DEVIATION).tolist(), (-_MEAN / _DEVIATION).tolist(), name="normalise"
-    )(image)
+    x = layers.Rescaling((1.0 / 255.0 / _DEVIATION).tolist(), (-_MEAN / _DEVIATION).tolist(), name="normalise")(image)
     x = _convolution(x, 16, 1, "stem")
     x = layers.ReLU(name="stem_relu")(x)
     for stage, filters in enumerate((16, 32, 64), start=1):
@@ -120,7 +118,7 @@ def load_torch_weights(model: tf_keras.Model, file: Path) -> None:
         if value is None or value.shape != shape:
             received = "no such array" if value is None else f"shape {value.shape}"
             raise _wrong_weights(file, model.name, f"{received} for {name} (layer {layer}, {shape})")
-        return value
+        return np.asarray(value)
 
     for layer in model.layers:
         if isinstance(layer, layers.Conv2D):

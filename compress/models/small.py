@@ -43,7 +43,7 @@ class DigitsCnn(_Small):
         x = layers.Rescaling(1.0 / 16.0, name="rescale")(image)
         for index, (filters, pool) in enumerate(((32, False), (64, True), (64, True)), start=1):
             x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=f"conv{index}")(x)
-            x = layers.BatchNormalization(name=f"norm{index}")(x)
+            x = layers.BatchNormalization(momentum=0.9, name=f"norm{index}")(x)
             x = layers.ReLU(name=f"relu{index}")(x)
             if pool:
                 x = layers.MaxPooling2D(name=f"pool{index}")(x)

@@ -62,7 +62,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def build(self, data: Data, seed: int) -> tf_keras.Model:
-        """Return the model as a flat functional one: with its weights, or untrained if they are to be trained."""
+        """Return the flat functional model: with its weights, or untrained if they are to be trained."""
 
     def reference(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the trained reference model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.errors import CompressError
@@ -16,23 +15,21 @@ class Budget:
     keep: float
 
 
-def one_budget(stage: str, **choices: float | None) -> Budget:
-    """Return the one budget that is set among ``choices``.
+def one_budget(stage: str, default: Budget, **choices: float | None) -> Budget:
+    """Return the one budget that is set among ``choices``; ``default`` if none is.
 
     Raises:
-        CompressError: if none or several are set.
+        CompressError: if several are set.
     """
-    given = {unit: keep for unit, keep in choices.items() if keep is not None}
-    if len(given) != 1:
+    given = [Budget(unit, keep) for unit, keep in choices.items() if keep is not None]
+    if len(given) > 1:
         raise CompressError(
             f"strategy.{stage}",
             expected=f"one of {', '.join(choices)}",
-            received=" and ".join(f"{k}={v:g}" for k, v in given.items()) or "none of them",
-            fix=f"Set the others to null, e.g. {' '.join(f'strategy.{stage}.{k}=null' for k in list(given)[:-1])}".strip()
-            + ".",
+            received=" and ".join(f"{budget.unit}={budget.keep:g}" for budget in given),
+            fix="Leave the others out, or set them to null.",
         )
-    unit, keep = next(iter(given.items()))
-    return Budget(unit, keep)
+    return given[0] if given else default
 
 
 def share_for_part(keep: float, total: float, part: float, *, stage: str, unit: str) -> float:
@@ -53,8 +50,3 @@ def share_for_part(keep: float, total: float, part: float, *, stage: str, unit: 
             fix=f"Raise strategy.{stage}.{unit} or widen strategy.{stage}.only.",
         )
     return min(1.0, share)
-
-
-def reached(values: Mapping[str, float], names: frozenset[str]) -> float:
-    """Return the sum of ``values`` over ``names``."""
-    return float(sum(value for name, value in values.items() if name in names))

@@ -98,7 +98,9 @@ def pareto_picture(points: Sequence[Point], path: Path) -> None:
     for axis, (key, text) in zip(axes, OBJECTIVES.items(), strict=True):
         front = sorted((p for p in points if p.pareto[key]), key=lambda p: float(getattr(p, key)))
         others = [p for p in points if not p.pareto[key]]
-        axis.scatter([getattr(p, key) for p in others], [p.accuracy for p in others], color="#9aa5b1", label="dominated")
+        axis.scatter(
+            [getattr(p, key) for p in others], [p.accuracy for p in others], color="#9aa5b1", label="dominated"
+        )
         axis.plot(
             [getattr(p, key) for p in front],
             [p.accuracy for p in front],
@@ -109,7 +111,11 @@ def pareto_picture(points: Sequence[Point], path: Path) -> None:
         )
         for point in points:
             axis.annotate(
-                point.label, (getattr(point, key), point.accuracy), fontsize=8, xytext=(4, 4), textcoords="offset points"
+                point.label,
+                (getattr(point, key), point.accuracy),
+                fontsize=8,
+                xytext=(4, 4),
+                textcoords="offset points",
             )
         axis.set_xlabel(text)
         axis.set_ylabel("accuracy of the exported file, %")

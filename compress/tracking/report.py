@@ -153,17 +153,34 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """Return a report that was written earlier."""
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
 def print_table(report: Mapping[str, Any]) -> None:
     """Print baseline, every stage and the ratios as a table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{report['strategy']} on {report['model']}, {report['data']}, seed {report['seed']}")
-    for heading in ("stage", "accuracy %", "nonzero params", "MACs", ".tflite bytes", "gzip bytes", "peak mem.", "p50 ms", "s"):
+    for heading in (
+        "stage",
+        "accuracy %",
+        "nonzero params",
+        "MACs",
+        ".tflite bytes",
+        "gzip bytes",
+        "peak mem.",
+        "p50 ms",
+        "s",
+    ):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     rows = [("baseline", report["baseline"], None)]
     rows += [
-        (stage["name"] + (" (cached)" if stage["cached"] else ""), stage, stage["seconds"]) for stage in report["stages"]
+        (stage["name"] + (" (cached)" if stage["cached"] else ""), stage, stage["seconds"])
+        for stage in report["stages"]
     ]
     for name, numbers, seconds in rows:
         latency = numbers["latency_ms"]

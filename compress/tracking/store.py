@@ -203,9 +203,7 @@ def finish_sweep(client: MlflowClient, experiment: str, parent: str) -> list[Poi
 
 def _points(runs: Sequence[Any]) -> list[Point]:
     nan = float("nan")
-    values = {
-        key: [run.data.metrics.get(key, nan) for run in runs] for key in ("accuracy", *OBJECTIVES)
-    }
+    values = {key: [run.data.metrics.get(key, nan) for run in runs] for key in ("accuracy", *OBJECTIVES)}
     import numpy as np
 
     fronts = {key: non_dominated(np.array(values["accuracy"]), np.array(values[key])) for key in OBJECTIVES}

@@ -51,9 +51,7 @@ class Compact(Strategy):
         """Replace, then recover."""
         model = candidate.model
         names, times = context.selection.names(model), calls(model)
-        done = {
-            name for g in candidate.guarantees if isinstance(g, SeparableForm) for name in g.layers
-        }
+        done = {name for g in candidate.guarantees if isinstance(g, SeparableForm) for name in g.layers}
         skipped: list[Skipped] = []
         options: list[_Option] = []
         for kernel in kernels(model):
@@ -99,7 +97,10 @@ class Compact(Strategy):
         multiplier = self.depth_multiplier
         if multiplier > height * width:
             return f"depth multiplier {multiplier} above its {height * width} filter positions"
-        if height * width * channels * multiplier + channels * multiplier * filters >= layer.kernel.shape.num_elements():
+        if (
+            height * width * channels * multiplier + channels * multiplier * filters
+            >= layer.kernel.shape.num_elements()
+        ):
             return "a separable one would not be cheaper"
         return None
 

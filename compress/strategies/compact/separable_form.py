@@ -28,9 +28,7 @@ class SeparableForm(Guarantee):
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Look for the depthwise layers."""
-        present = {
-            layer.name for layer in model.layers if isinstance(layer, tf_keras.layers.DepthwiseConv2D)
-        }
+        present = {layer.name for layer in model.layers if isinstance(layer, tf_keras.layers.DepthwiseConv2D)}
         return [
             Violation(name, f"its depthwise part {depthwise} is gone")
             for name, depthwise in self.pairs.items()

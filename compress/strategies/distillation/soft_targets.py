@@ -68,6 +68,4 @@ class Distill(Strategy):
         """Train a copy."""
         context.require_training()
         student = candidate.evolve(model=copy_model(candidate.model), skipped=())
-        return context.recover(
-            student, terms=[SoftTargets(context.reference, self.temperature, self.soft_weight)]
-        )
+        return context.recover(student, terms=[SoftTargets(context.reference, self.temperature, self.soft_weight)])

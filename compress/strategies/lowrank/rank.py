@@ -54,4 +54,3 @@ class Rank(Guarantee):
             elif width > rank:
                 found.append(Violation(name, f"rank {width} in the file, at most {rank}"))
         return found
-

@@ -32,7 +32,7 @@ Form = Literal["auto", "spatial", "channel"]
 class LowRank(Strategy):
     """Replace layers by products of two smaller ones where that saves, then recover.
 
-    One of these says how far to go:
+    One of these says how far to go (``macs`` of 0.7, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept. The ranks of all layers are
             chosen together: the least discarded spectral energy (relative to each layer's own) for the saving.
         energy: share of each layer's squared singular values that is kept.
@@ -42,7 +42,7 @@ class LowRank(Strategy):
     ``auto`` takes the better one for each layer.
     """
 
-    macs: Annotated[float, Gt(0), Lt(1)] | None = 0.7
+    macs: Annotated[float, Gt(0), Lt(1)] | None = None
     params: Annotated[float, Gt(0), Lt(1)] | None = None
     energy: Annotated[float, Gt(0), Le(1)] | None = None
     rank: Annotated[int, Ge(1)] | None = None
@@ -59,7 +59,7 @@ class LowRank(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Choose form and rank for every layer, factorize, recover."""
         budget = one_budget(
-            context.stage, macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
+            context.stage, Budget("macs", 0.7), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
         )
         model = candidate.model
         pairs = {name for g in candidate.guarantees if isinstance(g, Rank) for name in g.ranks}
@@ -107,9 +107,7 @@ class LowRank(Strategy):
                 units.append(_single_unit(kernel, self.form))
         return units, skipped
 
-    def _choose(
-        self, units: list[_Unit], budget: Budget, total: float, stage: str
-    ) -> list[tuple[_Form, int] | None]:
+    def _choose(self, units: list[_Unit], budget: Budget, total: float, stage: str) -> list[tuple[_Form, int] | None]:
         if budget.unit == "rank":
             return [unit.at_rank(int(budget.keep)) for unit in units]
         if budget.unit == "energy":

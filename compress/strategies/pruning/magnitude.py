@@ -19,7 +19,7 @@ from compress.candidate import Candidate, Effect
 from compress.graph.kernels import Kernel, get_variable, get_weight, kernels
 from compress.graph.rewrite import copy_model
 from compress.metrics.counts import count_params
-from compress.strategies.budget import one_budget, share_for_part
+from compress.strategies.budget import Budget, one_budget, share_for_part
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
@@ -31,7 +31,7 @@ _SCHEDULE_UPDATES = 100
 class Prune(Strategy):
     """Set the smallest weights of every selected kernel to zero, the same share of each.
 
-    One of these says how much:
+    One of these says how much (half of the weights, if none does):
         sparsity: share of the weights that become zero.
         weights: share of the weights that is kept.
         macs: share of the model's multiply-adds that is kept, counting those with a non-zero weight.
@@ -40,7 +40,7 @@ class Prune(Strategy):
     ``ramp``: the sparsity grows over this part of the recovery training, then stays; 0 prunes at once.
     """
 
-    sparsity: Annotated[float, Gt(0), Lt(1)] | None = 0.5
+    sparsity: Annotated[float, Gt(0), Lt(1)] | None = None
     weights: Annotated[float, Gt(0), Lt(1)] | None = None
     macs: Annotated[float, Gt(0), Lt(1)] | None = None
     params: Annotated[float, Gt(0), Lt(1)] | None = None
@@ -67,7 +67,12 @@ class Prune(Strategy):
 
     def _sparsity(self, model: tf_keras.Model, chosen: list[Kernel], stage: str) -> float:
         budget = one_budget(
-            stage, sparsity=self.sparsity, weights=self.weights, macs=self.macs, params=self.params
+            stage,
+            Budget("sparsity", 0.5),
+            sparsity=self.sparsity,
+            weights=self.weights,
+            macs=self.macs,
+            params=self.params,
         )
         if budget.unit == "sparsity":
             return budget.keep
@@ -126,4 +131,3 @@ class _Gradual:
 def _assign(model: tf_keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     for name, mask in masks.items():
         get_variable(model, name).assign(get_weight(model, name) * mask)
-

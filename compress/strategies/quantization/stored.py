@@ -40,6 +40,5 @@ class Stored(Guarantee):
         return [
             Violation(tensor.name, f"stored as {tensor.dtype}, expected {wanted}")
             for _, tensor in file.weighted
-            if tensor.dtype != wanted
-            and not (self.scheme == "dynamic" and np.prod(tensor.shape) < _DYNAMIC_MINIMUM)
+            if tensor.dtype != wanted and not (self.scheme == "dynamic" and np.prod(tensor.shape) < _DYNAMIC_MINIMUM)
         ]

@@ -1,0 +1,162 @@
+"""Training throughput of every strategy's recovery against a bare ``tf_keras`` ``fit`` of the same model.
+
+    python benchmarks/recovery_overhead.py [overrides]     e.g. model=digits_cnn data=digits
+
+For each strategy the model that comes out of it is trained twice, side by side: by the strategy's own recovery, and by
+``compile`` and ``fit`` on the same batches. Both are timed over a short and a long run, whose difference leaves out the
+compilation. The pairs are interleaved; the median of the ratios counts. Writes ``results/recovery_overhead.md``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from compress.quiet import import_tensorflow
+
+import_tensorflow()
+
+import tf_keras  # noqa: E402
+
+from compress.candidate import Candidate  # noqa: E402
+from compress.cli.build import make_plan  # noqa: E402
+from compress.cli.compose import compose_config  # noqa: E402
+from compress.cli.experiment import machine  # noqa: E402
+from compress.cli.places import conf_dir  # noqa: E402
+from compress.graph.rewrite import copy_model  # noqa: E402
+from compress.strategies.strategy import Context  # noqa: E402
+from compress.tracking.report import versions  # noqa: E402
+from compress.training import LossTerm, Projection, training_batches  # noqa: E402
+
+SHORT, LONG, ROUNDS = 6, 46, 5
+DEFAULT = ("model=resnet20", "data=cifar10")
+NOTES = {
+    "distill": "teacher outputs computed once before training (no augmentation), its time left out",
+    "distill, live teacher": "the teacher runs in every step (augmented images): one more forward pass, which is its work",
+}
+
+
+@dataclass(frozen=True)
+class TimedContext(Context):
+    """A context whose ``recover`` times itself against a bare ``fit`` instead of finishing the job."""
+
+    ratios: list[float] | None = None
+
+    def recover(
+        self, candidate: Candidate, *, projections: Sequence[Projection] = (), terms: Sequence[LossTerm] = ()
+    ) -> Candidate:
+        """Time ``ROUNDS`` interleaved pairs."""
+        batch = self.recovery.batch_size
+        per_epoch = -(-len(self.data.train) // batch)
+
+        def ours(steps: int) -> float:
+            context = Context(
+                stage=self.stage,
+                data=self.data,
+                reference=self.reference,
+                recovery=replace(self.recovery, epochs=steps / per_epoch),
+                seed=self.seed,
+            )
+            prepared = [_Prepared(term, self) for term in terms]
+            started = time.perf_counter()
+            context.recover(candidate, projections=projections, terms=prepared)
+            return time.perf_counter() - started
+
+        def bare(steps: int) -> float:
+            model = copy_model(candidate.model)
+            model.compile(
+                tf_keras.optimizers.SGD(1e-4, momentum=0.9, nesterov=True),
+                tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            )
+            batches = training_batches(self.data.train, batch, steps, self.seed, self.data.augmentation)
+            pairs = batches.map(lambda x, y, indices: (x, y))
+            started = time.perf_counter()
+            model.fit(pairs, epochs=1, steps_per_epoch=steps, verbose=0)
+            return time.perf_counter() - started
+
+        for _ in range(ROUNDS):
+            ours_seconds = ours(LONG) - ours(SHORT)
+            bare_seconds = bare(LONG) - bare(SHORT)
+            self.ratios.append(bare_seconds / ours_seconds)
+        return candidate
+
+
+class _Prepared:
+    """A loss term that is prepared once, so that the time of it is not counted as training."""
+
+    def __init__(self, term: LossTerm, context: Context) -> None:
+        self.task_weight = term.task_weight
+        self._term = term
+        if not getattr(term, "_prepared_for_benchmark", False):
+            term.prepare(context.data, context.recovery.batch_size)
+            term._prepared_for_benchmark = True
+
+    def prepare(self, data, batch_size) -> None:
+        pass
+
+    def __call__(self, batch):
+        return self._term(batch)
+
+
+def measure(strategy: str, overrides: Sequence[str], augment: bool) -> list[float]:
+    """Return the ratios of throughput, ours over bare, one for each round."""
+    plain = [] if augment else ["data.shift=0", *(["data.mirror=false"] if "data=cifar10" in overrides else [])]
+    plan = make_plan(compose_config([f"strategy={strategy}", "recovery.learning_rate=0.0001", *overrides, *plain]))
+    pipeline = plan.pipeline()
+    reference = pipeline.model.reference(pipeline.data, 0)
+    data = pipeline.data.fitted_to(reference, "benchmark")
+    stage = plan.stages[0]
+    ratios: list[float] = []
+    context = TimedContext(strategy, data, reference, stage.recovery, 0, ratios=ratios)
+    stage.strategy.apply(Candidate(reference), context)
+    return ratios
+
+
+def main() -> None:
+    overrides = sys.argv[1:] or list(DEFAULT)
+    strategies = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+    rows = []
+    for label, strategy, augment in [
+        *((name, name, name != "distill") for name in strategies),
+        ("distill, live teacher", "distill", True),
+    ]:
+        ratios = measure(strategy, overrides, augment)
+        if not ratios:
+            rows.append((label, None, None, None, "does not train"))
+            continue
+        rows.append((label, statistics.median(ratios), min(ratios), max(ratios), NOTES.get(label, "")))
+        print(f"{label}: {statistics.median(ratios):.3f}", flush=True)
+    known = versions()
+    lines = [
+        "# Training throughput of every strategy's recovery, relative to a bare fit",
+        "",
+        "1.00 is the throughput of `tf_keras` `compile` and `fit` on the same model and batches, in the same process, "
+        f"interleaved, {ROUNDS} pairs of {LONG - SHORT} steps of 128 images. At least 0.90 is required.",
+        "",
+        "| strategy | median | lowest | highest | note |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {label} | {note} | | | |" if median is None else f"| {label} | {median:.3f} | {low:.3f} | {high:.3f} | {note} |"
+            for label, median, low, high, note in rows
+        ),
+        "",
+        f"- command: `python benchmarks/recovery_overhead.py {' '.join(overrides)}`",
+        f"- commit: {known.pop('commit')}",
+        "- versions: " + ", ".join(f"{key} {value}" for key, value in known.items()),
+        f"- machine: {machine()}",
+        f"- date: {datetime.now(UTC):%Y-%m-%d}",
+        "",
+    ]
+    target = Path("results/recovery_overhead.md")
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("\n".join(lines))
+    print(target.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""An experiment: a published table, the grid of runs that produces our side, and both rendered side by side."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from compress.cli.compose import compose_config
+from compress.cli.job import run_job
+from compress.errors import CompressError
+from compress.tracking.report import read_report, versions
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Column:
+    """A column of the rendered table.
+
+    ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
+    absent. With a ``tolerance`` the difference is judged.
+    """
+
+    name: str
+    ours: str | None = None
+    published: str | None = None
+    tolerance: float | None = None
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Grid:
+    """``grid.yaml``: row name -> overrides of its run, on top of the common ``overrides``."""
+
+    runs: dict[str, list[str]]
+    columns: list[Column]
+    overrides: list[str]
+    seeds: list[int]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class PublishedTable:
+    """``table.yaml``: the published numbers with their source; the first column names the rows."""
+
+    title: str
+    source: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]]
+    notes: str = ""
+
+    def value(self, row: str, column: str) -> str | int | float | None:
+        """Return a cell, or None if there is no such row."""
+        found = next((cells for cells in self.rows if cells[0] == row), None)
+        return None if found is None else found[self.columns.index(column)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment folder, read."""
+
+    name: str
+    table: PublishedTable
+    grid: Grid
+
+
+def load_experiment(folder: Path, name: str) -> Experiment:
+    """Read ``table.yaml`` and ``grid.yaml``.
+
+    Raises:
+        CompressError: if one of them is malformed.
+    """
+    return Experiment(name, _read(PublishedTable, folder / "table.yaml"), _read(Grid, folder / "grid.yaml"))
+
+
+def run_experiment(experiment: Experiment, overrides: Sequence[str], results: Path) -> Path:
+    """Run the grid for every seed and write ``<results>/<experiment>.md``; return the file.
+
+    Args:
+        experiment: what to run.
+        overrides: further overrides for every run; ``seed=0,1`` replaces the experiment's seeds.
+        results: the folder of the rendered tables.
+    """
+    seeds, extra = _seeds(experiment.grid.seeds, overrides)
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    target = results / f"{experiment.name}.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for row, own in experiment.grid.runs.items():
+        for seed in seeds:
+            config = compose_config([*experiment.grid.overrides, *own, *extra, f"seed={seed}"])
+            folder = Path("outputs") / "reproduce" / experiment.name / f"{row}-seed{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            run_job(config, folder, None)
+            rows.setdefault(row, []).append(read_report(folder / "report.json"))
+        # Written after every row, so that a table that is stopped shows what it has.
+        _write(target, render(experiment, rows, seeds, overrides))
+    return target
+
+
+def render(
+    experiment: Experiment, rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int], extra: Sequence[str]
+) -> str:
+    """Return the Markdown page: ours and theirs side by side, and how it was made."""
+    table, grid = experiment.table, experiment.grid
+    headings = [table.columns[0]]
+    for column in grid.columns:
+        headings += [f"{column.name}: {side}" for side in _sides(column)]
+    lines = [f"# {table.title}", "", f"Published: {table.source}", "", "| " + " | ".join(headings) + " |"]
+    lines.append("|" + "---|" * len(headings))
+    misses = []
+    for row in grid.runs:
+        reports = rows.get(row)
+        cells = [row]
+        for column in grid.columns:
+            published = table.value(row, column.published) if column.published else None
+            ours = [_number(report, column.ours) for report in reports] if reports and column.ours else []
+            if "published" in _sides(column):
+                cells.append(_cell(published))
+            if "ours" in _sides(column):
+                cells.append(_ours(ours) if reports else "not run yet")
+            if "agrees" in _sides(column):
+                verdict = _agrees(ours, published, column.tolerance)
+                cells.append({True: "yes", False: "**no**", None: "-"}[verdict])
+                if verdict is False:
+                    misses.append(f"{row}, {column.name}: {_ours(ours)} against {_cell(published)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    if misses:
+        lines += ["", "Outside the tolerance: " + "; ".join(misses) + "."]
+    if table.notes:
+        lines += ["", table.notes.strip()]
+    command = shlex.join(["python", "-m", "compress.reproduce", experiment.name, *extra])
+    known = versions()
+    first = next(iter(rows.values()), [{}])[0]
+    lines += [
+        "",
+        "How this was made:",
+        "",
+        f"- command: `{command}`",
+        f"- commit: {known.pop('commit')}",
+        f"- seeds: {', '.join(map(str, seeds))}",
+        "- versions: " + ", ".join(f"{key} {value}" for key, value in known.items()),
+        f"- machine: {machine()}; board: {first.get('board', '-')}",
+        f"- date: {datetime.now(UTC):%Y-%m-%d}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Return the processor, its number of cores and the operating system."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _read(kind: Any, file: Path) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(OmegaConf.to_container(OmegaConf.load(file)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CompressError(
+            str(file),
+            expected=str(first["msg"]),
+            received=f"{'.'.join(map(str, first['loc']))}: {first['input']!r}"[:200],
+            fix="Correct the file; experiments/resnet_cifar10 is an example.",
+        ) from error
+
+
+def _seeds(default: Sequence[int], overrides: Sequence[str]) -> tuple[list[int], list[str]]:
+    seeds, extra = list(default), []
+    for override in overrides:
+        if override.startswith("seed="):
+            try:
+                seeds = [int(part) for part in override.removeprefix("seed=").split(",")]
+            except ValueError as error:
+                raise CompressError(
+                    "seed", expected="whole numbers, e.g. seed=0,1,2", received=override, fix="Correct it."
+                ) from error
+        else:
+            extra.append(override)
+    return seeds, extra
+
+
+def _sides(column: Column) -> list[str]:
+    sides = [side for side in ("published", "ours") if getattr(column, side) is not None]
+    return [*sides, "agrees"] if column.tolerance is not None else sides
+
+
+def _number(report: Mapping[str, Any], path: str) -> float | None:
+    value: Any = report
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def _ours(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    if len(known) == 1:
+        return _cell(known[0])
+    return f"{_cell(float(np.mean(known)))} ± {np.std(known, ddof=1):.2f}"
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if float(value).is_integer() and abs(value) >= 1000:
+        return f"{int(value):,}"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if abs(value) < 10 else f"{value:.2f}"
+
+
+def _agrees(ours: Sequence[float | None], published: Any, tolerance: float | None) -> bool | None:
+    known = [value for value in ours if value is not None]
+    if not known or tolerance is None or not isinstance(published, (int, float)):
+        return None
+    return bool(abs(float(np.mean(known)) - published) <= tolerance + 1e-9)
+
+
+def _write(target: Path, text: str) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text)
+    partial.replace(target)

@@ -1,0 +1,59 @@
+"""``python -m compress.reproduce``: regenerate the table of a published paper, ours beside theirs.
+
+    python -m compress.reproduce                       lists the experiments
+    python -m compress.reproduce resnet_cifar10        runs the grid, writes results/resnet_cifar10.md
+    python -m compress.reproduce resnet_cifar10 seed=0,1 recovery.epochs=2     with overrides for every run
+
+Finished rows stay in the stage cache: a killed command run again continues where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.cli.errors import guarded
+from compress.cli.places import experiments_dir
+from compress.errors import CompressError, did_you_mean
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, or 2 after a user's mistake."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(guarded(lambda: reproduce(given), given))
+
+
+def reproduce(arguments: Sequence[str]) -> list[CompressError]:
+    """Run the experiment that the first argument names; list the experiments if there is none."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        print("Experiments: " + ", ".join(names()))
+        return []
+    name, overrides = arguments[0], list(arguments[1:])
+    if name not in names():
+        raise CompressError(
+            "experiment", expected="the name of an experiment", received=name, fix=did_you_mean(name, names())
+        )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    from compress.quiet import import_tensorflow
+
+    import_tensorflow()
+    from compress.cli.experiment import load_experiment, run_experiment
+
+    experiment = load_experiment(experiments_dir() / name, name)
+    target = run_experiment(experiment, overrides, Path("results"))
+    print(target.read_text())
+    print(f"Written to {target}")
+    return []
+
+
+def names() -> list[str]:
+    """Return the names of the experiments, e.g. ``resnet_cifar10`` or ``paper/table``."""
+    root = experiments_dir()
+    return sorted(str(file.parent.relative_to(root)) for file in root.rglob("grid.yaml"))
+
+
+if __name__ == "__main__":
+    main()

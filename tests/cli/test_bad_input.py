@@ -1,0 +1,214 @@
+"""A user's mistake: exit code 2, one paragraph that says where, what was expected, what was received, what to do."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tf_keras
+
+
+def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
+    code, _, error = answer
+    assert code == 2, error
+    assert "Traceback" not in error
+    paragraph = " ".join(error[error.index("Error in ") :].split())
+    assert "expected" in paragraph
+    assert "received" in paragraph
+    for part in parts:
+        assert part in paragraph, f"{part!r} is not in: {paragraph}"
+    return paragraph
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["strategy=prun"], ["strategy", "received prun.", "Did you mean strategy=prune?"]),
+        (["strategy=lowrank+prun"], ["strategy", "received prun.", "Did you mean strategy=prune?"]),
+        (["strategy=lowrank+"], ["strategy", "one of", "lowrank"]),
+        (["model=resnet21"], ["model", "resnet20"]),
+        (["strategy=prune", "strategy.prune.sparsty=0.5"], ["strategy.prune.sparsty", "sparsity"]),
+        (["strategy=prune", "strategy.prun.sparsity=0.5"], ["prun", "prune"]),
+        (["recovry.epochs=1"], ["recovry", "recovery"]),
+        (["strategy=prune", "strategy.prune.recovery.epoch=1"], ["strategy.prune.recovery.epoch", "epochs"]),
+        (["strategy=lowrank", "strategy.lowrank.macs=1.5"], ["strategy.lowrank.macs", "less than 1", "1.5"]),
+        (["strategy=prune", "strategy.prune.sparsity=-1"], ["strategy.prune.sparsity", "greater than 0", "-1"]),
+        (["strategy=prune", "strategy.prune.sparsity=much"], ["strategy.prune.sparsity", "number", "much"]),
+        (["strategy=quantize", "strategy.quantize.scheme=int3"], ["strategy.quantize.scheme", "'int8'", "int3"]),
+        (["strategy=share", "strategy.share.clusters=1"], ["strategy.share.clusters", "2"]),
+        (["strategy=prune", "strategy.prune.macs=0.5", "strategy.prune.sparsity=0.5"], ["strategy.prune", "one of"]),
+        (["strategy=prune", "strategy.prune.only={type: Dens}"], ["strategy.prune.only", "Dense"]),
+        (["strategy=prune", "strategy.prune.only={name: 'conv('}"], ["strategy.prune.only", "regular expression"]),
+        (["strategy=prune", "strategy.prune.only=middle"], ["strategy.prune.only", "first, last"]),
+        (["strategy=prune", "strategy.prune.release=[lowrank]"], ["strategy.prune.release", "lowrank"]),
+        (["strategy=prune", "strategy.prune.repeat=0"], ["strategy.prune.repeat", "0"]),
+        (["strategy=finetune", "recovery=none"], ["strategy.finetune.recovery", "training"]),
+        (["strategy=prune+lowrank"], ["lowrank", "prune", "release"]),
+        (["strategy=quantize+quantize", "strategy.quantize2.scheme=float16"], ["quantize2", "quantize", "float16"]),
+        (["strategy=prune", "board.runs=10"], ["board.runs", "100"]),
+        (["strategy=prune", "seed=x"], ["seed", "integer", "x"]),
+        (["strategy=prune", "model.weights=nowhere.h5"], ["model.weights", "nowhere.h5"]),
+        (["strategy=prune", "data=cifar10", "data.path=/nowhere"], ["data.path", "/nowhere"]),
+        (["strategy=prune", "data=npz"], ["data.path", "nothing"]),
+        (["strategy=compact", "strategy.compact.macs=0.01"], ["strategy.compact.macs", "0.01"]),
+        (["strategy=lowrank", "strategy.lowrank.params=0.001"], ["strategy.lowrank.params", "0.001"]),
+        (["strategy=prune", "="], ["the command line"]),
+        (["strategy=prune", "tracking.uri=postgresql://me:secret@host/db"], ["tracking.uri", "password"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if value and isinstance(value, list) else "",
+)
+def test_overrides(cli, overrides, parts):
+    paragraph = assert_refused(cli(*overrides), *parts)
+    assert "secret" not in paragraph
+
+
+def test_a_tracking_store_that_does_not_answer(cli, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    answer = cli("strategy=prune", "tracking.uri=http://127.0.0.1:9")
+    assert_refused(answer, "tracking.uri", "http://127.0.0.1:9", "tracking=none")
+
+
+def test_a_multirun_with_a_store_that_does_not_answer(cli, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    answer = cli("-m", "strategy=prune,share", "tracking.uri=http://127.0.0.1:9")
+    assert_refused(answer, "tracking.uri")
+
+
+def test_an_unwritable_output_folder(cli, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(cli("strategy=prune", f"hydra.run.dir={tmp_path}/file/out"), "hydra.run.dir", "file")
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    image = tf_keras.Input((8, 8, 1))
+    x = tf_keras.layers.Conv2D(4, 3, name="conv")(image)
+    outputs = tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(x))
+    return tf_keras.Model(image, outputs)
+
+
+def use(path) -> list[str]:
+    return ["strategy=prune", "model=file", f"model.path={path}", "recovery.epochs=1"]
+
+
+def test_model_file_missing(cli, tmp_path):
+    assert_refused(cli(*use(tmp_path / "none.keras")), "model", "none.keras")
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_model_file_truncated(cli, tmp_path, small_model, suffix):
+    file = tmp_path / f"model.{suffix}"
+    small_model.save(file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert_refused(cli(*use(file)), "model.")
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_model_file_not_keras(cli, tmp_path, suffix):
+    file = tmp_path / f"model.{suffix}"
+    file.write_text("no model at all")
+    assert_refused(cli(*use(file)), f"model.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_model_file_with_code(cli, tmp_path, suffix):
+    image = tf_keras.Input((8, 8, 1))
+    x = tf_keras.layers.Lambda(lambda t: t * 2, name="doubling")(image)
+    model = tf_keras.Model(image, tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(x)))
+    file = tmp_path / f"model.{suffix}"
+    model.save(file)
+    assert_refused(cli(*use(file)), "doubling", "model.allow_code=true")
+    code, _, error = cli(*use(file), "model.allow_code=true")
+    assert code == 0, error
+
+
+def test_nan_weights(cli, tmp_path, small_model):
+    weights = small_model.get_weights()
+    weights[0][0, 0, 0, 0] = np.nan
+    small_model.set_weights(weights)
+    small_model.save(tmp_path / "model.keras")
+    assert_refused(cli(*use(tmp_path / "model.keras")), "conv", "NaN")
+
+
+def test_data_whose_shape_does_not_fit(cli, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{part}": rng.integers(0, 255, (40, 8, 9)).astype(np.uint8) for part in ("train", "test")}
+    arrays |= {f"y_{part}": rng.integers(0, 10, 40) for part in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **arrays)
+    image = tf_keras.Input((8, 8, 1))
+    tf_keras.Model(image, tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(image))).save(tmp_path / "m.keras")
+    answer = cli(*use(tmp_path / "m.keras"), "data=npz", f"data.path={tmp_path}/data.npz")
+    assert_refused(answer, "(8, 8, 1)", "(8, 9)")
+
+
+def test_data_with_more_labels_than_the_model_scores(cli, tmp_path):
+    image = tf_keras.Input((8, 8, 1))
+    tf_keras.Model(image, tf_keras.layers.Dense(3)(tf_keras.layers.Flatten()(image))).save(tmp_path / "m.keras")
+    assert_refused(cli(*use(tmp_path / "m.keras")), "10 classes", "(3)")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"y_train": None}, "y_train"),
+        ({"y_train": np.zeros(5, int)}, "40 samples and 5 labels"),
+        ({"x_train": np.full((40, 8, 8, 1), np.nan)}, "NaN"),
+        ({"y_train": np.zeros((40, 10))}, "argmax"),
+        ({"y_train": np.full(40, -1)}, "-1"),
+    ],
+)
+def test_malformed_arrays(cli, tmp_path, change, part):
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{p}": rng.uniform(0, 16, (40, 8, 8, 1)) for p in ("train", "test")}
+    arrays |= {f"y_{p}": rng.integers(0, 10, 40) for p in ("train", "test")}
+    arrays = {key: value for key, value in {**arrays, **change}.items() if value is not None}
+    np.savez(tmp_path / "data.npz", **arrays)
+    assert_refused(cli("strategy=prune", "data=npz", f"data.path={tmp_path}/data.npz"), part)
+
+
+def test_pickled_arrays_are_refused(cli, tmp_path):
+    values = np.array([{"code": 1}], dtype=object)
+    np.savez(tmp_path / "data.npz", x_train=values, y_train=values, x_test=values, y_test=values)
+    assert_refused(cli("strategy=prune", "data=npz", f"data.path={tmp_path}/data.npz"), ".npz archive of plain arrays")
+
+
+def test_a_loss_that_explodes(cli):
+    answer = cli("strategy=finetune", "recovery.learning_rate=1e30", "recovery.epochs=3")
+    assert_refused(answer, "training", "finite loss", "recovery.learning_rate")
+
+
+def test_what_was_finished_stays(cli, tmp_path, session_cache):
+    before = {entry.name for entry in session_cache.iterdir()}
+    answer = cli(
+        "strategy=prune+finetune",
+        "recovery.epochs=1",
+        "strategy.prune.sparsity=0.37",
+        "strategy.finetune.recovery.learning_rate=1e30",
+        "strategy.finetune.recovery.epochs=3",
+    )
+    assert_refused(answer, "training")
+    new = {entry.name for entry in session_cache.iterdir()} - before
+    stages = {json.loads((session_cache / name / "record.json").read_text())["result"]["name"] for name in new}
+    assert "prune" in stages
+    assert "finetune" not in stages
+    assert not [entry for entry in session_cache.iterdir() if entry.name.startswith(".partial")]
+
+
+def test_debug_shows_the_traceback(cli, monkeypatch):
+    from compress.errors import CompressError
+    from compress.run import main
+
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    with pytest.raises(CompressError):
+        main(["strategy=prune", "strategy.prune.sparsity=-1", "tracking=none", "debug=true"])
+
+
+def test_other_jobs_of_a_multirun_go_on(cli, tmp_path):
+    code, _, error = cli(
+        "-m", "strategy=prune", "recovery.epochs=1", "strategy.prune.sparsity=-1,0.41", f"hydra.sweep.dir={tmp_path}/s"
+    )
+    assert code == 2
+    assert "strategy.prune.sparsity" in error
+    assert not (tmp_path / "s" / "0" / "report.json").exists()
+    assert (tmp_path / "s" / "1" / "report.json").exists()

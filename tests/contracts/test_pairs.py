@@ -1,0 +1,81 @@
+"""Every ordered pair of strategies: it runs to the end and keeps what the first established, or is refused at once.
+
+What the exported file holds is read with LiteRT's own interpreter, not with the project's reader.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+
+from compress.cli.places import conf_dir
+from compress.errors import CompressError
+
+STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+REFUSED = {(first, second) for first in ("prune", "share") for second in ("lowrank", "compact")}
+CLUSTERS = 16
+SPARSITY = 0.6
+SETTINGS = {"share": f"clusters={CLUSTERS}", "prune": f"sparsity={SPARSITY}"}
+
+
+def weights_in(file: Path) -> list[np.ndarray]:
+    """The constant weight tensors of the file: those with two axes or more that hold numbers of a layer."""
+    interpreter = Interpreter(model_path=str(file), experimental_preserve_all_tensors=True)
+    interpreter.allocate_tensors()
+    produced = {i for op in interpreter._get_ops_details() for i in op["outputs"]}
+    produced |= {d["index"] for d in interpreter.get_input_details()}
+    found = []
+    for detail in interpreter.get_tensor_details():
+        if detail["index"] in produced or len(detail["shape"]) < 2 or detail["dtype"] == np.int32:
+            continue
+        found.append(interpreter.get_tensor(detail["index"]))
+    return found
+
+
+def operators_in(file: Path) -> list[str]:
+    interpreter = Interpreter(model_path=str(file))
+    return [op["op_name"] for op in interpreter._get_ops_details()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", STRATEGIES)
+@pytest.mark.parametrize("first", STRATEGIES)
+def test_pair(first, second, pipeline, tmp_path):
+    second_stage = second if second != first else f"{second}2"
+    settings = [f"strategy.{name}.{SETTINGS[name]}" for name in {first, second} if name in SETTINGS]
+    if first == second and first in SETTINGS:
+        settings.append(f"strategy.{second_stage}.{SETTINGS[first]}")
+    built = pipeline(f"strategy={first}+{second}", *settings)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "both").mkdir()
+    if (first, second) in REFUSED:
+        with pytest.raises(CompressError) as caught:
+            built.run(tmp_path / "both")
+        assert first in str(caught.value)
+        assert second in str(caught.value)
+        assert not list((tmp_path / "both").iterdir()), "refused before anything was made"
+        return
+    result = built.run(tmp_path / "both")
+    assert [stage.name for stage in result.stages] == [first, second_stage]
+    assert result.final.accuracy > 60
+    file = tmp_path / "both" / "model.tflite"
+    stored = weights_in(file)
+    assert stored
+    if first == "prune":
+        for tensor in stored:
+            assert np.mean(tensor == 0) >= SPARSITY - 1 / tensor.size
+    if first == "share":
+        for tensor in stored:
+            assert len(np.unique(tensor)) <= CLUSTERS
+    if first == "quantize":
+        assert {tensor.dtype for tensor in stored} == {np.dtype(np.int8)}
+    if first in ("lowrank", "compact"):
+        alone = pipeline(f"strategy={first}").run(tmp_path / "first")
+        before = operators_in(tmp_path / "first" / "model.tflite")
+        after = operators_in(file)
+        for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"):
+            assert after.count(kind) >= before.count(kind)
+        assert result.final.macs <= alone.final.macs
