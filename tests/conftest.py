@@ -87,5 +87,5 @@ def pipeline(session_cache: Path):
     return build
 
 
-QUICK: Sequence[str] = ("recovery.epochs=2", "board.runs=100", "board.warmup=1")
+QUICK: Sequence[str] = ("recovery.epochs=4", "board.runs=100", "board.warmup=1")
 """Short recovery; the digits model itself is trained as usual, once for all tests."""

@@ -207,7 +207,36 @@ def _allocate(
         low, high = (low, middle) if kept(choose(middle)) <= keep else (middle, high)
         if high / max(low, 1e-9) < 1 + 1e-9:
             break
-    return choose(high)
+    choices = choose(high)
+    _spend(units, choices, cost, (keep - kept(choices)) * total)
+    return choices
+
+
+def _spend(
+    units: list[_Unit], choices: list[tuple[_Form, int] | None], cost: Callable[[_Unit], float], rest: float
+) -> None:
+    """Raise ranks in ``choices`` while the rest of the budget lasts, the largest fall of the error first.
+
+    One price for all layers can only reach points of the convex hull, and may stop well short of the budget.
+    """
+    while True:
+        best: tuple[float, int, int, float] | None = None
+        for index, (unit, choice) in enumerate(zip(units, choices, strict=True)):
+            if choice is None:
+                continue
+            form, rank = choice
+            limit = min(unit.size, float(form.weights[rank - 1]) + rest / cost(unit))
+            highest = int((form.weights < limit).sum())
+            if highest > rank:
+                fall = float(form.error[rank - 1] - form.error[highest - 1])
+                price = cost(unit) * float(form.weights[highest - 1] - form.weights[rank - 1])
+                if best is None or fall > best[0]:
+                    best = (fall, index, highest, price)
+        if best is None:
+            return
+        _, index, highest, price = best
+        choices[index] = (choices[index][0], highest)  # type: ignore[index]
+        rest -= price
 
 
 def _obstacle(kernel: Kernel) -> str | None:
