@@ -37,7 +37,7 @@ SHORT, LONG, ROUNDS = 6, 46, 5
 DEFAULT = ("model=resnet20", "data=cifar10")
 NOTES = {
     "distill": "teacher outputs computed once before training (no augmentation), its time left out",
-    "distill, live teacher": "the teacher runs in every step (augmented images): one more forward pass, which is its work",
+    "distill, live teacher": "the teacher runs in every step (augmented images): one more forward pass",
 }
 
 
@@ -141,7 +141,9 @@ def main() -> None:
         "| strategy | median | lowest | highest | note |",
         "|---|---|---|---|---|",
         *(
-            f"| {label} | {note} | | | |" if median is None else f"| {label} | {median:.3f} | {low:.3f} | {high:.3f} | {note} |"
+            f"| {label} | {note} | | | |"
+            if median is None
+            else f"| {label} | {median:.3f} | {low:.3f} | {high:.3f} | {note} |"
             for label, median, low, high, note in rows
         ),
         "",

@@ -98,6 +98,8 @@ class Skipped:
 
     layer: str
     reason: str
+    by_choice: bool = False
+    """True if the stage could have changed it but did not need to."""
 
 
 @dataclass(frozen=True)

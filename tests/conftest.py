@@ -68,7 +68,13 @@ def outside(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run(*arguments: str, cwd: Path = tmp_path, **settings) -> subprocess.CompletedProcess:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **settings.pop("env", {})}
         return subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, **settings
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            **settings,
         )
 
     return run

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -183,7 +183,7 @@ def _find_class(base: type[T], target: Any, where: str) -> type[T]:
         )
     module, _, name = target.rpartition(".")
     try:
-        kind: Any = getattr(importlib.import_module(module), name, None)
+        kind = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise CompressError(
             f"{where}._target_", expected="an importable module", received=f"{module} ({error})", fix="Install it."
@@ -195,7 +195,7 @@ def _find_class(base: type[T], target: Any, where: str) -> type[T]:
             received=target,
             fix="Name the class of the strategy, model, data source or board.",
         )
-    return cast(type[T], kind)
+    return kind
 
 
 def _unknown_key(where: str, name: str, known: set[str]) -> CompressError:

@@ -76,7 +76,7 @@ def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
             "files",
             expected="folders and files that can be written and read",
             received=f"{error.strerror or type(error).__name__}: {error.filename or error}",
-            fix="Name another folder with hydra.run.dir=... (a multirun: hydra.sweep.dir=...).",
+            fix="Name another folder: hydra.run.dir=... (multirun: hydra.sweep.dir=...), cache.dir=... .",
         )
     first = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:

@@ -29,13 +29,14 @@ class Column:
     """A column of the rendered table.
 
     ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
-    absent. With a ``tolerance`` the difference is judged.
+    absent. With a ``tolerance`` the difference is judged; with ``at_least`` only ours being lower counts.
     """
 
     name: str
     ours: str | None = None
     published: str | None = None
     tolerance: float | None = None
+    at_least: bool = False
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -128,7 +129,7 @@ def render(
             if "ours" in _sides(column):
                 cells.append(_ours(ours) if reports else "not run yet")
             if "agrees" in _sides(column):
-                verdict = _agrees(ours, published, column.tolerance)
+                verdict = _agrees(ours, published, column)
                 cells.append({True: "yes", False: "**no**", None: "-"}[verdict])
                 if verdict is False:
                     misses.append(f"{row}, {column.name}: {_ours(ours)} against {_cell(published)}")
@@ -222,11 +223,12 @@ def _cell(value: str | int | float | None) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".") if abs(value) < 10 else f"{value:.2f}"
 
 
-def _agrees(ours: Sequence[float | None], published: Any, tolerance: float | None) -> bool | None:
+def _agrees(ours: Sequence[float | None], published: Any, column: Column) -> bool | None:
     known = [value for value in ours if value is not None]
-    if not known or tolerance is None or not isinstance(published, (int, float)):
+    if not known or column.tolerance is None or not isinstance(published, (int, float)):
         return None
-    return bool(abs(float(np.mean(known)) - published) <= tolerance + 1e-9)
+    difference = float(np.mean(known)) - published
+    return difference >= -column.tolerance - 1e-9 and (column.at_least or difference <= column.tolerance + 1e-9)
 
 
 def _write(target: Path, text: str) -> None:

@@ -135,7 +135,7 @@ class TFLiteFile:
         if op.name == "DEPTHWISE_CONV_2D":
             return stored.reshape(shape)
         if op.name == "TRANSPOSE_CONV":
-            return stored.transpose(1, 2, 0, 3).reshape(shape)
+            return np.asarray(stored.transpose(1, 2, 0, 3).reshape(shape))
         moved: np.ndarray = np.moveaxis(stored, 0, -1).reshape(shape)
         return moved
 
@@ -154,24 +154,6 @@ class TFLiteFile:
         """Return how many channels the layer's operator writes; None if the file does not name it."""
         found = self._find(layer)
         return None if found is None else self.tensors[found[0].outputs[0]].shape[-1]
-
-    def storage_of(self, layer: str) -> np.dtype | None:
-        """Return the type in which the weights of a Keras layer are stored; None if the file does not name it."""
-        found = self._find(layer)
-        return None if found is None else found[1].dtype
-
-    def dequantized(self, tensor: Tensor) -> np.ndarray:
-        """Return the real values of a stored weight tensor (zero points of weights are 0)."""
-        if tensor.data is None:
-            return np.zeros(tensor.shape, np.float32)
-        if tensor.scales.size <= 1:
-            scale = tensor.scales[0] if tensor.scales.size else 1.0
-            return np.asarray(tensor.data, np.float32) * np.float32(scale)
-        # Depthwise kernels [1, h, w, c] carry their channels last, all others first.
-        axis = next(i for i in (0, len(tensor.shape) - 1) if tensor.shape[i] == tensor.scales.size)
-        shape = [1] * len(tensor.shape)
-        shape[axis] = tensor.scales.size
-        return np.asarray(tensor.data, np.float32) * tensor.scales.reshape(shape)
 
     def macs(self) -> int:
         """Return the multiply-adds of one run, counted on the operators of the file."""

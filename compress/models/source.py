@@ -70,6 +70,8 @@ class ModelSource(ABC):
         Raises:
             CompressError: if the model does not fit the data, or its weights are not finite.
         """
+        # Keras counts the layers that it names by itself; the exported bytes must not depend on what was built before.
+        tf_keras.backend.reset_uids()
         model = copy_model(self.build(data, seed))
         fitted = data.fitted_to(model, f"model {model.name}")
         schedule = self.origin().schedule

@@ -15,6 +15,7 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
 from compress.progress import progress
+from compress.strategies.distillation.soft_targets import SoftTargets
 from compress.training import LossTerm, Projection, Recovery, train
 
 STRICT = ConfigDict(extra="forbid")
@@ -49,12 +50,8 @@ class Context:
         if not self.recovery.trains:
             return candidate
         extra = list(terms)
-        if self.recovery.method == "distill":
-            # Imported here: the term's own module holds a strategy and imports this one.
-            from compress.strategies.distillation.soft_targets import SoftTargets
-
-            if not any(isinstance(term, SoftTargets) for term in extra):
-                extra.append(SoftTargets(self.reference, self.recovery.temperature, self.recovery.soft_weight))
+        if self.recovery.method == "distill" and not any(isinstance(term, SoftTargets) for term in extra):
+            extra.append(SoftTargets(self.reference, self.recovery.temperature, self.recovery.soft_weight))
         with progress(self.stage) as shown:
             train(
                 candidate.model,
@@ -87,10 +84,11 @@ class Context:
         """Return the skipped layers for the report.
 
         Raises:
-            CompressError: in strict mode, if there are any.
+            CompressError: in strict mode, if there are layers that the strategy cannot handle.
         """
-        if self.strict and skipped:
-            first = skipped[0]
+        unsupported = [item for item in skipped if not item.by_choice]
+        if self.strict and unsupported:
+            first = unsupported[0]
             raise CompressError(
                 f"stage {self.stage}, layer {first.layer}",
                 expected="a layer that the strategy can handle (strict=true)",

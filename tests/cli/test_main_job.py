@@ -18,8 +18,7 @@ from mlflow.tracking import MlflowClient
 from sklearn.datasets import load_digits
 
 from compress.tracking.report import SCHEMA_FILE
-
-from ..conftest import REPOSITORY
+from tests.conftest import REPOSITORY
 
 QUICK = ["recovery.epochs=1", "board.runs=100", "board.warmup=1"]
 SAME = ("accuracy", "accuracy_keras", "params", "nonzero_params", "macs", "tflite_bytes", "gzip_bytes")
@@ -37,7 +36,7 @@ def same_numbers(report: dict) -> list:
 
 
 def test_the_default_job(cli, tmp_path):
-    code, shown, error = cli(*QUICK, "hydra.run.dir=out", "tracking.uri=sqlite:///runs.db")
+    code, shown, error = cli(*QUICK, "hydra.run.dir=out", f"tracking.uri=sqlite:///{tmp_path}/runs.db")
     assert code == 0, error
     report = read(tmp_path / "out")
     assert report["strategy"] == "lowrank+prune"
@@ -60,7 +59,7 @@ def test_the_default_job(cli, tmp_path):
         right += int(interpreter.get_tensor(target).argmax() == label)
     assert report["final"]["accuracy"] == pytest.approx(100 * right / test.sum())
 
-    client = MlflowClient("sqlite:///runs.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs.db")
     experiment = client.get_experiment_by_name("compress").experiment_id
     runs = client.search_runs([experiment])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -82,7 +81,13 @@ def test_the_default_job(cli, tmp_path):
 def test_same_seed_same_numbers_and_another_seed_others(cli, tmp_path):
     reports = []
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
-        arguments = ["strategy=lowrank+prune+share+quantize", *QUICK, f"seed={seed}", "cache=off", "model.train.epochs=4"]
+        arguments = [
+            "strategy=lowrank+prune+share+quantize",
+            *QUICK,
+            f"seed={seed}",
+            "cache=off",
+            "model.train.epochs=4",
+        ]
         code, _, error = cli(*arguments, f"hydra.run.dir={folder}")
         assert code == 0, error
         reports.append(read(tmp_path / folder))
@@ -95,13 +100,17 @@ def test_same_seed_same_numbers_and_another_seed_others(cli, tmp_path):
 
 def test_a_multirun_shares_its_prefix_and_tags_the_front(cli, tmp_path):
     arguments = ["-m", "strategy=lowrank,lowrank+prune,lowrank+quantize", *QUICK, "hydra.sweep.dir=sweep"]
-    code, _, error = cli(*arguments, "tracking.uri=sqlite:///runs.db", "cache.dir=own_cache")
+    code, _, error = cli(*arguments, f"tracking.uri=sqlite:///{tmp_path}/runs.db", "cache.dir=own_cache")
     assert code == 0, error
     reports = [read(tmp_path / "sweep" / str(job)) for job in range(3)]
-    assert [[stage["cached"] for stage in report["stages"]] for report in reports] == [[False], [True, False], [True, False]]
+    assert [[stage["cached"] for stage in report["stages"]] for report in reports] == [
+        [False],
+        [True, False],
+        [True, False],
+    ]
     assert reports[1]["stages"][0]["latency_ms"] == reports[0]["stages"][0]["latency_ms"]
 
-    client = MlflowClient("sqlite:///runs.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs.db")
     experiment = client.get_experiment_by_name("compress").experiment_id
     runs = client.search_runs([experiment])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -135,9 +144,19 @@ def test_a_killed_multirun_continues_with_the_same_numbers(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
 
     def command(folder: str, *more: str) -> list[str]:
-        return [sys.executable, "-m", "compress.run", *arguments, f"hydra.sweep.dir={folder}", f"cache.dir={folder}_cache", *more]
+        return [
+            sys.executable,
+            "-m",
+            "compress.run",
+            *arguments,
+            f"hydra.sweep.dir={folder}",
+            f"cache.dir={folder}_cache",
+            *more,
+        ]
 
-    undisturbed = subprocess.run(command("calm"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    undisturbed = subprocess.run(
+        command("calm"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     running = subprocess.Popen(command("killed"), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
@@ -152,7 +171,9 @@ def test_a_killed_multirun_continues_with_the_same_numbers(tmp_path):
     assert running.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "1" / "report.json").exists()
 
-    again = subprocess.run(command("killed"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    again = subprocess.run(
+        command("killed"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert again.returncode == 0, again.stderr
     for job in range(3):
         calm, resumed = (read(tmp_path / folder / str(job)) for folder in ("calm", "killed"))

@@ -38,6 +38,17 @@ def test_a_difference_outside_the_tolerance_is_said():
     assert "Outside the tolerance: ResNet-20, accuracy, exported file %" in page
 
 
+def test_a_floor_is_met_from_above_only():
+    experiment = load_experiment(experiments_dir() / "resnet20_pipelines", "resnet20_pipelines")
+
+    def page(accuracy: float) -> str:
+        report = {"baseline": {"accuracy": 91.73}, "final": {"accuracy": accuracy}, "ratios": {"nonzero_params": 9.0}}
+        return render(experiment, {"lowrank+prune": [report]}, [0], [])
+
+    assert "Outside" not in page(91.5)
+    assert "Outside" in page(90.9)
+
+
 @pytest.mark.data
 def test_the_first_table_in_short(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -65,7 +65,9 @@ def shared() -> tf_keras.Model:
 def several() -> tf_keras.Model:
     one, two = tf_keras.Input((4,)), tf_keras.Input((4,))
     x = layers.Concatenate()([one, two, one])
-    return random_weights(tf_keras.Model([one, two], [layers.Dense(2, name="left")(x), layers.Dense(3, name="right")(x)]))
+    return random_weights(
+        tf_keras.Model([one, two], [layers.Dense(2, name="left")(x), layers.Dense(3, name="right")(x)])
+    )
 
 
 @pytest.mark.parametrize("build", [residual, nested, shared, several])

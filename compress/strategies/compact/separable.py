@@ -59,7 +59,7 @@ class Compact(Strategy):
             if layer.name not in names or not isinstance(layer, tf_keras.layers.Conv2D):
                 continue
             if isinstance(layer, tf_keras.layers.DepthwiseConv2D) or layer.name in done:
-                skipped.append(Skipped(layer.name, "already separable"))
+                skipped.append(Skipped(layer.name, "already separable", True))
                 continue
             reason = self._obstacle(layer) or ("called more than once" if times[layer.name] > 1 else None)
             if reason is not None:
@@ -71,7 +71,7 @@ class Compact(Strategy):
             options.append(_Option(layer, depthwise, pointwise, error, saved))
         chosen = self._within_budget(options, sum(k.macs for k in kernels(model)), context.stage)
         left = {option.layer.name for option in options} - {option.layer.name for option in chosen}
-        skipped += [Skipped(name, "not needed for the budget") for name in sorted(left)]
+        skipped += [Skipped(name, "not needed for the budget", True) for name in sorted(left)]
         if not chosen:
             if done:
                 return candidate.evolve(model=rewrite(model), skipped=context.skip(skipped))

@@ -1,4 +1,4 @@
-"""Distillation by soft targets: the student learns the teacher's softened probabilities.
+"""The loss term of soft targets: the student learns the teacher's softened probabilities.
 
 Source: Hinton, Vinyals, Dean (arXiv 1503.02531, section 2): cross-entropy with the teacher at temperature T, multiplied
 by T squared, beside the ordinary cross-entropy.
@@ -6,18 +6,11 @@ by T squared, beside the ordinary cross-entropy.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from annotated_types import Gt, Le
-from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect
 from compress.data.source import Data
-from compress.graph.rewrite import copy_model
-from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import Batch, gives_probabilities, logits_of
 
 
@@ -53,19 +46,3 @@ class SoftTargets:
         student = tf.nn.log_softmax(batch.logits / self._temperature)
         divergence = tf.reduce_sum(tf.exp(target) * (target - student), axis=-1)
         return self._soft_weight * self._temperature**2 * tf.reduce_mean(divergence)
-
-
-@dataclass(frozen=True, config=STRICT)
-class Distill(Strategy):
-    """Train the candidate on the soft targets of the pipeline's reference model."""
-
-    temperature: Annotated[float, Gt(0)] = 4.0
-    soft_weight: Annotated[float, Gt(0), Le(1)] = 0.9
-
-    effects = frozenset({Effect.TRAIN})
-
-    def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        """Train a copy."""
-        context.require_training()
-        student = candidate.evolve(model=copy_model(candidate.model), skipped=())
-        return context.recover(student, terms=[SoftTargets(context.reference, self.temperature, self.soft_weight)])

@@ -43,7 +43,7 @@ class Share(Strategy):
             if kernel.layer.name not in names:
                 continue
             if kernel.size <= self.clusters:
-                skipped.append(Skipped(kernel.layer.name, f"{kernel.size} weights, {self.clusters} clusters"))
+                skipped.append(Skipped(kernel.layer.name, f"{kernel.size} weights, {self.clusters} clusters", True))
                 continue
             weights = kernel.value
             codebook, labels[kernel.name] = cluster(weights, self.clusters, self.iterations)
