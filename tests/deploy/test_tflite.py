@@ -137,6 +137,7 @@ def test_a_codebook_gets_one_scale_for_each_tensor(scheme, model, data, tmp_path
     bound = stored(export(candidate.with_guarantee(guarantee), data, tmp_path / "bound.tflite").path)
     assert max(len(weight["quantization_parameters"]["scales"]) for weight in free) > 1
     assert max(len(np.unique(weight["value"])) for weight in free) > 8
+    assert len(bound) == 2
     for weight in bound:
         assert weight["dtype"] == np.int8
         assert len(weight["quantization_parameters"]["scales"]) == 1

@@ -28,7 +28,7 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 class LowRank(Strategy):
     """Replace layers by products of two smaller ones where that saves, then recover.
 
-    One of these says how far to go (``params`` of 0.7, if none does):
+    One of these says how far to go (``macs`` of 0.7, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept. The ranks of all layers are
             chosen together: the least discarded spectral energy (relative to each layer's own) for the saving.
         energy: share of each layer's squared singular values that is kept.
@@ -55,7 +55,7 @@ class LowRank(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Choose form and rank for every layer, factorize, recover."""
         budget = one_budget(
-            context.stage, Budget("params", 0.7), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
+            context.stage, Budget("macs", 0.7), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
         )
         model = candidate.model
         pairs = {name for g in candidate.guarantees if isinstance(g, Rank) for name in g.ranks}

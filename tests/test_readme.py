@@ -1,0 +1,47 @@
+"""What the README says stays true: its commands compose, its tables name what exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from compress.cli.compose import compose_config
+from compress.cli.places import conf_dir
+from compress.reproduce import names
+
+from .conftest import REPOSITORY
+
+TEXT = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.run")])
+def test_run_commands_compose(command):
+    arguments = [a for a in shlex.split(command)[3:] if a not in ("-m", "--cfg", "job")]
+    swept = [argument for argument in arguments if "," in argument and "{" not in argument]
+    first = [argument.partition(",")[0] for argument in swept]
+    assert compose_config([*(a for a in arguments if a not in swept), *first]).strategy is not None
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.reproduce")])
+def test_reproduce_commands_name_experiments(command):
+    assert set(shlex.split(command)[3:]) <= set(names())
+
+
+@pytest.mark.parametrize("group", ["strategy", "model", "data", "recovery", "board", "tracking", "cache"])
+def test_every_choice_is_named(group):
+    for file in (conf_dir() / group).glob("*.yaml"):
+        # The table writes resnet20/32/44/56.
+        name = re.sub(r"^resnet(?=(32|44|56)$)", "/", file.stem)
+        assert re.search(rf"{re.escape(name)}(?!\w)", TEXT), f"{group}={file.stem} is not in the README"
+
+
+def test_the_two_set_up_commands_are_one_line_each():
+    start, tests = BLOCKS[0].strip(), BLOCKS[-1].strip()
+    assert len(start.splitlines()) == len(tests.splitlines()) == 1
+    assert start.endswith("python -m compress.run")
+    assert tests.endswith("-m pytest")
+    assert "<!-- test-command -->" in TEXT
