@@ -110,6 +110,7 @@ def train(
     projections: Sequence[Projection] = (),
     terms: Sequence[LossTerm] = (),
     progress: Progress | None = None,
+    where: str = "training",
 ) -> History:
     """Train ``model`` in place on the training part and return what was done.
 
@@ -122,6 +123,7 @@ def train(
         projections: further changes of the weights after every step, made before the guarantees are restored.
         terms: extra terms of the loss.
         progress: where the progress is shown.
+        where: what an error says it happened in.
 
     Raises:
         CompressError: if the loss becomes NaN or infinite.
@@ -143,7 +145,7 @@ def train(
     trainee.compile(optimizer=_optimizer(recovery, steps))
     batches = training_batches(data.train, recovery.batch_size, steps, seed, data.augmentation)
     started = time.perf_counter()
-    callback = _Watch(steps, recovery, progress)
+    callback = _Watch(steps, recovery, progress, where)
     trainee.fit(batches, epochs=1, steps_per_epoch=steps, verbose=0, callbacks=[callback])
     return History(
         steps=steps,
@@ -285,8 +287,9 @@ def _optimizer(recovery: Recovery, steps: int) -> tf_keras.optimizers.Optimizer:
 class _Watch(tf_keras.callbacks.Callback):
     """Shows progress and stops a training whose loss is no longer a number."""
 
-    def __init__(self, steps: int, recovery: Recovery, progress: Progress | None) -> None:
+    def __init__(self, steps: int, recovery: Recovery, progress: Progress | None, where: str) -> None:
         super().__init__()
+        self._where = where
         self.loss = float("nan")
         self._steps = steps
         self._recovery = recovery
@@ -301,7 +304,7 @@ class _Watch(tf_keras.callbacks.Callback):
         self.loss = float((logs or {}).get("loss", float("nan")))
         if not np.isfinite(self.loss):
             raise CompressError(
-                "training",
+                self._where,
                 expected="a finite loss",
                 received=f"{self.loss} at step {batch + 1} of {self._steps}",
                 fix=f"Lower the rate: recovery.learning_rate={self._recovery.learning_rate / 10:g}.",

@@ -46,11 +46,14 @@ class Kernel:
 
 
 def kernel_attributes(layer: tf_keras.layers.Layer) -> tuple[str, ...]:
-    """Return the names of the attributes of ``layer`` that hold kernels, in order of use."""
-    names = ("depthwise_kernel", "pointwise_kernel", "kernel")
-    if isinstance(layer, tf_keras.layers.BatchNormalization):
-        return ()
-    return tuple(name for name in names if hasattr(getattr(layer, name, None), "shape"))
+    """Return the names of the attributes of ``layer`` that hold kernels, in order of use; none for other layers."""
+    kinds = tf_keras.layers
+    if isinstance(layer, (kinds.SeparableConv1D, kinds.SeparableConv2D)):
+        return ("depthwise_kernel", "pointwise_kernel")
+    if isinstance(layer, (kinds.DepthwiseConv1D, kinds.DepthwiseConv2D)):
+        return ("depthwise_kernel",)
+    plain = (kinds.Dense, kinds.Conv1D, kinds.Conv2D, kinds.Conv3D, kinds.Conv1DTranspose, kinds.Conv2DTranspose)
+    return ("kernel",) if isinstance(layer, plain) else ()
 
 
 def kernels(model: tf_keras.Model) -> list[Kernel]:

@@ -125,35 +125,36 @@ class TFLiteFile:
         Integers stay integers. None if the file does not name the layer, or its weights are of another size.
         The converter names tensors after the layers whose operations were fused into them.
         """
-        found = self._find(layer)
-        if found is None:
-            return None
-        op, tensor = found
-        stored = np.asarray(tensor.data)
-        if stored.size != int(np.prod(shape, dtype=np.int64)):
-            return None
-        if op.name == "DEPTHWISE_CONV_2D":
-            return stored.reshape(shape)
-        if op.name == "TRANSPOSE_CONV":
-            return np.asarray(stored.transpose(1, 2, 0, 3).reshape(shape))
-        moved: np.ndarray = np.moveaxis(stored, 0, -1).reshape(shape)
-        return moved
-
-    def _find(self, layer: str) -> tuple[Operator, Tensor] | None:
-        for op, tensor in self.weighted:
-            if _names(tensor.name, layer) or any(_names(self.tensors[i].name, layer) for i in op.outputs):
-                return op, tensor
+        size = int(np.prod(shape, dtype=np.int64))
+        for op, tensor in self._matches(layer):
+            stored = np.asarray(tensor.data)
+            if stored.size != size:
+                # A separable layer has two kernels under one name.
+                continue
+            if op.name == "DEPTHWISE_CONV_2D":
+                return stored.reshape(shape)
+            if op.name == "TRANSPOSE_CONV":
+                return np.asarray(stored.transpose(1, 2, 0, 3).reshape(shape))
+            moved: np.ndarray = np.moveaxis(stored, 0, -1).reshape(shape)
+            return moved
         return None
+
+    def _matches(self, layer: str) -> list[tuple[Operator, Tensor]]:
+        return [
+            (op, tensor)
+            for op, tensor in self.weighted
+            if _names(tensor.name, layer) or any(_names(self.tensors[i].name, layer) for i in op.outputs)
+        ]
 
     def operator_of(self, layer: str) -> str | None:
         """Return the operator that multiplies by the layer's kernel; None if the file does not name it."""
-        found = self._find(layer)
-        return None if found is None else found[0].name
+        found = self._matches(layer)
+        return found[0][0].name if found else None
 
     def output_channels_of(self, layer: str) -> int | None:
         """Return how many channels the layer's operator writes; None if the file does not name it."""
-        found = self._find(layer)
-        return None if found is None else self.tensors[found[0].outputs[0]].shape[-1]
+        found = self._matches(layer)
+        return self.tensors[found[0][0].outputs[0]].shape[-1] if found else None
 
     def macs(self) -> int:
         """Return the multiply-adds of one run, counted on the operators of the file."""

@@ -62,6 +62,7 @@ class Context:
                 projections=projections,
                 terms=extra,
                 progress=shown,
+                where=f"stage {self.stage}, training",
             )
         return candidate
 

@@ -1,0 +1,274 @@
+"""Low-rank factorization: exact where the rank is, optimal where it is not, within its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Candidate
+from compress.data.source import Split, make_data
+from compress.errors import CompressError
+from compress.metrics.counts import count_macs, count_params
+from compress.strategies.lowrank.rank import first_factor
+from compress.strategies.lowrank.svd import LowRank
+from compress.strategies.strategy import Context
+from compress.training import Recovery
+
+layers = tf_keras.layers
+
+
+def chain(shape: Sequence[int], *parts: tf_keras.layers.Layer, seed: int = 0) -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(seed)
+    image = tf_keras.Input(tuple(shape), name="image")
+    x = image
+    for part in parts:
+        x = part(x)
+    model = tf_keras.Model(image, x)
+    rng = np.random.default_rng(seed)
+    model.set_weights([rng.normal(size=w.shape).astype(np.float32) for w in model.get_weights()])
+    return model
+
+
+def lowered(model: tf_keras.Model, stage: str = "lowrank", before: Candidate | None = None, **fields) -> Candidate:
+    x = np.random.default_rng(3).normal(size=(8, *model.input_shape[1:])).astype(np.float32)
+    part = Split(x, np.arange(8) % 2)
+    context = Context(stage, make_data("random", part, part), model, Recovery(method="none"), 0)
+    return LowRank(**fields).apply(before or Candidate(model), context)
+
+
+def as_matrix(kernel: np.ndarray, form: str) -> np.ndarray:
+    """The matrix whose rank each form limits (Denton et al.; Tai et al., equation 4)."""
+    if form == "dense":
+        return kernel
+    height, width, channels, filters = kernel.shape
+    if form == "channel":
+        return kernel.reshape(height * width * channels, filters)
+    return np.stack([[kernel[y, :, c, :].ravel() for c in range(channels)] for y in range(height)]).reshape(
+        height * channels, width * filters
+    )
+
+
+def product(model: tf_keras.Model, name: str, form: str) -> np.ndarray:
+    """The matrix that the two factors of layer ``name`` multiply to."""
+    first, last = np.asarray(model.get_layer(first_factor(name)).kernel), np.asarray(model.get_layer(name).kernel)
+    if form == "dense":
+        return first @ last
+    if form == "channel":
+        return first.reshape(-1, first.shape[-1]) @ last[0, 0]
+    columns = first[:, 0].reshape(-1, first.shape[-1])
+    return columns @ last[0].transpose(1, 0, 2).reshape(first.shape[-1], -1)
+
+
+def of_rank(kernel: np.ndarray, rank: int, form: str) -> np.ndarray:
+    """A kernel whose matrix has exactly this rank."""
+    left, values, right = np.linalg.svd(as_matrix(kernel, form).astype(np.float64), full_matrices=False)
+    matrix = (left[:, :rank] * values[:rank]) @ right[:rank]
+    if form != "spatial":
+        return matrix.reshape(kernel.shape).astype(np.float32)
+    height, width, channels, filters = kernel.shape
+    return matrix.reshape(height, channels, width, filters).transpose(0, 2, 1, 3).astype(np.float32)
+
+
+def outputs(model: tf_keras.Model) -> np.ndarray:
+    x = np.random.default_rng(7).normal(size=(3, *model.input_shape[1:])).astype(np.float32)
+    return np.asarray(model(x, training=False))
+
+
+CONVOLUTIONS = [
+    {"padding": padding, **how}
+    for padding in ("same", "valid")
+    for how in (
+        {},
+        {"strides": 2},
+        {"strides": (2, 1)},
+        {"strides": (1, 3)},
+        {"dilation_rate": 2},
+        {"dilation_rate": (1, 2)},
+    )
+]
+
+
+@pytest.mark.parametrize("how", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+def test_a_convolution_of_the_given_rank_is_reproduced(form, how):
+    layer = layers.Conv2D(12, (3, 4), activation="relu", name="conv", **how)
+    model = chain((11, 10, 5), layer, layers.GlobalMaxPooling2D())
+    layer.kernel.assign(of_rank(np.asarray(layer.kernel), 3, form))
+    result = lowered(model, rank=3, form=form)
+    assert result.model.get_layer("conv_reduce").output_shape[-1] == 3
+    expected = outputs(model)
+    np.testing.assert_allclose(outputs(result.model), expected, atol=1e-4 * np.abs(expected).max())
+    assert result.guarantees[0].check(result.model) == []
+
+
+@pytest.mark.parametrize("shape", [(20,), (4, 20)])
+def test_a_dense_layer_of_the_given_rank_is_reproduced(shape):
+    layer = layers.Dense(16, activation="tanh", name="dense")
+    model = chain(shape, layer)
+    layer.kernel.assign(of_rank(np.asarray(layer.kernel), 4, "dense") / 20)
+    result = lowered(model, rank=4)
+    np.testing.assert_allclose(outputs(result.model), outputs(model), atol=1e-5)
+    assert count_params(result.model) == 20 * 4 + 4 * 16 + 16
+
+
+LAYERS = {
+    "dense": lambda: chain((30,), layers.Dense(24, name="layer")),
+    "channel": lambda: chain((6, 6, 8), layers.Conv2D(24, 3, name="layer")),
+    "spatial": lambda: chain((6, 6, 8), layers.Conv2D(10, 3, name="layer")),
+}
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7])
+@pytest.mark.parametrize("form", LAYERS)
+def test_what_a_truncation_loses_is_the_energy_of_the_tail(form, rank):
+    model = LAYERS[form]()
+    matrix = as_matrix(np.asarray(model.get_layer("layer").kernel), form)
+    result = lowered(model, rank=rank, **({} if form == "dense" else {"form": form}))
+    lost = np.linalg.norm(matrix - product(result.model, "layer", form)) ** 2
+    tail = (np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[rank:] ** 2).sum()
+    assert lost == pytest.approx(tail, rel=1e-4)
+
+
+def test_the_better_form_is_taken_for_each_layer():
+    model = chain((8, 8, 6), layers.Conv2D(16, 3, name="one"), layers.Conv2D(16, 3, name="two"))
+    for name, form in (("one", "spatial"), ("two", "channel")):
+        kernel = model.get_layer(name).kernel
+        kernel.assign(of_rank(np.asarray(kernel), 2, form))
+    result = lowered(model, rank=2)
+    assert result.model.get_layer("one_reduce").kernel_size == (3, 1)
+    assert result.model.get_layer("two_reduce").kernel_size == (3, 3)
+    expected = outputs(model)
+    np.testing.assert_allclose(outputs(result.model), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.6, 0.85])
+def test_the_least_rank_that_keeps_the_energy_is_taken(energy):
+    model = LAYERS["dense"]()
+    kernel = model.get_layer("layer").kernel
+    rng = np.random.default_rng(0)
+    kernel.assign(
+        (np.asarray(kernel) * np.geomspace(1, 0.02, 30)[:, None] * rng.uniform(0.5, 1, 24)).astype(np.float32)
+    )
+    values = np.linalg.svd(np.asarray(kernel).astype(np.float64), compute_uv=False) ** 2
+    kept = np.cumsum(values) / values.sum()
+    result = lowered(model, energy=energy)
+    rank = result.model.get_layer("layer_reduce").units
+    assert kept[rank - 1] >= energy
+    assert rank == 1 or kept[rank - 2] < energy
+
+
+@pytest.mark.parametrize("form", LAYERS)
+def test_factorizing_a_pair_again_truncates_their_product_best(form):
+    model = LAYERS[form]()
+    fields = {} if form == "dense" else {"form": form}
+    first = lowered(model, rank=7, **fields)
+    # Recovery would have moved the factors: they are no singular vectors any more.
+    rng = np.random.default_rng(5)
+    first.model.set_weights([w + rng.normal(0, 0.3, w.shape).astype(np.float32) for w in first.model.get_weights()])
+    whole = product(first.model, "layer", form).astype(np.float64)
+    second = lowered(model, "lowrank2", first, rank=3, **fields)
+    left, values, right = np.linalg.svd(whole, full_matrices=False)
+    best = (left[:, :3] * values[:3]) @ right[:3]
+    np.testing.assert_allclose(product(second.model, "layer", form), best, atol=1e-4 * values[0])
+    assert [layer.name for layer in second.model.layers] == [layer.name for layer in first.model.layers]
+    assert [g.ranks for g in second.guarantees] == [{"layer": 7}, {"layer": 3}]
+    assert all(g.check(second.model) == [] for g in second.guarantees)
+    np.testing.assert_array_equal(second.model.get_layer("layer").bias, first.model.get_layer("layer").bias)
+
+
+def network(name: str) -> tf_keras.Model:
+    shape = (11, 9, 6) if name == "odd" else (10, 10, 6)
+    parts = {
+        "same": ({"padding": "same"}, {"padding": "same"}),
+        "strided": ({"padding": "same", "strides": 2}, {"padding": "same"}),
+        "valid": ({"kernel_size": 5}, {"kernel_size": 5}),
+        "odd": ({"strides": 2}, {"kernel_size": 2}),
+    }[name]
+    one, two = (
+        layers.Conv2D(**{"filters": filters, "kernel_size": 3, "name": label, **part})
+        for part, filters, label in zip(parts, (16, 24), ("one", "two"), strict=True)
+    )
+    tail = [layers.GlobalAveragePooling2D(), layers.Dense(32, name="fc1"), layers.Dense(5, name="fc2")]
+    return chain(shape, one, two, *tail)
+
+
+MORE_COLUMNS = pytest.mark.xfail(
+    strict=True,
+    reason="forms._spatial_form counts the first factor at output height x output width x stride; without padding it "
+    "runs at input width, more columns, so macs=0.9 gives 0.98 of LeNet-5 and can exceed 1",
+)
+SAME_WEIGHTS = pytest.mark.xfail(
+    strict=True,
+    reason="FactorForm.weights is in units of multiply-adds, and allocate uses it for params as well: a strided spatial "
+    "form is taken for larger than it is and far less is kept than asked for",
+)
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.7, 0.9])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("same", "auto"),
+        ("same", "spatial"),
+        ("strided", "channel"),
+        ("strided", "spatial"),
+        ("valid", "channel"),
+        pytest.param("valid", "auto", marks=MORE_COLUMNS),
+        pytest.param("valid", "spatial", marks=MORE_COLUMNS),
+    ],
+)
+def test_a_budget_of_multiply_adds_is_met_and_used(name, form, keep):
+    model = network(name)
+    share = count_macs(lowered(model, macs=keep, form=form).model) / count_macs(model)
+    assert share <= keep + 1e-9
+    assert share >= keep - 0.05
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.7, 0.9])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("same", "auto"), ("valid", "auto"), ("odd", "channel"), pytest.param("wide", "spatial", marks=SAME_WEIGHTS)],
+)
+def test_a_budget_of_parameters_is_met_and_used(name, form, keep):
+    if name == "wide":
+        model = chain((9, 9, 24), layers.Conv2D(24, 3, strides=2, padding="same"), layers.Conv2D(24, 3, strides=2))
+    else:
+        model = network(name)
+    share = count_params(lowered(model, params=keep, form=form).model) / count_params(model)
+    assert share <= keep + 1e-9
+    assert share >= keep - 0.05
+
+
+def test_a_budget_below_rank_one_everywhere_is_refused_with_the_limit():
+    model = network("same")
+    with pytest.raises(CompressError) as caught:
+        lowered(model, macs=0.001)
+    assert caught.value.where == "strategy.lowrank.macs"
+    least = count_macs(lowered(model, rank=1, form="spatial").model) / count_macs(model)
+    assert f"{least:.3f}" in caught.value.expected
+
+
+def test_what_cannot_be_factorized_is_named_with_the_reason():
+    image = tf_keras.Input((8, 8, 8), name="image")
+    twice = layers.Conv2D(8, 3, padding="same", name="twice")
+    x = twice(twice(image))
+    x = layers.Conv2D(8, 3, groups=2, name="grouped")(x)
+    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
+    x = layers.Flatten()(x)
+    model = tf_keras.Model(image, layers.Dense(1, name="column")(layers.Dense(16, name="dense")(x)))
+    result = lowered(model, rank=2)
+    reasons = {item.layer: item.reason for item in result.skipped}
+    assert set(reasons) == {"twice", "grouped", "depthwise", "column"}
+    assert "more than once" in reasons["twice"]
+    assert "grouped" in reasons["grouped"]
+    assert "DepthwiseConv2D" in reasons["depthwise"]
+    assert "rank 1" in reasons["column"]
+    assert result.guarantees[0].ranks == {"dense": 2}
+
+
+def test_nothing_that_saves_is_an_error():
+    with pytest.raises(CompressError, match="stage lowrank"):
+        lowered(LAYERS["dense"](), rank=24)
