@@ -29,6 +29,7 @@ from compress.candidate import Candidate, Guarantee, Skipped, Storage
 _LOG = logging.getLogger("compress")
 _FORMAT = 1
 _SHARED_CODE = (
+    "boards",
     "candidate.py",
     "pipeline.py",
     "training.py",
@@ -38,6 +39,7 @@ _SHARED_CODE = (
     "metrics",
     "models/source.py",
     "strategies/budget.py",
+    "strategies/distillation/soft_targets.py",
     "strategies/strategy.py",
 )
 """What every stage's result depends on besides the strategy's own family."""
@@ -82,7 +84,12 @@ class StageCache:
             _write(partial, entry)
             target = self.folder / key
             if not target.exists():
-                partial.replace(target)
+                try:
+                    partial.replace(target)
+                except OSError:
+                    # Another process has finished the same stage since; its entry is as good.
+                    if not target.exists():
+                        raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

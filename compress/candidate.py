@@ -52,6 +52,9 @@ class Guarantee(ABC):
     one_scale_per_tensor: ClassVar[bool] = False
     """Whether integer weights must share one scale per tensor for the property to survive quantization."""
 
+    comes_first: ClassVar[bool] = False
+    """Whether it is restored before the others, which then see weights that keep it (a zero before a mean)."""
+
     stage: str
 
     @property

@@ -95,9 +95,11 @@ def logits_of(outputs: tf.Tensor, probabilities: bool) -> tf.Tensor:
 def gives_probabilities(model: tf_keras.Model) -> bool:
     """Say whether the model's last operation is a softmax."""
     layer = model.outputs[0].node.layer
-    return isinstance(layer, tf_keras.layers.Softmax) or (
-        getattr(layer, "activation", None) is tf_keras.activations.softmax
-    )
+    if isinstance(layer, tf_keras.layers.Softmax):
+        return True
+    # An operation layer carries the function that it calls, any other layer its activation.
+    function = getattr(layer, "activation", None) or getattr(layer, "function", None)
+    return str(getattr(function, "__name__", "")).startswith("softmax")
 
 
 def train(
@@ -251,7 +253,7 @@ class _Trainee(tf_keras.Model):
 
 def _guarantee_projections(model: tf_keras.Model, guarantees: Sequence[Guarantee]) -> list[Projection]:
     by_weight: dict[str, list[Guarantee]] = {}
-    for guarantee in guarantees:
+    for guarantee in sorted(guarantees, key=lambda g: not g.comes_first):
         for name in guarantee.weights():
             by_weight.setdefault(name, []).append(guarantee)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from compress.boards.board import Board
 from compress.candidate import Artifact, Latency, Measurement
 
+_FIELDS = {"p50", "p90", "p99", "mean", "runs", "threads"}
 _WORKER = Path(__file__).with_name("host_worker.py")
 
 
@@ -37,7 +39,9 @@ class Host(Board):
         command = [sys.executable, "-P", str(_WORKER), str(artifact.path)]
         command += [str(self.threads), str(self.runs), str(self.warmup)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=self.timeout, check=False
+            )
         except subprocess.TimeoutExpired:
             return Measurement(self.name, None, f"no answer within {self.timeout:g} s")
         if done.returncode != 0:
@@ -46,6 +50,13 @@ class Host(Board):
             return Measurement(self.name, None, f"the runtime ended with code {done.returncode}: {last}".rstrip(": "))
         try:
             answer = json.loads(done.stdout.strip().splitlines()[-1])
-            return Measurement(self.name, Latency(**answer))
-        except (ValueError, IndexError, TypeError):
+            if set(answer) != _FIELDS:
+                raise ValueError("other fields than expected")
+            times = [float(answer[key]) for key in ("p50", "p90", "p99", "mean")]
+            if not all(math.isfinite(time) and time > 0 for time in times):
+                raise ValueError("no positive times")
+            p50, p90, p99, mean = times
+            latency = Latency(p50, p90, p99, mean, runs=int(answer["runs"]), threads=int(answer["threads"]))
+            return Measurement(self.name, latency)
+        except (ValueError, IndexError, KeyError, TypeError):
             return Measurement(self.name, None, f"unreadable answer {done.stdout[:100]!r}")

@@ -53,7 +53,7 @@ def refuse_passwords(arguments: Sequence[str]) -> None:
         CompressError: if a URI among ``arguments`` carries one.
     """
     for argument in arguments:
-        if re.search(r"://[^/\s@]*:[^/\s@]+@", argument):
+        if re.search(r"://[^\s@:/]*:\S+@", argument):
             raise CompressError(
                 argument.partition("=")[0],
                 expected="a URI without a password; the command line is kept in config dumps",

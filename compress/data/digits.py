@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Ge, Gt
 from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, make_data
@@ -12,10 +15,10 @@ from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, 
 class Digits(DataSource):
     """scikit-learn's digits; pixel values 0 to 16; every fifth image is test data."""
 
-    recovery_epochs: float = 1.0
-    shift: int = 0
-    train_limit: int | None = None
-    test_limit: int | None = None
+    recovery_epochs: Annotated[float, Ge(0)] = 1.0
+    shift: Annotated[int, Ge(0)] = 0
+    train_limit: Annotated[int, Gt(0)] | None = None
+    test_limit: Annotated[int, Gt(0)] | None = None
 
     def load(self) -> Data:
         """Read the data from the scikit-learn package."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ class Npz(DataSource):
     """A user's arrays: ``x_train, y_train, x_test, y_test`` and, if given, ``x_val, y_val``."""
 
     path: str | None = None
-    recovery_epochs: float = 1.0
+    recovery_epochs: Annotated[float, Ge(0)] = 1.0
     shift: Annotated[int, Ge(0)] = 0
     mirror: bool = False
     train_limit: Annotated[int, Gt(0)] | None = None
@@ -99,7 +100,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                     fix="Save them with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...).",
                 )
             return {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         raise CompressError(
             f"data.path {path}",
             expected="an .npz archive of plain arrays",

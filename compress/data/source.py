@@ -74,11 +74,12 @@ class Data:
                 fix="Cut the model down to the part that classifies.",
             )
         wanted, given = tuple(model.inputs[0].shape[1:]), self.train.x.shape[1:]
+        fitted = self
         if _fits((*given, 1), wanted) and not _fits(given, wanted):
             parts = (Split(part.x[..., None], part.y) for part in (self.train, self.validation, self.test))
             train, validation, test = parts
-            return replace(self, train=train, validation=validation, test=test)
-        if not _fits(given, wanted):
+            fitted = replace(self, train=train, validation=validation, test=test)
+        elif not _fits(given, wanted):
             raise CompressError(
                 where,
                 expected=f"samples of the model's input shape {_plain(wanted)}",
@@ -93,7 +94,7 @@ class Data:
                 received=f"an output of shape {_plain(outputs)}",
                 fix="Choose the data that the model was trained on, or another model.",
             )
-        return self
+        return fitted
 
 
 def _fits(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

@@ -43,7 +43,7 @@ def file_outputs(path: Path, inputs: np.ndarray, *, batch: int = 128, threads: i
         source, target = Path(folder, "inputs.npy"), Path(folder, "outputs.npy")
         np.save(source, inputs, allow_pickle=False)
         command = [sys.executable, "-P", str(_WORKER), str(path), str(source), str(target), str(batch), str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
             raise CompressError(
                 f"LiteRT run of {path.name}",

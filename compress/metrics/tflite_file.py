@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,17 @@ _DTYPES: dict[int, np.dtype] = {
 }
 _OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _WEIGHT_OPERATORS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "CONV_3D"}
-_KERNEL_SUFFIXES = ("Conv2D", "Conv1D", "MatMul", "Tensordot", "depthwise", "separable_conv2d", "conv2d_transpose")
+_KERNEL_SUFFIXES = (
+    "Conv2D",
+    "Conv1D",
+    "MatMul",
+    "Tensordot",
+    "depthwise",
+    "separable_conv2d",
+    "conv2d_transpose",
+    "conv1d_transpose",
+    "Conv3D",
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,18 @@ class TFLiteFile:
                 fix="Export the model again.",
             )
         self.content = content
-        self._model = schema.Model.GetRootAs(content, 0)
-        graph = self._model.Subgraphs(0)
-        self.tensors = [self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())]
-        self.operators = [self._operator(graph.Operators(i)) for i in range(graph.OperatorsLength())]
-        self.inputs = tuple(int(i) for i in graph.InputsAsNumpy())
-        self.outputs = tuple(int(i) for i in graph.OutputsAsNumpy())
+        try:
+            self._model = schema.Model.GetRootAs(content, 0)
+            graph = self._model.Subgraphs(0)
+            self.tensors = [self._tensor(graph.Tensors(i)) for i in range(graph.TensorsLength())]
+            self.operators = [self._operator(graph.Operators(i)) for i in range(graph.OperatorsLength())]
+            self.inputs = tuple(int(i) for i in graph.InputsAsNumpy())
+            self.outputs = tuple(int(i) for i in graph.OutputsAsNumpy())
+        except (struct.error, ValueError, TypeError, IndexError, AttributeError) as error:
+            # What the flatbuffers reader raises when an offset points outside the bytes.
+            raise CompressError(
+                name, expected="a whole TFLite file", received=f"a damaged one ({error})", fix="Export the model again."
+            ) from error
 
     @classmethod
     def read(cls, path: Path) -> TFLiteFile:
@@ -126,11 +143,16 @@ class TFLiteFile:
         The converter names tensors after the layers whose operations were fused into them.
         """
         size = int(np.prod(shape, dtype=np.int64))
-        for op, tensor in self._matches(layer):
+        # A separable layer has two kernels under one name.
+        found = [(op, tensor) for op, tensor in self._matches(layer) if np.asarray(tensor.data).size == size]
+        if not found:
+            # The converter gives the kernel of a grouped convolution no layer's name.
+            nameless = [p for p in self.weighted if "/" not in p[1].name and np.asarray(p[1].data).size == size]
+            found = nameless if len(nameless) == 1 else []
+        for op, tensor in found:
             stored = np.asarray(tensor.data)
-            if stored.size != size:
-                # A separable layer has two kernels under one name.
-                continue
+            if op.name == "CONV_3D":
+                return stored.reshape(shape)
             if op.name == "DEPTHWISE_CONV_2D":
                 return stored.reshape(shape)
             if op.name == "TRANSPOSE_CONV":

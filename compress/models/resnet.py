@@ -110,11 +110,11 @@ def load_torch_weights(model: tf_keras.Model, file: Path) -> None:
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {key.removeprefix("module."): archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise _wrong_weights(file, model.name, f"{type(error).__name__}: {str(error)[:160]}") from error
 
     def take(name: str, layer: str, shape: tuple[int, ...]) -> np.ndarray:
-        value = arrays.get(name)
+        value = arrays.pop(name, None)
         if value is None or value.shape != shape:
             received = "no such array" if value is None else f"shape {value.shape}"
             raise _wrong_weights(file, model.name, f"{received} for {name} (layer {layer}, {shape})")
@@ -134,6 +134,9 @@ def load_torch_weights(model: tf_keras.Model, file: Path) -> None:
             inputs, outputs = layer.kernel.shape
             kernel = take("linear.weight", layer.name, (outputs, inputs))
             layer.set_weights([kernel.T, take("linear.bias", layer.name, (outputs,))])
+    left = sorted(name for name in arrays if not name.endswith("num_batches_tracked"))
+    if left:
+        raise _wrong_weights(file, model.name, f"{len(left)} arrays more than it has, such as {left[0]}")
 
 
 def _torch_name(layer: str) -> str:

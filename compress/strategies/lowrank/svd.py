@@ -19,7 +19,7 @@ from compress.graph.selection import Selection
 from compress.metrics.counts import count_params
 from compress.strategies.budget import Budget, one_budget
 from compress.strategies.lowrank.allocation import Choice, allocate
-from compress.strategies.lowrank.forms import Form, Unit, obstacle, pair_unit, single_unit
+from compress.strategies.lowrank.forms import CostUnit, Form, Unit, obstacle, pair_unit, single_unit
 from compress.strategies.lowrank.rank import Rank, first_factor
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -28,7 +28,7 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 class LowRank(Strategy):
     """Replace layers by products of two smaller ones where that saves, then recover.
 
-    One of these says how far to go (``macs`` of 0.7, if none does):
+    One of these says how far to go (``params`` of 0.8, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept. The ranks of all layers are
             chosen together: the least discarded spectral energy (relative to each layer's own) for the saving.
         energy: share of each layer's squared singular values that is kept.
@@ -55,12 +55,13 @@ class LowRank(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Choose form and rank for every layer, factorize, recover."""
         budget = one_budget(
-            context.stage, Budget("macs", 0.7), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
+            context.stage, Budget("params", 0.8), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
         )
         model = candidate.model
         pairs = {name for g in candidate.guarantees if isinstance(g, Rank) for name in g.ranks}
-        units, skipped = self._units(model, context.selection.names(model), pairs)
-        total = sum(k.macs for k in kernels(model)) if budget.unit == "macs" else count_params(model)
+        counted: CostUnit = "params" if budget.unit == "params" else "macs"
+        units, skipped = self._units(model, context.selection.names(model), pairs, counted)
+        total = sum(k.macs for k in kernels(model)) if counted == "macs" else count_params(model)
         choices = self._choose(units, budget, float(total), context.stage)
         for unit, choice in zip(units, choices, strict=True):
             if choice is None:
@@ -77,7 +78,9 @@ class LowRank(Strategy):
         ranks = {unit.name: rank for unit, (_, rank) in chosen}
         return context.recover(result.with_guarantee(Rank(context.stage, ranks)))
 
-    def _units(self, model: tf_keras.Model, names: frozenset[str], pairs: set[str]) -> tuple[list[Unit], list[Skipped]]:
+    def _units(
+        self, model: tf_keras.Model, names: frozenset[str], pairs: set[str], counted: CostUnit
+    ) -> tuple[list[Unit], list[Skipped]]:
         """Return what can be factorized: single layers, and pairs that an earlier stage made."""
         times = calls(model)
         by_layer = {k.layer.name: k for k in kernels(model)}
@@ -90,7 +93,7 @@ class LowRank(Strategy):
             reason = "called more than once" if times[name] > 1 else obstacle(kernel)
             if name in pairs:
                 first = by_layer.get(first_factor(name))
-                pair = None if reason or first is None else pair_unit(first, kernel)
+                pair = None if reason or first is None else pair_unit(first, kernel, counted)
                 if pair is None:
                     skipped.append(Skipped(name, reason or "a factor has been replaced since it was factorized"))
                 else:
@@ -98,7 +101,7 @@ class LowRank(Strategy):
             elif reason is not None:
                 skipped.append(Skipped(name, reason))
             else:
-                units.append(single_unit(kernel, self.form))
+                units.append(single_unit(kernel, self.form, counted))
         return units, skipped
 
     def _choose(self, units: list[Unit], budget: Budget, total: float, stage: str) -> list[Choice | None]:
@@ -106,5 +109,4 @@ class LowRank(Strategy):
             return [unit.at_rank(int(budget.keep)) for unit in units]
         if budget.unit == "energy":
             return [unit.at_error(1.0 - budget.keep) for unit in units]
-        cost = (lambda u: u.macs_per_weight) if budget.unit == "macs" else (lambda u: 1.0)
-        return allocate(units, cost, budget.keep, total, stage, budget.unit)
+        return allocate(units, budget.keep, total, stage, budget.unit)

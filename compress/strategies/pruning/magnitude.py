@@ -44,7 +44,7 @@ class Prune(Strategy):
     weights: Annotated[float, Gt(0), Lt(1)] | None = None
     macs: Annotated[float, Gt(0), Lt(1)] | None = None
     params: Annotated[float, Gt(0), Lt(1)] | None = None
-    ramp: Annotated[float, Ge(0), Le(1)] = 0.5
+    ramp: Annotated[float, Ge(0), Le(1)] = 0.25
 
     effects = frozenset({Effect.TRAIN, Effect.ZERO})
     establishes = Zeros

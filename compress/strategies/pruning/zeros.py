@@ -22,6 +22,7 @@ class Zeros(Guarantee):
     masks: Mapping[str, np.ndarray]
 
     broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE})
+    comes_first: ClassVar[bool] = True
 
     @property
     def layers(self) -> frozenset[str]:

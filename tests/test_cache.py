@@ -1,0 +1,317 @@
+"""The stage cache: what is stored comes back, what is damaged or forged does not, and nothing in it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress import cache as module
+from compress.cache import Entry, StageCache, code_digest
+from compress.candidate import Candidate, Storage
+from compress.models.small import Lenet5
+from compress.strategies.compact.separable_form import SeparableForm
+from compress.strategies.lowrank.rank import Rank
+from compress.strategies.lowrank.svd import LowRank
+from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.zeros import Zeros
+from compress.strategies.quantization.stored import Stored
+from compress.strategies.sharing.codebook import Codebook
+
+layers = tf_keras.layers
+KEY = "0123456789abcdef"
+FILES = ("guarantees.npz", "manifest.json", "model.keras", "model.tflite", "record.json")
+X = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype(np.float32)
+
+
+def network() -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((6, 6, 2), name="image")
+    x = layers.DepthwiseConv2D(3, name="conv_depthwise")(image)
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 1, name="conv")(x)))
+    return tf_keras.Model(image, layers.Dense(3, name="dense")(layers.Flatten()(x)))
+
+
+@pytest.fixture
+def entry() -> Entry:
+    mask = np.arange(8).reshape(1, 1, 2, 4) % 3 > 0
+    guarantees = (
+        Zeros("prune", {"conv/kernel": mask, "dense/kernel": np.ones((64, 3), bool)}),
+        Codebook("share", 300, {"dense/kernel": np.arange(192, dtype=np.uint16).reshape(64, 3)}),
+        Rank("lowrank", {"dense": 5}),
+        SeparableForm("compact", {"conv": "conv_depthwise"}),
+        Stored("quantize", "int8"),
+    )
+    candidate = Candidate(
+        network(), guarantees, Storage("int8", 17), lineage=("prune", "share"), released=("lowrank: gone",)
+    )
+    return Entry(candidate, {"name": "share", "skipped": [{"layer": "conv", "reason": "too small"}]}, b"\0TFLite\xff")
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("compress"), "warning", lambda text, *values: said.append(text % values))
+    return said
+
+
+def test_an_entry_comes_back_whole(entry, tmp_path):
+    cache = StageCache(tmp_path / "deep" / "cache")
+    cache.store(KEY, entry)
+    found = cache.load(KEY)
+    before, after = entry.candidate, found.candidate
+    assert found.tflite == entry.tflite
+    assert found.result == entry.result
+    assert (after.storage, after.lineage, after.released) == (before.storage, before.lineage, before.released)
+    assert [(item.layer, item.reason) for item in after.skipped] == [("conv", "too small")]
+    assert after.model.get_config() == before.model.get_config()
+    np.testing.assert_array_equal(after.model(X), before.model(X))
+    assert [type(g) for g in after.guarantees] == [type(g) for g in before.guarantees]
+    for one, two in zip(before.guarantees, after.guarantees, strict=True):
+        assert one.stage == two.stage
+        assert one.describe() == two.describe()
+        assert one.layers == two.layers
+    for field, index in (("masks", 0), ("labels", 1)):
+        one, two = getattr(before.guarantees[index], field), getattr(after.guarantees[index], field)
+        assert one.keys() == two.keys()
+        for name in one:
+            assert one[name].dtype == two[name].dtype
+            np.testing.assert_array_equal(one[name], two[name])
+    assert after.guarantees[1].clusters == 300
+    assert after.guarantees[2].ranks == {"dense": 5}
+
+
+def test_what_was_never_stored_is_not_there(entry, tmp_path):
+    cache = StageCache(tmp_path)
+    assert cache.load(KEY) is None
+    cache.store(KEY, entry)
+    assert cache.load(KEY[::-1]) is None
+
+
+def test_without_a_folder_nothing_is_kept(entry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    StageCache(None).store(KEY, entry)
+    assert StageCache(None).load(KEY) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
+def test_one_changed_byte_is_noticed_and_the_entry_removed(name, place, entry, tmp_path, warnings):
+    cache = StageCache(tmp_path)
+    cache.store(KEY, entry)
+    assert sorted(file.name for file in (tmp_path / KEY).iterdir()) == sorted(FILES)
+    file = tmp_path / KEY / name
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 0x41
+    file.write_bytes(content)
+    assert cache.load(KEY) is None
+    assert len(warnings) == 1
+    assert KEY[:12] in warnings[0]
+    assert not (tmp_path / KEY).exists()
+    cache.store(KEY, entry)
+    assert cache.load(KEY) is not None
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+def test_a_file_that_is_not_whole_is_noticed(name, how, entry, tmp_path, warnings):
+    cache = StageCache(tmp_path)
+    cache.store(KEY, entry)
+    file = tmp_path / KEY / name
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if how == "empty" else file.read_bytes()[:-1])
+    assert cache.load(KEY) is None
+    assert len(warnings) == 1
+    assert not (tmp_path / KEY).exists()
+
+
+def test_an_entry_of_another_format_is_made_anew(entry, tmp_path, warnings):
+    cache = StageCache(tmp_path)
+    cache.store(KEY, entry)
+    manifest = tmp_path / KEY / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 999}))
+    assert cache.load(KEY) is None
+    assert "999" in warnings[0]
+
+
+def test_a_failure_while_writing_leaves_nothing(entry, tmp_path, monkeypatch):
+    def fail(handle: int) -> None:
+        assert not (tmp_path / KEY).exists(), "not visible before it is whole"
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        StageCache(tmp_path).store(KEY, entry)
+    assert not list(tmp_path.iterdir())
+    assert StageCache(tmp_path).load(KEY) is None
+
+
+def test_an_entry_is_written_to_disk_before_it_is_visible(entry, tmp_path, monkeypatch):
+    seen = []
+    synced = module.os.fsync
+
+    def watch(handle: int) -> None:
+        seen.append((tmp_path / KEY).exists())
+        synced(handle)
+
+    monkeypatch.setattr(module.os, "fsync", watch)
+    StageCache(tmp_path).store(KEY, entry)
+    assert seen == [False] * len(FILES)
+
+
+def other(entry: Entry) -> Entry:
+    return Entry(entry.candidate, {**entry.result, "name": "another"}, b"another")
+
+
+def test_an_entry_that_is_there_already_is_left_as_it_is(entry, tmp_path):
+    cache = StageCache(tmp_path)
+    cache.store(KEY, entry)
+    cache.store(KEY, other(entry))
+    assert cache.load(KEY).tflite == entry.tflite
+    assert [item.name for item in tmp_path.iterdir()] == [KEY]
+
+
+def test_an_entry_that_appears_at_the_last_moment_is_left_as_it_is(entry, tmp_path, monkeypatch):
+    cache = StageCache(tmp_path)
+    rename = Path.replace
+
+    def overtaken(partial: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", rename)
+        cache.store(KEY, other(entry))
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    cache.store(KEY, entry)
+    assert cache.load(KEY).tflite == b"another"
+
+
+def forge(folder: Path, change) -> None:
+    """Change the record of an entry and give it a manifest that agrees."""
+    record = json.loads((folder / "record.json").read_text())
+    change(record)
+    (folder / "record.json").write_text(json.dumps(record))
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir() if f.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "sha256": sums}))
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "fields"),
+    [
+        ("os", "system", {"command": "touch {0}"}),
+        ("subprocess", "Popen", {"args": ["touch", "{0}"]}),
+        ("builtins", "open", {"file": "{0}", "mode": "w"}),
+        ("compress.candidate", "Candidate", {"model": None}),
+        ("compress.candidate", "Guarantee", {"stage": "prune"}),
+        ("compress.cache", "shutil.rmtree", {"path": "{0}"}),
+    ],
+)
+def test_a_forged_guarantee_is_not_called(path, name, fields, entry, tmp_path, warnings):
+    cache, target = StageCache(tmp_path / "cache"), tmp_path / "touched"
+    cache.store(KEY, entry)
+    filled = json.loads(json.dumps(fields).replace("{0}", str(target)))
+
+    def change(record):
+        record["guarantees"] = [
+            {"index": 0, "module": path, "name": name, "fields": {k: {"value": v} for k, v in filled.items()}}
+        ]
+
+    forge(tmp_path / "cache" / KEY, change)
+    assert cache.load(KEY) is None
+    assert not target.exists()
+    assert len(warnings) == 1
+
+
+def test_a_forged_guarantee_chooses_no_module_to_import(entry, tmp_path, monkeypatch, warnings):
+    (tmp_path / "planted.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cache = StageCache(tmp_path / "cache")
+    cache.store(KEY, entry)
+    forge(tmp_path / "cache" / KEY, lambda record: record["guarantees"][0].update(module="planted"))
+    assert cache.load(KEY) is None
+    assert "planted" not in sys.modules
+    assert len(warnings) == 1
+
+
+def test_the_forger_of_these_tests_makes_entries_that_load(entry, tmp_path):
+    cache = StageCache(tmp_path)
+    cache.store(KEY, entry)
+    forge(tmp_path / KEY, lambda record: record["guarantees"][0].update(index=0))
+    assert cache.load(KEY) is not None
+
+
+def test_code_in_a_stored_model_does_not_run(entry, tmp_path, warnings):
+    target = tmp_path / "touched"
+    image = tf_keras.Input((2,))
+    code = layers.Lambda(eval(f"lambda x: (open({str(target)!r}, 'w'), x)[1]"))
+    model = tf_keras.Model(image, code(image))
+    target.unlink()
+    cache = StageCache(tmp_path / "cache")
+    cache.store(KEY, Entry(Candidate(model), {"skipped": []}, b""))
+    target.unlink(missing_ok=True)
+    assert cache.load(KEY) is None
+    assert not target.exists()
+    assert len(warnings) == 1
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch) -> Path:
+    """A strategy family outside the package, whose source can be changed."""
+    folder = tmp_path / "planted_family"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "method.py").write_text("class Method:\n    pass\n")
+    (folder / "helper.py").write_text("RATE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("planted_family")]:
+        del sys.modules[name]
+
+
+def test_the_digest_follows_the_source_of_the_strategys_family(family):
+    kind = importlib.import_module("planted_family.method").Method
+    first = code_digest(kind)
+    assert code_digest(kind) == first
+    (family / "helper.py").write_text("RATE = 2\n")
+    second = code_digest(kind)
+    (family / "method.py").write_text("class Method:\n    fast = True\n")
+    third = code_digest(kind)
+    (family / "notes.txt").write_text("no code")
+    assert code_digest(kind) == third
+    assert len({first, second, third}) == 3
+
+
+def test_strategies_of_different_families_have_different_digests():
+    assert len({code_digest(Prune), code_digest(LowRank), code_digest(Lenet5)}) == 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "training.py",
+        "graph/rewrite.py",
+        "deploy/tflite.py",
+        "metrics/interpreter_worker.py",
+        "strategies/strategy.py",
+        "strategies/distillation/soft_targets.py",
+        "boards/host_worker.py",
+    ],
+)
+def test_the_digest_follows_every_room_that_a_stage_stands_on(changed, tmp_path, monkeypatch):
+    package = Path(module.__file__).parent
+    shutil.copytree(package, tmp_path / "compress", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "compress" / "cache.py"))
+    before = code_digest(Prune)
+    with (tmp_path / "compress" / changed).open("a") as file:
+        file.write("\n# changed\n")
+    assert code_digest(Prune) != before

@@ -1,0 +1,370 @@
+"""The one training loop: what it reads, what a step does, that it is a function of its seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.candidate import Guarantee
+from compress.data.source import Augmentation, Data, Split
+from compress.errors import CompressError
+from compress.graph.rewrite import copy_model
+from compress.strategies.pruning.zeros import Zeros
+from compress.strategies.sharing.codebook import Codebook
+from compress.training import (
+    Batch,
+    Recovery,
+    augment,
+    gives_probabilities,
+    logits_of,
+    restore,
+    train,
+    training_batches,
+)
+
+layers = tf_keras.layers
+PLAIN = Augmentation()
+
+
+def split(count: int, shape: tuple[int, ...] = (3,), classes: int = 3) -> Split:
+    rng = np.random.default_rng(0)
+    return Split(rng.integers(0, 256, (count, *shape)).astype(np.uint8), rng.integers(0, classes, count))
+
+
+def data(count: int = 40, shape: tuple[int, ...] = (3,), augmentation: Augmentation = PLAIN) -> Data:
+    # No validation or test part: the loop must not even look at them.
+    return Data("random", split(count, shape), None, None, 3, augmentation, "identity")  # type: ignore[arg-type]
+
+
+def linear(*, softmax: bool = False) -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(0)
+    values = tf_keras.Input((3,))
+    scaled = layers.Rescaling(1 / 255)(values)
+    return tf_keras.Model(values, layers.Dense(3, activation="softmax" if softmax else None, name="dense")(scaled))
+
+
+def convolutional() -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((6, 6, 1))
+    x = layers.Conv2D(8, 3, use_bias=False, name="conv")(layers.Rescaling(1 / 255)(image))
+    x = layers.Dropout(0.3)(layers.ReLU()(layers.BatchNormalization()(x)))
+    return tf_keras.Model(image, layers.Dense(3, name="dense")(layers.Flatten()(x)))
+
+
+def batches(part: Split, size: int, steps: int, seed: int = 0, augmentation: Augmentation = PLAIN) -> list:
+    return [tuple(np.asarray(t) for t in b) for b in training_batches(part, size, steps, seed, augmentation)]
+
+
+@given(count=st.integers(1, 40), size=st.integers(1, 15), seed=st.integers(0, 2**28))
+@settings(deadline=None, max_examples=15)
+def test_every_epoch_covers_every_sample_once(count, size, seed):
+    part = split(count)
+    per_epoch = -(-count // size)
+    seen = batches(part, size, 2 * per_epoch, seed)
+    assert len(seen) == 2 * per_epoch
+    for epoch in (seen[:per_epoch], seen[per_epoch:]):
+        assert sorted(np.concatenate([indices for *_, indices in epoch])) == list(range(count))
+        assert [len(labels) for _, labels, _ in epoch[:-1]] == [size] * (per_epoch - 1)
+    for inputs, labels, indices in seen:
+        assert inputs.dtype == np.float32
+        np.testing.assert_array_equal(inputs, part.x[indices])
+        np.testing.assert_array_equal(labels, part.y[indices])
+
+
+def test_the_order_is_a_function_of_the_seed_and_new_in_each_epoch():
+    part = split(50)
+    first, again, other = (np.concatenate([b[2] for b in batches(part, 8, 14, seed)]) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first[:50] != first[50:]).any()
+    assert (first[:50] != np.arange(50)).any()
+
+
+def test_fewer_steps_than_an_epoch_are_the_first_ones():
+    part = split(50)
+    for short, long in zip(batches(part, 8, 3), batches(part, 8, 7), strict=False):
+        np.testing.assert_array_equal(short[2], long[2])
+    assert len(batches(part, 8, 3)) == 3
+
+
+def test_augmentation_is_a_function_of_the_seed_and_differs_from_epoch_to_epoch():
+    part, moved = split(16, (6, 6, 1)), Augmentation(shift=2, mirror=True)
+    first, again = (batches(part, 16, 2, 3, moved) for _ in range(2))
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+    by_sample = [inputs[np.argsort(indices)] for inputs, _, indices in first]
+    assert (by_sample[0] != by_sample[1]).any()
+    assert (by_sample[0] != part.x).any()
+
+
+def seed_tensor(seed: int) -> tf.Tensor:
+    return tf.constant([seed, 1], tf.int64)
+
+
+def shifted(image: np.ndarray, down: int, right: int, most: int) -> np.ndarray:
+    padded = np.pad(image, [(most, most), (most, most), (0, 0)])
+    return padded[most + down :, most + right :][: image.shape[0], : image.shape[1]]
+
+
+# One to nine: no zeros, so that padding is told from pixels; not square, so that the axes are told apart.
+IMAGES = np.random.default_rng(0).integers(1, 10, (64, 5, 7, 2)).astype(np.float32)
+
+
+def test_no_augmentation_changes_nothing():
+    assert not PLAIN
+    np.testing.assert_array_equal(augment(tf.constant(IMAGES), PLAIN, seed_tensor(0)), IMAGES)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_shifts_are_shifts_with_zero_padding_in_all_directions(most):
+    result = np.asarray(augment(tf.constant(IMAGES), Augmentation(shift=most), seed_tensor(1)))
+    assert result.shape == IMAGES.shape
+    places = range(-most, most + 1)
+    found = []
+    for image, changed in zip(IMAGES, result, strict=True):
+        fits = [(d, r) for d in places for r in places if np.array_equal(changed, shifted(image, d, r, most))]
+        assert len(fits) == 1
+        found += fits
+    assert {down for down, _ in found} == {right for _, right in found} == set(places)
+    assert len(set(found)) > (2 * most + 1), "rows and columns are drawn apart"
+
+
+def test_about_half_of_the_images_are_mirrored():
+    result = np.asarray(augment(tf.constant(IMAGES), Augmentation(mirror=True), seed_tensor(2)))
+    mirrored = (result == IMAGES[:, :, ::-1]).all(axis=(1, 2, 3))
+    same = (result == IMAGES).all(axis=(1, 2, 3))
+    assert (mirrored ^ same).all()
+    # 64 fair coins give fewer than 16 heads, or more than 48, once in 30,000 times.
+    assert 16 <= mirrored.sum() <= 48
+
+
+def test_shift_and_mirror_together():
+    result = np.asarray(augment(tf.constant(IMAGES), Augmentation(shift=1, mirror=True), seed_tensor(3)))
+    kinds = set()
+    for image, changed in zip(IMAGES, result, strict=True):
+        options = {(d, r): shifted(image, d, r, 1) for d in (-1, 0, 1) for r in (-1, 0, 1)}
+        fits = [m for o in options.values() for m, v in ((False, o), (True, o[:, ::-1])) if np.array_equal(changed, v)]
+        assert fits
+        kinds |= set(fits)
+    assert kinds == {False, True}
+
+
+@pytest.mark.parametrize("augmentation", [PLAIN, Augmentation(shift=1, mirror=True)], ids=["plain", "augmented"])
+def test_the_same_seed_gives_the_same_weights(augmentation):
+    source = data(40, (6, 6, 1), augmentation)
+    weights = []
+    for seed in (4, 4, 5):
+        model = convolutional()
+        train(model, source, Recovery(epochs=2, batch_size=16), seed=seed)
+        weights.append(model.get_weights())
+    for one, two in zip(weights[0], weights[1], strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert any((one != other).any() for one, other in zip(weights[0], weights[2], strict=True))
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
+def test_one_step_is_that_of_momentum_gradient_descent_on_the_cross_entropy(softmax):
+    source, model = data(40), linear(softmax=softmax)
+    kernel, bias = (w.astype(np.float64) for w in model.get_weights())
+    rate, decay, momentum = 0.3, 0.05, 0.9
+    recovery = Recovery(epochs=1, batch_size=40, learning_rate=rate, weight_decay=decay, momentum=momentum)
+    history = train(model, source, recovery, seed=0)
+    x, y = source.train.x / 255.0, source.train.y
+    logits = x @ kernel + bias
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    error = (probabilities - np.eye(3)[y]) / len(y)
+    # Nesterov's first step from rest is 1 + momentum times the plain one; only kernels decay.
+    step = rate * (1 + momentum)
+    np.testing.assert_allclose(model.get_weights()[0], kernel - step * (x.T @ error + decay * kernel), atol=1e-5)
+    np.testing.assert_allclose(model.get_weights()[1], bias - step * error.sum(axis=0), atol=1e-5)
+    assert history.loss == pytest.approx(-np.log(probabilities[np.arange(len(y)), y]).mean(), rel=1e-4)
+
+
+def test_a_layers_own_penalty_is_part_of_the_loss():
+    values = tf_keras.Input((3,))
+    penalty = tf_keras.regularizers.L2(10.0)
+    model = tf_keras.Model(values, layers.Dense(3, use_bias=False, kernel_regularizer=penalty)(values * 0.0))
+    model.set_weights([np.ones((3, 3), np.float32)])
+    recovery = Recovery(epochs=1, batch_size=40, learning_rate=0.01, momentum=0.0, weight_decay=0.0)
+    train(model, data(40), recovery, seed=0)
+    # d/dw 10 w^2 = 20 at w = 1; the inputs are zero, so the cross-entropy adds nothing.
+    np.testing.assert_allclose(model.get_weights()[0], 1 - 0.01 * 20, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "images"), [(1, 4, 35), (0.5, 2, 18), (1.5, 6, 52), (0.01, 1, 9), (3, 12, 105)]
+)
+def test_epochs_may_be_fractions(epochs, steps, images):
+    done = []
+
+    def projection(part: tf.Tensor) -> None:
+        tf.py_function(lambda value: done.append(float(value)), [part], [])
+
+    recovery = Recovery(epochs=epochs, batch_size=10)
+    history = train(linear(), data(35), recovery, seed=0, projections=[projection])
+    assert history.steps == len(done) == steps
+    assert history.images == pytest.approx(images, abs=1)
+    np.testing.assert_allclose(done, np.arange(1, steps + 1) / steps, rtol=1e-6)
+
+
+def test_a_loss_term_is_added_beside_its_share_of_the_task():
+    class Push:
+        task_weight = 0.0
+
+        def prepare(self, source: Data, batch_size: int) -> None:
+            self.prepared = (len(source.train), batch_size)
+
+        def __call__(self, batch: Batch) -> tf.Tensor:
+            assert batch.inputs.shape[1:] == (3,)
+            return -2.0 * tf.reduce_mean(tf.reduce_sum(batch.logits, axis=1))
+
+    term, model = Push(), linear()
+    before = model.get_weights()
+    recovery = Recovery(epochs=1, batch_size=40, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
+    train(model, data(40), recovery, seed=0, terms=[term])
+    assert term.prepared == (40, 40)
+    # With no share for the task, every bias moves by rate * 2.
+    np.testing.assert_allclose(model.get_weights()[1], before[1] + 0.2, atol=1e-5)
+
+
+def test_a_cosine_schedule_ends_at_rest_and_a_constant_one_does_not():
+    def last_step(schedule: str) -> float:
+        moves: list[np.ndarray] = []
+        model = linear()
+        kernel = model.get_layer("dense").kernel
+
+        def projection(part: tf.Tensor) -> None:
+            tf.py_function(lambda value: moves.append(value.numpy().copy()), [kernel.value()], [])
+
+        recovery = Recovery(epochs=10, batch_size=10, learning_rate=0.1, schedule=schedule, momentum=0.0)
+        train(model, data(40), recovery, seed=0, projections=[projection])
+        sizes = np.abs(np.diff(moves, axis=0)).max(axis=(1, 2))
+        return float(sizes[-1] / sizes[0])
+
+    assert last_step("cosine") < 0.05
+    assert last_step("constant") > 0.2
+
+
+LABELS = np.random.default_rng(0).integers(0, 3, (3, 3, 1, 8))
+MASK = np.random.default_rng(1).random((3, 3, 1, 8)) < 0.6
+
+
+@pytest.mark.parametrize(
+    "guarantees",
+    [
+        (Zeros("prune", {"conv/kernel": MASK}),),
+        (Codebook("share", 3, {"conv/kernel": LABELS}),),
+        (Zeros("prune", {"conv/kernel": MASK}), Codebook("share", 4, {"conv/kernel": np.where(MASK, LABELS, 3)})),
+        (Codebook("share", 4, {"conv/kernel": np.where(MASK, LABELS, 3)}), Zeros("prune", {"conv/kernel": MASK})),
+    ],
+    ids=["zeros", "codebook", "zeros-codebook", "codebook-zeros"],
+)
+def test_guarantees_hold_after_training(guarantees: tuple[Guarantee, ...]):
+    model = convolutional()
+    restore(model, guarantees)
+    before = np.asarray(model.get_layer("conv").kernel)
+    train(
+        model, data(40, (6, 6, 1)), Recovery(epochs=2, batch_size=8, learning_rate=0.1), seed=0, guarantees=guarantees
+    )
+    for guarantee in guarantees:
+        assert guarantee.check(model) == []
+    assert np.abs(np.asarray(model.get_layer("conv").kernel) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("order", ["zeros first", "codebook first"])
+def test_a_cluster_that_is_partly_pruned_keeps_its_value(order):
+    """As after ``share+prune+finetune``: with a rate of nearly nothing, nearly nothing may change."""
+    image = tf_keras.Input((3,))
+    model = tf_keras.Model(image, layers.Dense(4, use_bias=False, name="dense")(image))
+    kernel = np.array([[0.5, 0.5, 0.5, 0.5], [0, 0, 0.5, 0], [-1, -1, -1, -1]], np.float32)
+    model.set_weights([kernel])
+    labels = np.where(kernel == -1, 1, 0)
+    guarantees = [Zeros("prune", {"dense/kernel": kernel != 0}), Codebook("share", 3, {"dense/kernel": labels})]
+    if order == "codebook first":
+        guarantees.reverse()
+    recovery = Recovery(epochs=3, batch_size=8, learning_rate=1e-9, weight_decay=0.0)
+    train(model, data(40), recovery, seed=0, guarantees=guarantees)
+    np.testing.assert_allclose(model.get_weights()[0], kernel, atol=1e-3)
+
+
+def test_restoring_projects_once_and_touches_nothing_else():
+    model = convolutional()
+    before = {w.name: np.asarray(w) for w in model.weights}
+    restore(model, [Zeros("prune", {"conv/kernel": MASK})])
+    for weight in model.weights:
+        expected = before[weight.name] * MASK if weight.name.startswith("conv/") else before[weight.name]
+        np.testing.assert_array_equal(weight, expected)
+
+
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_a_loss_that_is_no_number_stops_with_the_setting_to_change(epochs):
+    source = data(40)
+    model = linear()
+    model.get_layer("dense").kernel.assign(np.full((3, 3), np.inf, np.float32))
+    with pytest.raises(CompressError) as caught:
+        train(model, source, Recovery(epochs=epochs, batch_size=10, learning_rate=0.25), seed=0)
+    assert caught.value.where == "training"
+    assert "nan" in caught.value.received or "inf" in caught.value.received
+    assert "recovery.learning_rate=0.025" in caught.value.fix
+
+
+def test_a_rate_that_diverges_stops():
+    image = tf_keras.Input((3,))
+    x = layers.Dense(8)(layers.Dense(8)(image))
+    with pytest.raises(CompressError, match="learning_rate"):
+        train(
+            tf_keras.Model(image, layers.Dense(3)(x)),
+            data(40),
+            Recovery(epochs=20, batch_size=10, learning_rate=1e9, schedule="constant"),
+            seed=0,
+        )
+
+
+@given(st.lists(st.lists(st.floats(-7, 7), min_size=3, max_size=3), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_logits_of_probabilities_are_the_logits_up_to_a_constant(rows):
+    logits = np.array(rows, np.float32)
+    np.testing.assert_array_equal(logits_of(tf.constant(logits), False), logits)
+    back = np.asarray(logits_of(tf.nn.softmax(logits), True))
+    difference = back - logits
+    np.testing.assert_allclose(difference, difference[:, :1] * np.ones(3), atol=1e-2)
+
+
+def test_logits_of_a_probability_of_zero_are_finite():
+    assert np.isfinite(logits_of(tf.constant([[0.0, 1.0]]), True)).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (lambda x: layers.Dense(3)(x), False),
+        (lambda x: layers.Dense(3, activation="relu")(x), False),
+        (lambda x: layers.Dense(3)(layers.Softmax()(x)), False),
+        (lambda x: layers.Dense(3, activation="softmax")(x), True),
+        (lambda x: layers.Activation("softmax")(layers.Dense(3)(x)), True),
+        (lambda x: layers.Softmax()(layers.Dense(3)(x)), True),
+        (lambda x: tf.nn.softmax(layers.Dense(3)(x)), True),
+        (lambda x: layers.Dense(3, activation=tf.nn.softmax)(x), True),
+    ],
+    ids=["logits", "relu", "softmax-inside", "dense", "activation", "layer", "operation", "function"],
+)
+def test_whether_a_model_gives_probabilities(head, expected):
+    values = tf_keras.Input((4,))
+    model = tf_keras.Model(values, head(values))
+    assert gives_probabilities(model) == expected
+    if expected:
+        np.testing.assert_allclose(np.asarray(model(np.ones((1, 4)))).sum(), 1, atol=1e-5)
+
+
+def test_training_changes_the_model_given_and_nothing_that_it_was_copied_from():
+    model = linear()
+    copy = copy_model(model)
+    before = model.get_weights()
+    train(copy, data(40), Recovery(epochs=1, batch_size=10), seed=0)
+    for one, two in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert (copy.get_weights()[0] != before[0]).any()
