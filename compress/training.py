@@ -33,8 +33,8 @@ class Recovery:
     """How a stage wins accuracy back (``conf/recovery``)."""
 
     method: Literal["finetune", "distill", "none"] = "finetune"
-    epochs: Annotated[float, Ge(0)] = 1.0
-    learning_rate: Annotated[float, Gt(0)] = 0.01
+    epochs: Annotated[float, Ge(0), Le(1e6)] = 1.0
+    learning_rate: Annotated[float, Gt(0), Le(1e3)] = 0.01
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["cosine", "constant"] = "cosine"
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9

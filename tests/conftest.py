@@ -51,7 +51,10 @@ def cli(tmp_path: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setattr(sys, "argv", ["run.py"])
         overrides = list(arguments)
         for key, value in {"tracking": "none", "cache.dir": str(session_cache)}.items():
-            if not any(a.startswith((f"{key}=", f"{key}.")) for a in overrides) and "--cfg" not in overrides:
+            if (
+                not any(a.lstrip("~+").startswith((f"{key}=", f"{key}.")) or a == f"~{key}" for a in overrides)
+                and "--cfg" not in overrides
+            ):
                 overrides.append(f"{key}={value}")
         with pytest.raises(SystemExit) as stopped:
             main(overrides)

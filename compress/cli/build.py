@@ -6,23 +6,37 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from annotated_types import Ge, Lt
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.boards.board import Board
 from compress.cache import StageCache
-from compress.data.source import DataSource
+from compress.data.source import STRICT, DataSource
 from compress.errors import CompressError, did_you_mean
 from compress.graph.selection import Position, Rule, Selection
 from compress.models.source import ModelSource
 from compress.pipeline import Pipeline, Stage
 from compress.strategies.strategy import Strategy
+from compress.tracking.store import TrackingSettings
 from compress.training import Recovery
 
 T = TypeVar("T")
+Seed = Annotated[int, Ge(0), Lt(2**31)]
+_GROUPS = ("strategy", "model", "data", "board", "recovery", "tracking", "cache")
+_VALUES = ("seed", "strict", "debug")
 _WRAPPERS = ("only", "skip", "repeat", "release", "recovery")
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class CacheSettings:
+    """``conf/cache``."""
+
+    enabled: bool
+    dir: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Plan:
     board: Board
     stages: tuple[Stage, ...]
     cache: StageCache
+    tracking: TrackingSettings
     seed: int
     strict: bool
 
@@ -57,18 +72,37 @@ def make_plan(config: DictConfig) -> Plan:
         CompressError: at the first value that is not valid.
     """
     plain = to_plain(config)
+    _check_shape(plain)
+    _recovery(plain["recovery"], "recovery")
     model = construct(ModelSource, plain["model"], "model")
     model.origin()
-    cache = plain["cache"]
+    cache = check(CacheSettings, plain["cache"], "cache")
+    check(bool, plain["debug"], "debug")
     return Plan(
         model=model,
         source=construct(DataSource, plain["data"], "data"),
         board=construct(Board, plain["board"], "board"),
-        stages=tuple(_stage(name, values) for name, values in (plain["strategy"] or {}).items()),
-        cache=StageCache(Path(str(cache["dir"])).expanduser() if cache["enabled"] else None),
-        seed=check(int, plain["seed"], "seed"),
+        stages=tuple(_stage(name, values) for name, values in plain["strategy"].items()),
+        cache=StageCache(Path(cache.dir).expanduser() if cache.enabled else None),
+        tracking=check(TrackingSettings, plain["tracking"], "tracking"),
+        seed=check(Seed, plain["seed"], "seed"),
         strict=check(bool, plain["strict"], "strict"),
     )
+
+
+def _check_shape(plain: Mapping[str, Any]) -> None:
+    """Refuse a configuration that lacks a part or has one too many, as ``~model`` or ``+foo=1`` make it."""
+    for key in plain:
+        if key not in (*_GROUPS, *_VALUES):
+            raise _unknown_key(key, key, {*_GROUPS, *_VALUES})
+    for key in (*_GROUPS, *_VALUES):
+        if key not in plain or (key in _GROUPS and not isinstance(plain[key], Mapping)):
+            raise CompressError(
+                key,
+                expected="one of the choices that conf/ holds for it" if key in _GROUPS else "a value",
+                received=repr(plain.get(key)),
+                fix=f"Write {key}=<choice>" + (", or strategy=none." if key == "strategy" else "."),
+            )
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
@@ -109,8 +143,16 @@ def check(kind: Any, value: Any, where: str) -> Any:
         raise _invalid(error, where) from error
 
 
-def _stage(name: str, values: Mapping[str, Any]) -> Stage:
+def _stage(name: str, values: Any) -> Stage:
     where = f"strategy.{name}"
+    missing = [key for key in _WRAPPERS if key not in values] if isinstance(values, Mapping) else _WRAPPERS
+    if missing or not isinstance(values["recovery"], Mapping):
+        raise CompressError(
+            where,
+            expected="a stage with all its keys, as strategy=<name>+<name> makes it",
+            received=f"one without {', '.join(missing or ['recovery'])}",
+            fix="Leave the stage out of strategy=... instead of deleting keys; recovery.method=none does not train.",
+        )
     wrappers = {key: values[key] for key in _WRAPPERS}
     fields = {key: value for key, value in values.items() if key not in _WRAPPERS}
     known = _field_names(_find_class(Strategy, fields.get("_target_"), where))
@@ -118,9 +160,6 @@ def _stage(name: str, values: Mapping[str, Any]) -> Stage:
         if key != "_target_" and key not in known:
             raise _unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
     recovery = wrappers["recovery"]
-    for key in recovery:
-        if key not in _field_names(Recovery):
-            raise _unknown_key(f"{where}.recovery.{key}", key, _field_names(Recovery))
     release = wrappers["release"]
     return Stage(
         name=name,
@@ -135,6 +174,9 @@ def _stage(name: str, values: Mapping[str, Any]) -> Stage:
 
 
 def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
+    for key in values:
+        if key not in _field_names(Recovery):
+            raise _unknown_key(f"{where}.{key}", key, _field_names(Recovery))
     try:
         return Recovery(**values)
     except ValidationError as error:
@@ -142,7 +184,7 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
 
 
 def _positive(value: Any, where: str) -> int:
-    number: int = check(int, value, where)
+    number: int = 0 if isinstance(value, bool) else check(int, value, where)
     if number < 1:
         raise CompressError(where, expected="a whole number from 1", received=str(value), fix=f"Write {where}=1.")
     return number

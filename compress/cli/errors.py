@@ -34,11 +34,22 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
     except (CompressError, HydraException, OmegaConfBaseException, OSError) as error:
         if debug:
             raise
-        translated = translate(error, arguments)
-        failures = [translated]
+        failures = [translate(error, arguments)]
+    except ValueError as error:
+        # Hydra refuses some overrides, such as strategy=null, with a bare ValueError.
+        if debug or not _raised_in_hydra(error):
+            raise
+        failures = [translate(error, arguments)]
     for failure in failures:
         print(paragraph(failure), file=sys.stderr)
     return USER_ERROR if failures else 0
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("hydra.")
 
 
 def paragraph(error: CompressError) -> str:

@@ -32,7 +32,7 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     started = time.perf_counter()
     plan = make_plan(config)
     plain = to_plain(config)
-    with open_recorder(plain["tracking"], plain, sweep, command=sys.argv[1:]) as recorder:
+    with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:]) as recorder:
         pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result))
         result = pipeline.run(folder)
         result.candidate.model.save(str(folder / "model.keras"))

@@ -22,6 +22,13 @@ class _Small(TrainableSource):
         """Return the architecture for the data's shape, with weights from a file if one is named."""
         tf_keras.utils.set_random_seed(seed)
         shape = data.train.x.shape[1:]
+        if len(shape) not in (2, 3):
+            raise CompressError(
+                "model",
+                expected=f"images of shape [h, w] or [h, w, c], which {type(self).__name__} reads",
+                received=f"samples of shape {shape} from data {data.name}",
+                fix="Reshape the samples to images, or bring your own model with model=file.",
+            )
         model = self.architecture(shape if len(shape) == 3 else (*shape, 1), data.classes)
         file = self.origin().file
         if file is not None:

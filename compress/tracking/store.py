@@ -14,6 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
 from compress.errors import CompressError
 from compress.tracking.charts import OBJECTIVES, Point, layers_picture, pareto_page, pareto_picture
 from compress.tracking.pareto import non_dominated
@@ -32,6 +35,15 @@ _EXPERIMENT_TAGS = {
     "mlflow.note.content": "Columns worth choosing: `accuracy`, `tflite_bytes`, `gzip_bytes`, `latency_p50`. "
     'The Pareto fronts: `tags.pareto = "true"`.',
 }
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TrackingSettings:
+    """``conf/tracking``."""
+
+    enabled: bool
+    uri: str
+    experiment: str
 
 
 class Recorder(ABC):
@@ -97,17 +109,17 @@ def metrics_of(numbers: Numbers) -> dict[str, float]:
 
 @contextmanager
 def open_recorder(
-    tracking: Mapping[str, Any], config: Mapping[str, Any], sweep: Path | None, *, command: Sequence[str]
+    tracking: TrackingSettings, config: Mapping[str, Any], sweep: Path | None, *, command: Sequence[str]
 ) -> Iterator[Recorder]:
     """Open a child run (and, outside a multirun, its parent); close both with the right status.
 
     Raises:
         CompressError: if the store does not answer.
     """
-    if not tracking["enabled"]:
+    if not tracking.enabled:
         yield NoRecorder()
         return
-    client, experiment = connect(str(tracking["uri"]), str(tracking["experiment"]))
+    client, experiment = connect(tracking.uri, tracking.experiment)
     stages = config.get("strategy") or {}
     name = "+".join(stages) or "none"
     parent = None if sweep is None else read_parent(sweep)

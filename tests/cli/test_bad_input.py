@@ -54,6 +54,23 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["strategy=compact", "strategy.compact.macs=0.01"], ["strategy.compact.macs", "0.01"]),
         (["strategy=lowrank", "strategy.lowrank.params=0.001"], ["strategy.lowrank.params", "0.001"]),
         (["strategy=prune", "="], ["the command line"]),
+        (["strategy=null"], ["the command line", "NoneType"]),
+        (["strategy=prune.yaml"], ["strategy", "as strategy=<name>"]),
+        (["~model"], ["model", "model=<choice>"]),
+        (["~strategy"], ["strategy", "strategy=none"]),
+        (["~seed"], ["seed", "seed=<choice>"]),
+        (["~tracking"], ["tracking"]),
+        (["+foo=1"], ["foo", "a key that exists"]),
+        (["+recovery.foo=1"], ["recovery.foo", "a key that exists"]),
+        (["strategy.lowrank=null"], ["strategy.lowrank", "all its keys"]),
+        (["~strategy.lowrank.recovery"], ["strategy.lowrank", "recovery"]),
+        (["strategy.lowrank.repeat=true"], ["strategy.lowrank.repeat", "whole number"]),
+        (["strategy.lowrank.recovery=null"], ["strategy.lowrank", "recovery"]),
+        (["recovery.epochs=inf"], ["recovery.epochs", "inf"]),
+        (["seed=-1"], ["seed", "-1"]),
+        (["seed=99999999999"], ["seed", "99999999999"]),
+        (["debug=maybe"], ["debug", "boolean"]),
+        (["cache.enabled=maybe"], ["cache.enabled", "boolean"]),
         (["strategy=prune", "tracking.uri=postgresql://me:secret@host/db"], ["tracking.uri", "password"]),
     ],
     ids=lambda value: " ".join(value)[:60] if value and isinstance(value, list) else "",
@@ -174,8 +191,14 @@ def test_pickled_arrays_are_refused(cli, tmp_path):
 
 
 def test_a_loss_that_explodes(cli):
-    answer = cli("strategy=finetune", "recovery.learning_rate=1e30", "recovery.epochs=3")
+    answer = cli("strategy=finetune", "recovery.learning_rate=1000", "recovery.epochs=3")
     assert_refused(answer, "training", "finite loss", "recovery.learning_rate")
+
+
+def test_samples_that_are_no_images(cli, tmp_path):
+    arrays = {f"x_{p}": np.zeros((40, 64), np.uint8) for p in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **arrays, y_train=np.arange(40) % 3, y_test=np.arange(40) % 3)
+    assert_refused(cli("strategy=prune", "data=npz", f"data.path={tmp_path}/data.npz"), "(64,)", "model=file")
 
 
 def test_what_was_finished_stays(cli, tmp_path, session_cache):
@@ -184,7 +207,7 @@ def test_what_was_finished_stays(cli, tmp_path, session_cache):
         "strategy=prune+finetune",
         "recovery.epochs=1",
         "strategy.prune.sparsity=0.37",
-        "strategy.finetune.recovery.learning_rate=1e30",
+        "strategy.finetune.recovery.learning_rate=1000",
         "strategy.finetune.recovery.epochs=3",
     )
     assert_refused(answer, "training")

@@ -110,7 +110,7 @@ def projected(value: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarra
 
 
 @given(data=st.data(), clusters=st.integers(2, 6), shape=st.sampled_from([(7,), (3, 4), (2, 2, 3, 2)]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_projection_equals_numpy_and_never_adds_a_value(data, clusters, shape):
     # Multiples of 1/8, whose sums are exact: equal means are then equal in float32 and in float64.
     value = data.draw(hnp.arrays(np.float32, shape, elements=st.integers(-20, 20).map(lambda n: n / 8)))

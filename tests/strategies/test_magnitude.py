@@ -90,8 +90,7 @@ def test_half_is_the_default_and_weights_is_its_counterpart(model, data):
     )
 
 
-@pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("sparsity", [0.37, 0.9])
+@pytest.mark.parametrize(("ramp", "sparsity"), [(0.0, 0.37), (0.5, 0.37), (0.5, 0.9), (1.0, 0.6)])
 def test_gradual_pruning_ends_exactly_at_the_sparsity(ramp, sparsity, model, data):
     recovery = Recovery(epochs=3, batch_size=16, learning_rate=0.05)
     result = Prune(sparsity=sparsity, ramp=ramp).apply(Candidate(model), context(model, data, recovery))

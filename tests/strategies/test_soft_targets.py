@@ -62,7 +62,7 @@ def batch(x: np.ndarray, logits: np.ndarray | tf.Tensor, indices: np.ndarray) ->
 @pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
 @pytest.mark.parametrize("prepared", [False, True], ids=["live", "cached"])
 @given(seed=st.integers(0, 1000), temperature=st.floats(1.0, 10.0), weight=st.floats(0.1, 1.0))
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 def test_the_term_is_the_formula(softmax, prepared, seed, temperature, weight):
     source, teacher = data(), network(softmax=softmax)
     rng = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from compress.pipeline import Result, StageResult
 from compress.tracking.report import make_report, write_report
 from compress.tracking.store import (
     NoRecorder,
+    TrackingSettings,
     connect,
     finish_sweep,
     flatten,
@@ -63,14 +64,7 @@ def test_flattening_by_hand():
         (f"mysql+pymysql://me:{SECRET}@db:3306/runs", "mysql+pymysql://***@db:3306/runs"),
         (f"https://{SECRET}@mlflow.example", "https://***@mlflow.example"),
         ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
-        pytest.param(
-            "sqlite:////home/me@work/mlflow.db",
-            "sqlite:////home/me@work/mlflow.db",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="store.without_password takes a path with an @ for a password: no authority begins with a slash",
-            ),
-        ),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
         ("http://localhost:5000", "http://localhost:5000"),
         ("me@example.org wrote ://nothing", "me@example.org wrote ://nothing"),
         (f"could not connect to https://me:{SECRET}@a or http://b", "could not connect to https://***@a or http://b"),
@@ -123,9 +117,9 @@ def test_numbers_as_metrics():
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> dict:
+def store(tmp_path_factory) -> TrackingSettings:
     folder = tmp_path_factory.mktemp("mlflow")
-    return {"enabled": True, "uri": f"sqlite:///{folder}/mlflow.db", "experiment": "tests"}
+    return TrackingSettings(True, f"sqlite:///{folder}/mlflow.db", "tests")
 
 
 @pytest.fixture(autouse=True)
@@ -150,8 +144,8 @@ def finished(folder: Path, **changes) -> tuple[dict, Result]:
     return report, result
 
 
-def config_of(store: dict, seed: int = 0) -> dict:
-    secret = {**store, "uri": f"https://me:{SECRET}@mlflow.example"}
+def config_of(store: TrackingSettings, seed: int = 0) -> dict:
+    secret = {"enabled": True, "experiment": store.experiment, "uri": f"https://me:{SECRET}@mlflow.example"}
     return {"seed": seed, "strategy": {"prune": {"sparsity": 0.5}}, "tracking": secret, "long": "x" * 2000}
 
 
@@ -161,7 +155,7 @@ def test_a_run_is_found_again(store, tmp_path):
         for stage in (result.baseline, *result.stages):
             recorder.stage(stage)
         recorder.finish(report, result, tmp_path / "out")
-    client, experiment = connect(store["uri"], store["experiment"])
+    client, experiment = connect(store.uri, store.experiment)
     runs = client.search_runs([experiment])
     (child,) = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -187,7 +181,7 @@ def test_a_run_is_found_again(store, tmp_path):
 @pytest.mark.parametrize(("error", "status"), [(CompressError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_run_that_ends_early_is_closed_as_such(error, status, store):
     raised = error("x", expected="", received="", fix="") if error is CompressError else error()
-    client, experiment = connect(store["uri"], store["experiment"])
+    client, experiment = connect(store.uri, store.experiment)
     before = {run.info.run_id for run in client.search_runs([experiment])}
     with pytest.raises(error), open_recorder(store, config_of(store), None, command=[]):
         raise raised
@@ -196,7 +190,7 @@ def test_a_run_that_ends_early_is_closed_as_such(error, status, store):
 
 
 def test_the_front_of_a_multirun_is_tagged(store, tmp_path):
-    client, experiment = connect(store["uri"], store["experiment"])
+    client, experiment = connect(store.uri, store.experiment)
     sweep = tmp_path / "sweep"
     assert read_parent(sweep) is None
     parent = start_parent(client, experiment, "multirun", ["-m"])
@@ -223,7 +217,7 @@ def test_the_front_of_a_multirun_is_tagged(store, tmp_path):
 
 
 def test_nothing_is_recorded_without_tracking(tmp_path):
-    with open_recorder({"enabled": False}, {"seed": 0}, None, command=[]) as recorder:
+    with open_recorder(TrackingSettings(False, "", "compress"), {"seed": 0}, None, command=[]) as recorder:
         assert isinstance(recorder, NoRecorder)
     assert not list(tmp_path.iterdir())
 
