@@ -34,7 +34,7 @@ class Recovery:
 
     method: Literal["finetune", "distill", "none"] = "finetune"
     epochs: Annotated[float, Ge(0), Le(1e6)] = 1.0
-    learning_rate: Annotated[float, Gt(0), Le(1e3)] = 0.01
+    learning_rate: Annotated[float, Gt(0), Lt(float("inf"))] = 0.01
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["cosine", "constant"] = "cosine"
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import numpy as np
 import tf_keras
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.data.source import STRICT, Data, find_file
@@ -26,7 +26,7 @@ class Schedule:
     """How a model is trained from scratch when there are no weights for it."""
 
     epochs: Annotated[float, Ge(0), Le(1e6)] = 30.0
-    learning_rate: Annotated[float, Gt(0), Le(1e3)] = 0.05
+    learning_rate: Annotated[float, Gt(0), Lt(float("inf"))] = 0.05
     batch_size: Annotated[int, Gt(0)] = 64
     weight_decay: Annotated[float, Ge(0)] = 1e-4
 

@@ -31,7 +31,7 @@ _SCHEDULE_UPDATES = 100
 class Prune(Strategy):
     """Set the smallest weights of every selected kernel to zero, the same share of each.
 
-    One of these says how much (half of the weights, if none does):
+    One of these says how much (a ``sparsity`` of 0.4, if none does):
         sparsity: share of the weights that become zero.
         weights: share of the weights that is kept.
         macs: share of the model's multiply-adds that is kept, counting those with a non-zero weight.
@@ -68,7 +68,7 @@ class Prune(Strategy):
     def _sparsity(self, model: tf_keras.Model, chosen: list[Kernel], stage: str) -> float:
         budget = one_budget(
             stage,
-            Budget("sparsity", 0.5),
+            Budget("sparsity", 0.4),
             sparsity=self.sparsity,
             weights=self.weights,
             macs=self.macs,
