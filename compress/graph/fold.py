@@ -63,3 +63,41 @@ def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalizati
         layer.__class__.from_config(config),
         (scaled.astype(kernel.dtype), (old_bias * gain + shift).astype(kernel.dtype)),
     )
+
+
+def merged_on_export(model: tf_keras.Model) -> frozenset[str]:
+    """Return the layers into whose kernels the TFLite converter merges a normalisation that comes before them.
+
+    The exported kernel of such a layer is not the one in the model: each input channel has a factor of its own.
+    """
+    merged = set()
+    for layer in model.layers:
+        exact = isinstance(layer, tf_keras.layers.Dense) or (
+            isinstance(layer, tf_keras.layers.Conv2D)
+            and (layer.padding == "valid" or max(layer.kernel_size) == 1)
+            and not isinstance(layer, tf_keras.layers.Conv2DTranspose)
+        )
+        if exact and any(_scales_channels(source) for source in _sources(layer)):
+            merged.add(layer.name)
+    return frozenset(merged)
+
+
+def _sources(layer: tf_keras.layers.Layer) -> list[tf_keras.layers.Layer]:
+    """Return the layers whose values ``layer`` reads, through those that only move values."""
+    moving = (tf_keras.layers.Flatten, tf_keras.layers.Reshape, tf_keras.layers.Dropout)
+    found = []
+    waiting = [parent.layer for node in layer.inbound_nodes for parent in node.parent_nodes]
+    while waiting:
+        source = waiting.pop()
+        if isinstance(source, moving):
+            waiting += [parent.layer for node in source.inbound_nodes for parent in node.parent_nodes]
+        else:
+            found.append(source)
+    return found
+
+
+def _scales_channels(layer: tf_keras.layers.Layer) -> bool:
+    if isinstance(layer, tf_keras.layers.Rescaling):
+        # One factor for all channels leaves equal weights equal.
+        return int(np.size(layer.scale)) > 1
+    return isinstance(layer, (tf_keras.layers.BatchNormalization, tf_keras.layers.Normalization))

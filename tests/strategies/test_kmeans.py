@@ -14,8 +14,10 @@ from hypothesis.extra import numpy as hnp
 
 from compress.candidate import Candidate
 from compress.data.source import Data, Split, make_data
+from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
+from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.pruning.magnitude import Prune
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.sharing.kmeans import Share, cluster
@@ -212,3 +214,22 @@ def test_zeros_of_an_earlier_stage_survive_training(clusters, model, data):
 def test_no_kernel_large_enough_is_an_error(model, data):
     with pytest.raises(CompressError, match="tiny"):
         Share(clusters=5000).apply(Candidate(model), context(model, data, Recovery(method="none")))
+
+
+def test_a_layer_after_a_normalisation_is_left_alone(tmp_path):
+    """The converter merges it into the kernel, so the file would hold other values than the model."""
+    image = tf_keras.Input((8,))
+    x = tf_keras.layers.Dense(32, activation="relu", name="before")(image)
+    x = tf_keras.layers.BatchNormalization(name="norm")(x)
+    model = tf_keras.Model(image, tf_keras.layers.Dense(24, name="after")(tf_keras.layers.Dropout(0.1)(x)))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.5, 2.0, w.shape) for w in model.get_weights()])
+    split = Split(rng.normal(size=(40, 8)).astype(np.float32), np.arange(40) % 24)
+    data = make_data("made", split, split)
+    context = Context("share", data, model, Recovery(method="none"), 0)
+    shared = Share(clusters=8).apply(Candidate(model), context)
+    assert [item.layer for item in shared.skipped] == ["after"]
+    file = TFLiteFile.read(export(shared, data, tmp_path / "model.tflite").path)
+    assert [v for guarantee in shared.guarantees for v in guarantee.check_file(file)] == []
+    assert len(np.unique(file.kernel_of("before", (8, 32)))) <= 8
+    assert len(np.unique(file.kernel_of("after", (32, 24)))) > 8

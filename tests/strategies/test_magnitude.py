@@ -80,14 +80,11 @@ def test_every_kernel_ends_at_the_sparsity_and_the_rest_stays(sparsity, model, d
     assert not any(count for count, _ in zeros_of(model).values()), "the model given stays as it is"
 
 
-def test_half_is_the_default_and_weights_is_its_counterpart(model, data):
+def test_four_tenths_is_the_default_and_weights_is_its_counterpart(model, data):
     default = Prune().apply(Candidate(model), context(model, data))
-    share = Prune(weights=0.5).apply(Candidate(model), context(model, data))
-    assert (
-        zeros_of(default.model)
-        == zeros_of(share.model)
-        == {k.name: (round(k.size / 2), k.size) for k in kernels(model)}
-    )
+    share = Prune(weights=0.6).apply(Candidate(model), context(model, data))
+    expected = {k.name: (round(0.4 * k.size), k.size) for k in kernels(model)}
+    assert zeros_of(default.model) == zeros_of(share.model) == expected
 
 
 @pytest.mark.parametrize(("ramp", "sparsity"), [(0.0, 0.37), (0.5, 0.37), (0.5, 0.9), (1.0, 0.6)])

@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
-from compress.graph.fold import fold_batch_norm
+from compress.graph.fold import fold_batch_norm, merged_on_export
 from compress.graph.kernels import get_variable, kernels
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -24,7 +24,8 @@ class Share(Strategy):
     """Cluster the weights of every selected kernel into ``clusters`` values, zero counted as one if there are zeros.
 
     Batch norms that follow a selected layer are folded into it first: the exported file holds the folded kernel,
-    so that is the one whose values must be few. A kernel with no more weights than clusters is left alone.
+    so that is the one whose values must be few. A kernel with no more weights than clusters is left alone, and one into
+    which the export merges a normalisation that comes before it.
     """
 
     clusters: Annotated[int, Ge(2), Le(65536)] = 32
@@ -37,10 +38,16 @@ class Share(Strategy):
         """Fold, cluster, and train the centroids."""
         names = context.selection.names(candidate.model)
         model = fold_batch_norm(candidate.model, names)
+        merged = merged_on_export(model)
         labels: dict[str, np.ndarray] = {}
         skipped = []
         for kernel in kernels(model):
             if kernel.layer.name not in names:
+                continue
+            if kernel.layer.name in merged:
+                skipped.append(
+                    Skipped(kernel.layer.name, "the export merges the normalisation before it into its kernel")
+                )
                 continue
             if kernel.size <= self.clusters:
                 skipped.append(Skipped(kernel.layer.name, f"{kernel.size} weights, {self.clusters} clusters", True))
