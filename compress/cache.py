@@ -78,6 +78,9 @@ class StageCache:
         """Write an entry; one that appeared meanwhile is left as it is."""
         if self.folder is None:
             return
+        if any(isinstance(layer, tf_keras.layers.Lambda) for layer in entry.candidate.model.layers):
+            _LOG.info("not kept in the cache: the model carries code, which reading an entry must not run")
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".partial-{uuid.uuid4().hex}"
         try:
@@ -105,7 +108,7 @@ def code_digest(kind: type) -> str:
     digest = hashlib.sha256(tf_keras.__version__.encode())
     for place in (own, *(package / name for name in _SHARED_CODE)):
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            digest.update(str(file.relative_to(place.parent)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -315,3 +315,10 @@ def test_the_digest_follows_every_room_that_a_stage_stands_on(changed, tmp_path,
     with (tmp_path / "compress" / changed).open("a") as file:
         file.write("\n# changed\n")
     assert code_digest(Prune) != before
+
+
+def test_a_model_with_code_is_not_kept(tmp_path, caplog):
+    image = tf_keras.Input((4,))
+    model = tf_keras.Model(image, tf_keras.layers.Lambda(lambda t: t * 2)(image))
+    StageCache(tmp_path / "cache").store(KEY, Entry(Candidate(model), {"skipped": []}, b""))
+    assert not (tmp_path / "cache").exists()

@@ -334,3 +334,10 @@ def test_models_with_several_inputs_or_outputs_are_refused():
     data = made((4,))
     assert "2 inputs" in str(refused(lambda: data.fitted_to(tf_keras.Model([one, two], dense(one + two)), "model")))
     assert "2 outputs" in str(refused(lambda: data.fitted_to(tf_keras.Model(one, [dense(one), one]), "model")))
+
+
+def test_only_images_are_shifted_and_mirrored(tmp_path):
+    x, y = np.zeros((40, 8)), np.arange(40) % 3
+    np.savez(tmp_path / "flat.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(CompressError, match=r"data\.shift=0"):
+        Npz(path=str(tmp_path / "flat.npz"), shift=1).load()
