@@ -257,7 +257,9 @@ def test_code_in_a_stored_model_does_not_run(entry, tmp_path, warnings):
     model = tf_keras.Model(image, code(image))
     target.unlink()
     cache = StageCache(tmp_path / "cache")
-    cache.store(KEY, Entry(Candidate(model), {"skipped": []}, b""))
+    cache.store(KEY, entry)
+    model.save(tmp_path / "cache" / KEY / "model.keras")
+    forge(tmp_path / "cache" / KEY, lambda record: None)
     target.unlink(missing_ok=True)
     assert cache.load(KEY) is None
     assert not target.exists()
