@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import tf_keras
 
 STRICT = ConfigDict(extra="forbid")
+_MOST_CLASSES = 100_000
 _SPLIT_SEED = 20171023
 """The validation part is the same for every run seed: it belongs to the data, not to the run."""
 
@@ -205,6 +206,8 @@ def _check(name: str, part: str, split: Split, train: Split) -> None:
     x, y = split.x, split.y
     if x.ndim < 2 or len(x) == 0:
         raise fail("samples of shape [n, ...], n > 0", f"an array of shape {x.shape}", "Check the arrays.")
+    if y.ndim == 0:
+        raise fail("integer class labels of shape [n]", "a single number", "Save one label for each sample.")
     if len(x) != len(y):
         raise fail("one label for each sample", f"{len(x)} samples and {len(y)} labels", "Check the arrays.")
     if y.ndim != 1 or y.dtype.kind not in "iu":
@@ -213,8 +216,9 @@ def _check(name: str, part: str, split: Split, train: Split) -> None:
             f"{y.dtype} labels of shape {y.shape}",
             "Turn one-hot labels into class numbers with argmax(axis=1).",
         )
-    if int(y.min()) < 0:
-        raise fail("labels from 0", f"the label {int(y.min())}", "Number the classes from 0.")
+    if int(y.min()) < 0 or int(y.max()) > _MOST_CLASSES:
+        wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
+        raise fail(f"labels from 0 to {_MOST_CLASSES}", f"the label {wrong}", "Number the classes from 0.")
     if x.shape[1:] != train.x.shape[1:]:
         raise fail(
             f"samples of shape {train.x.shape[1:]}, as in the train part",

@@ -7,8 +7,14 @@ import tf_keras
 
 from compress.graph.rewrite import NewLayer, calls, consumers, rewrite
 
-_FOLDABLE = (tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D, tf_keras.layers.Dense)
-_NOT_FOLDABLE = (tf_keras.layers.Conv2DTranspose, tf_keras.layers.SeparableConv2D)
+_FOLDABLE = (tf_keras.layers.Conv1D, tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D, tf_keras.layers.Dense)
+_NOT_FOLDABLE = (
+    tf_keras.layers.Conv1DTranspose,
+    tf_keras.layers.Conv2DTranspose,
+    tf_keras.layers.SeparableConv1D,
+    tf_keras.layers.SeparableConv2D,
+    tf_keras.layers.DepthwiseConv1D,
+)
 
 
 def fold_batch_norm(model: tf_keras.Model, layers: frozenset[str] | None = None) -> tf_keras.Model:
@@ -66,16 +72,20 @@ def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalizati
 
 
 def merged_on_export(model: tf_keras.Model) -> frozenset[str]:
-    """Return the layers into whose kernels the TFLite converter merges a normalisation that comes before them.
+    """Return the layers into whose kernels the TFLite converter merges a normalisation next to them.
 
-    The exported kernel of such a layer is not the one in the model: each input channel has a factor of its own.
+    The exported kernel of such a layer is not the one in the model: each channel has a factor of its own.
     """
     merged = set()
+    readers = consumers(model)
     for layer in model.layers:
+        linear = getattr(layer, "activation", None) is tf_keras.activations.linear
+        if linear and any(_scales_channels(reader) for reader in readers[layer.name]):
+            merged.add(layer.name)
         exact = isinstance(layer, tf_keras.layers.Dense) or (
-            isinstance(layer, tf_keras.layers.Conv2D)
+            isinstance(layer, (tf_keras.layers.Conv1D, tf_keras.layers.Conv2D))
             and (layer.padding == "valid" or max(layer.kernel_size) == 1)
-            and not isinstance(layer, tf_keras.layers.Conv2DTranspose)
+            and not isinstance(layer, (tf_keras.layers.Conv1DTranspose, tf_keras.layers.Conv2DTranspose))
         )
         if exact and any(_scales_channels(source) for source in _sources(layer)):
             merged.add(layer.name)

@@ -1,25 +1,32 @@
 """Parameters and multiply-adds of a Keras model, and budgets over them.
 
-Conventions: ``params`` are the trainable parameters (batch-norm gamma and beta included, as the
+Conventions: ``params`` are the trainable parameters, frozen or not (batch-norm gamma and beta included, as the
 published tables count them); one multiply-add is 1; activations, biases and batch norms cost nothing.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 
 from compress.graph.kernels import kernels
 
 
+def parameters(model: tf_keras.Model) -> list[tf.Variable]:
+    """Return what training could change, frozen layers included; statistics of batch norms are no parameters."""
+    found = {id(w): w for layer in model._flatten_layers(include_self=False) for w in layer._trainable_weights}
+    return list(found.values())
+
+
 def count_params(model: tf_keras.Model) -> int:
-    """Return the number of trainable parameters."""
-    return int(sum(np.prod(w.shape) for w in model.trainable_weights))
+    """Return the number of parameters."""
+    return int(sum(np.prod(w.shape) for w in parameters(model)))
 
 
 def count_nonzero_params(model: tf_keras.Model) -> int:
-    """Return the number of trainable parameters that are not exactly zero."""
-    return int(sum(np.count_nonzero(np.asarray(w)) for w in model.trainable_weights))
+    """Return the number of parameters that are not exactly zero."""
+    return int(sum(np.count_nonzero(np.asarray(w)) for w in parameters(model)))
 
 
 def count_macs(model: tf_keras.Model) -> int:

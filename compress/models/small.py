@@ -29,7 +29,16 @@ class _Small(TrainableSource):
                 received=f"samples of shape {shape} from data {data.name}",
                 fix="Reshape the samples to images, or bring your own model with model=file.",
             )
-        model = self.architecture(shape if len(shape) == 3 else (*shape, 1), data.classes)
+        try:
+            model = self.architecture(shape if len(shape) == 3 else (*shape, 1), data.classes)
+        except ValueError as error:
+            # Keras finds no room left for a convolution or a pooling.
+            raise CompressError(
+                "model",
+                expected=f"images large enough for {type(self).__name__}",
+                received=f"images of shape {shape} from data {data.name}",
+                fix="Choose larger images, or another model.",
+            ) from error
         file = self.origin().file
         if file is not None:
             _load_weights(model, file)

@@ -70,6 +70,7 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["seed=-1"], ["seed", "-1"]),
         (["seed=99999999999"], ["seed", "99999999999"]),
         (["debug=maybe"], ["debug", "boolean"]),
+        (["model=lenet5"], ["model", "images large enough", "(8, 8, 1)"]),
         (["cache.enabled=maybe"], ["cache.enabled", "boolean"]),
         (["strategy=prune", "tracking.uri=postgresql://me:secret@host/db"], ["tracking.uri", "password"]),
     ],

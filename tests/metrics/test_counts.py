@@ -90,3 +90,10 @@ def test_only_exact_zeros_do_not_count():
     model.set_weights([kernel, np.array([0, 0, 5, 0], np.float32)])
     assert count_nonzero_params(model) == 8 + 1
     assert count_params(model) == 16
+
+
+def test_frozen_layers_count():
+    model = tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Dense(3), tf_keras.layers.BatchNormalization()])
+    before = count_params(model)
+    model.trainable = False
+    assert count_params(model) == before == 4 * 3 + 3 + 2 * 3

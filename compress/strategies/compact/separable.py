@@ -52,6 +52,7 @@ class Compact(Strategy):
         model = candidate.model
         names, times = context.selection.names(model), calls(model)
         done = {name for g in candidate.guarantees if isinstance(g, SeparableForm) for name in g.layers}
+        taken = {layer.name for layer in model.layers}
         skipped: list[Skipped] = []
         options: list[_Option] = []
         for kernel in kernels(model):
@@ -60,6 +61,9 @@ class Compact(Strategy):
                 continue
             if isinstance(layer, tf_keras.layers.DepthwiseConv2D) or layer.name in done:
                 skipped.append(Skipped(layer.name, "already separable", True))
+                continue
+            if f"{layer.name}_depthwise" in taken:
+                skipped.append(Skipped(layer.name, f"the name {layer.name}_depthwise is taken"))
                 continue
             reason = self._obstacle(layer) or ("called more than once" if times[layer.name] > 1 else None)
             if reason is not None:

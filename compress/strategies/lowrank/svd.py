@@ -62,6 +62,8 @@ class LowRank(Strategy):
         counted: CostUnit = "params" if budget.unit == "params" else "macs"
         units, skipped = self._units(model, context.selection.names(model), pairs, counted)
         total = sum(k.macs for k in kernels(model)) if counted == "macs" else count_params(model)
+        if not pairs and not any(form.cost[0] < unit.cost for unit in units for form in unit.forms):
+            raise context.nothing_done("a layer that a factorization makes cheaper", skipped)
         choices = self._choose(units, budget, float(total), context.stage)
         for unit, choice in zip(units, choices, strict=True):
             if choice is None:
@@ -98,6 +100,8 @@ class LowRank(Strategy):
                     skipped.append(Skipped(name, reason or "a factor has been replaced since it was factorized"))
                 else:
                     units.append(pair)
+            elif first_factor(name) in by_layer:
+                skipped.append(Skipped(name, f"the name {first_factor(name)} is taken"))
             elif reason is not None:
                 skipped.append(Skipped(name, reason))
             else:

@@ -25,7 +25,7 @@ class Share(Strategy):
 
     Batch norms that follow a selected layer are folded into it first: the exported file holds the folded kernel,
     so that is the one whose values must be few. A kernel with no more weights than clusters is left alone, and one into
-    which the export merges a normalisation that comes before it.
+    which the export merges a normalisation that could not be folded.
     """
 
     clusters: Annotated[int, Ge(2), Le(65536)] = 32
@@ -46,7 +46,7 @@ class Share(Strategy):
                 continue
             if kernel.layer.name in merged:
                 skipped.append(
-                    Skipped(kernel.layer.name, "the export merges the normalisation before it into its kernel")
+                    Skipped(kernel.layer.name, "the export merges a normalisation next to it into its kernel")
                 )
                 continue
             if kernel.size <= self.clusters:
