@@ -33,7 +33,7 @@ from compress.strategies.strategy import Context  # noqa: E402
 from compress.tracking.report import versions  # noqa: E402
 from compress.training import LossTerm, Projection, training_batches  # noqa: E402
 
-SHORT, LONG, ROUNDS = 6, 46, 5
+SHORT, LONG, ROUNDS = 6, 36, 3
 DEFAULT = ("model=resnet20", "data=cifar10")
 NOTES = {
     "distill": "teacher outputs computed once before training (no augmentation), its time left out",

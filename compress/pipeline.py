@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import tf_keras
 
 from compress.boards.board import Board
 from compress.cache import Entry, StageCache, code_digest
-from compress.candidate import Artifact, Candidate, Guarantee, Numbers, Skipped, Violation
+from compress.candidate import Artifact, Candidate, Effect, Guarantee, Numbers, Skipped, Storage, Violation
 from compress.data.source import Data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
@@ -26,6 +27,7 @@ from compress.metrics.counts import count_macs, count_nonzero_params, count_para
 from compress.metrics.size import file_bytes, gzip_bytes
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
+from compress.strategies.quantization.stored import Stored
 from compress.strategies.strategy import Context, Strategy
 from compress.training import Recovery
 
@@ -49,6 +51,8 @@ class Stage(Strategy):
             if guarantee.stage in self.release:
                 note = f"{guarantee.stage}: {guarantee.describe()} (released by {self.name})"
                 candidate = candidate.evolve(released=(*candidate.released, note))
+                if isinstance(guarantee, Stored):
+                    candidate = candidate.evolve(storage=Storage())
         candidate = candidate.evolve(guarantees=tuple(g for g in candidate.guarantees if g.stage not in self.release))
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
         for _ in range(self.repeat):
@@ -122,6 +126,14 @@ class Pipeline:
         """
         if self.stages:
             refuse_clashes(self.stages, self.model.build(self.data, self.seed))
+        # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
+        with tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work:
+            result = self._run(Path(work))
+            final = folder / "model.tflite"
+            result.artifact.path.replace(final)
+        return dataclasses.replace(result, artifact=Artifact(final, result.artifact.storage))
+
+    def _run(self, folder: Path) -> Result:
         reference, baseline, artifact, key = self._reference(folder)
         data = self.data.fitted_to(reference.model, f"model {reference.model.name}")
         context = Context(
@@ -133,14 +145,17 @@ class Pipeline:
             strict=self.strict,
         )
         candidate, results = reference, []
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages, start=1):
             key = _digest([key, stage.name, stage.config(), code_digest(type(stage.strategy)), self.seed, self.strict])
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(
-                stage: Stage = stage, before: Candidate = candidate, config: dict[str, Any] = config, key: str = key
+                stage: Stage = stage,
+                before: Candidate = candidate,
+                config: dict[str, Any] = config,
+                number: int = number,
             ) -> tuple[Candidate, StageResult]:
-                own = dataclasses.replace(context, seed=_stage_seed(self.seed, key))
+                own = dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name))
                 return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder)
 
             candidate, result, artifact = self._cached(key, make, folder)
@@ -248,7 +263,13 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
                 received=", ".join(sorted(unknown)),
                 fix="Name a stage as it appears under strategy in the configuration.",
             )
-        targets = later.strategy.targets(model, later.selection)
+        try:
+            targets = later.strategy.targets(model, later.selection)
+        except CompressError:
+            # Its rules may mean layers that an earlier stage will make; if not, the stage itself refuses them.
+            if not any(Effect.REPLACE in earlier.strategy.effects for earlier in stages[:index]):
+                raise
+            continue
         for earlier in stages[:index]:
             if earlier.name in later.release:
                 continue
@@ -276,7 +297,9 @@ def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: s
             f"stage {stage}, {first.layer}",
             expected=f"what stage {guarantee.stage} established ({guarantee.describe()}), in {where}",
             received=f"{first.found}" + (f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""),
-            fix=f"Skip the layer in one of the two stages, or write strategy.{stage}.release=[{guarantee.stage}].",
+            fix=f"Leave the layer out with strategy.{stage}.skip."
+            if guarantee.stage == stage
+            else f"Skip the layer in one of the two stages, or write strategy.{stage}.release=[{guarantee.stage}].",
         )
 
 
@@ -306,9 +329,9 @@ def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stage_seed(seed: int, key: str) -> int:
-    """Return a seed for one stage: the same for the same pipeline up to here, whether or not it was cached."""
-    return int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:7], 16)
+def _stage_seed(seed: int, number: int, name: str) -> int:
+    """Return a seed for one stage: of its own, and the same whether or not the stages before it were cached."""
+    return int(hashlib.sha256(f"{seed}:{number}:{name}".encode()).hexdigest()[:7], 16)
 
 
 def _result_to_json(result: StageResult) -> dict[str, Any]:

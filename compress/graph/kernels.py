@@ -68,6 +68,16 @@ def kernels(model: tf_keras.Model) -> list[Kernel]:
     return [Kernel(layers[key], key.rpartition("/")[2], count) for key, count in macs.items()]
 
 
+def without_kernel(model: tf_keras.Model) -> list[tf_keras.layers.Layer]:
+    """Return the layers whose weight matrices no strategy here works on yet: recurrent, attention, embedding, ..."""
+    return [
+        layer
+        for layer in model.layers
+        if not kernel_attributes(layer)
+        and any(len(w.shape) > 1 for inner in layer._flatten_layers() for w in inner._trainable_weights)
+    ]
+
+
 def get_weight(model: tf_keras.Model, name: str) -> np.ndarray:
     """Return the value of the weight ``"<layer>/<attribute>"``."""
     return np.asarray(get_variable(model, name))

@@ -67,6 +67,8 @@ class _Runner:
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         self._interpreter.set_tensor(self._input["index"], _quantized(values, self._input))
+        # A recurrent layer must not remember the sample before.
+        self._interpreter.reset_all_variables()
         self._interpreter.invoke()
         raw = self._interpreter.get_tensor(self._output["index"])
         scale, zero = self._output["quantization"]

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _PARENT_FILE = "mlflow_parent.json"
 _LONGEST_PARAMETER = 500
+_TABLES_SECONDS = 8.0
 _EXPERIMENT_TAGS = {
     # MLflow's own tag: opens the experiment under "Model training", where runs have columns of metrics.
     "mlflow.experimentKind": "custom_model_development",
@@ -158,12 +160,22 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient
 
-    try:
+    def ask() -> tuple[MlflowClient, str]:
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
-        identity = (
-            found.experiment_id if found is not None else client.create_experiment(experiment, tags=_EXPERIMENT_TAGS)
-        )
+        if found is not None:
+            return client, str(found.experiment_id)
+        return client, str(client.create_experiment(experiment, tags=_EXPERIMENT_TAGS))
+
+    try:
+        try:
+            return ask()
+        except Exception:
+            if not uri.startswith("sqlite:"):
+                raise
+            # Another run may be making the same tables; they are there a moment later.
+            time.sleep(_TABLES_SECONDS)
+            return ask()
     except Exception as error:
         # Each kind of store raises its own types: requests, SQLAlchemy, MLflow.
         reason = " ".join(str(error).split())
@@ -173,7 +185,6 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             received=f"{without_password(uri)} ({type(error).__name__}: {without_password(reason)[:160]})",
             fix="Start the server, correct tracking.uri, or write tracking=none.",
         ) from error
-    return client, str(identity)
 
 
 def start_parent(client: MlflowClient, experiment: str, name: str, command: Sequence[str]) -> str:
@@ -284,8 +295,6 @@ def without_password(text: str) -> str:
 
 
 def _log_metrics(client: MlflowClient, run: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    import time
-
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)

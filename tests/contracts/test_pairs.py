@@ -35,6 +35,18 @@ def weights_in(file: Path) -> list[np.ndarray]:
     return found
 
 
+def channels_written(file: Path, layer: str) -> int:
+    """Output channels of the weights that carry the layer's name, as stored: their first axis."""
+    interpreter = Interpreter(model_path=str(file), experimental_preserve_all_tensors=True)
+    interpreter.allocate_tensors()
+    shapes = [
+        d["shape"] for d in interpreter.get_tensor_details() if f"/{layer}/" in d["name"] and len(d["shape"]) in (2, 4)
+    ]
+    constant = [shape for shape in shapes if shape[0] > 1]
+    assert constant, f"no weights of {layer} in the file"
+    return int(constant[0][0])
+
+
 def operators_in(file: Path) -> list[str]:
     interpreter = Interpreter(model_path=str(file))
     return [op["op_name"] for op in interpreter._get_ops_details()]
@@ -79,3 +91,9 @@ def test_pair(first, second, pipeline, tmp_path):
         for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"):
             assert after.count(kind) >= before.count(kind)
         assert result.final.macs <= alone.final.macs
+    if first == "lowrank":
+        ranks = [guarantee.ranks for guarantee in alone.candidate.guarantees]
+        assert ranks
+        assert ranks[0]
+        for layer, rank in ranks[0].items():
+            assert channels_written(file, f"{layer}_reduce") <= rank

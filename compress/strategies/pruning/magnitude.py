@@ -15,8 +15,8 @@ import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect
-from compress.graph.kernels import Kernel, get_variable, get_weight, kernels
+from compress.candidate import Candidate, Effect, Skipped
+from compress.graph.kernels import Kernel, get_variable, get_weight, kernels, without_kernel
 from compress.graph.rewrite import copy_model
 from compress.metrics.counts import count_params
 from compress.strategies.budget import Budget, one_budget, share_for_part
@@ -56,6 +56,11 @@ class Prune(Strategy):
         chosen = [kernel for kernel in kernels(model) if kernel.layer.name in names]
         if not chosen:
             raise context.nothing_done("a layer with a kernel to prune", ())
+        skipped = [
+            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not pruned")
+            for layer in without_kernel(model)
+            if layer.name in names
+        ]
         sparsity = self._sparsity(model, chosen, context.stage)
         gradual = [_Gradual(model, chosen, sparsity, self.ramp)] if context.recovery.trains else []
         context.recover(candidate.evolve(model=model), projections=gradual)
@@ -63,7 +68,7 @@ class Prune(Strategy):
         # Earlier guarantees may turn a few more weights into zeros (a codebook that keeps its size).
         restore(model, candidate.guarantees)
         zeros = Zeros(context.stage, {k.name: get_weight(model, k.name) != 0 for k in chosen})
-        return candidate.evolve(model=model, skipped=()).with_guarantee(zeros)
+        return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(zeros)
 
     def _sparsity(self, model: tf_keras.Model, chosen: list[Kernel], stage: str) -> float:
         budget = one_budget(

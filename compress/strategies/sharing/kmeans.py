@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
 from compress.graph.fold import fold_batch_norm, merged_on_export
-from compress.graph.kernels import get_variable, kernels
+from compress.graph.kernels import get_variable, kernels, without_kernel
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -40,7 +40,11 @@ class Share(Strategy):
         model = fold_batch_norm(candidate.model, names)
         merged = merged_on_export(model)
         labels: dict[str, np.ndarray] = {}
-        skipped = []
+        skipped = [
+            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not clustered")
+            for layer in without_kernel(model)
+            if layer.name in names
+        ]
         for kernel in kernels(model):
             if kernel.layer.name not in names:
                 continue
