@@ -73,7 +73,7 @@ def test_the_default_job(cli, tmp_path):
         assert metrics[f"lowrank.{key}"] == report["stages"][0][key]
     assert metrics["latency_p50"] == report["final"]["latency_ms"]["p50"]
     assert metrics["ratio.gzip_bytes"] == report["ratios"]["gzip_bytes"]
-    assert children[0].data.params["strategy.prune.ramp"] == "0.5"
+    assert children[0].data.params["strategy.prune.ramp"] == "0.25"
     files = {item.path for item in client.list_artifacts(children[0].info.run_id)}
     assert {"report.json", "model.tflite", "layers.png", "config.yaml"} <= files
 
