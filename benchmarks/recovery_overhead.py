@@ -106,7 +106,11 @@ class _Prepared:
 def measure(strategy: str, overrides: Sequence[str], augment: bool) -> list[float]:
     """Return the ratios of throughput, ours over bare, one for each round."""
     plain = [] if augment else ["data.shift=0", *(["data.mirror=false"] if "data=cifar10" in overrides else [])]
-    plan = make_plan(compose_config([f"strategy={strategy}", "recovery.learning_rate=0.0001", *overrides, *plain]))
+    plan = make_plan(
+        compose_config(
+            [f"strategy={strategy}", "recovery=finetune", "recovery.learning_rate=0.0001", *overrides, *plain]
+        )
+    )
     pipeline = plan.pipeline()
     reference = pipeline.model.reference(pipeline.data, 0)
     data = pipeline.data.fitted_to(reference, "benchmark")
