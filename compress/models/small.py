@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 
 import tf_keras
@@ -44,9 +45,9 @@ class _Small(TrainableSource):
             _load_weights(model, file)
         return model
 
+    @abstractmethod
     def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
         """Return the untrained model for images of ``shape`` [h, w, c]."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, config=STRICT)
