@@ -120,8 +120,8 @@ def test_sparsity_grows_along_zhu_and_guptas_cubic(data):
     Prune(sparsity=final, ramp=ramp).apply(Candidate(model), Probe("prune", data, model, Recovery(), 1))
     for done, sparsity in seen.items():
         progress = min(done / ramp, 1.0)
-        # The masks are renewed when a hundredth of the ramp has passed: at most 3 % of the sparsity late.
-        assert sparsity == pytest.approx(final * (1 - (1 - progress) ** 3), abs=0.03 * final + 1e-4)
+        # The masks are renewed when a fiftieth of the ramp has passed: at most 6 % of the sparsity late.
+        assert sparsity == pytest.approx(final * (1 - (1 - progress) ** 3), abs=0.06 * final + 1e-4)
     assert list(seen.values()) == sorted(seen.values())
     assert seen[0.6] == seen[1.0] == pytest.approx(final, abs=1e-4)
 

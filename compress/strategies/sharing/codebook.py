@@ -48,18 +48,24 @@ class Codebook(Guarantee):
         If zeros have come in and every cluster is still in use, the cluster nearest to zero becomes zero, so that
         the number of distinct values does not grow.
         """
-        labels = tf.constant(self.labels[weight].ravel().astype(np.int32))
+        _, inverse = np.unique(self.labels[weight], return_inverse=True)
+        labels = inverse.ravel().astype(np.int32)
+        order = np.argsort(labels, kind="stable").astype(np.int32)
         flat = tf.reshape(value, [-1])
-        nonzero = tf.cast(tf.not_equal(flat, 0), flat.dtype)
-        sums = tf.math.unsorted_segment_sum(flat, labels, self.clusters)
-        counts = tf.math.unsorted_segment_sum(nonzero, labels, self.clusters)
+        # Sums over sorted labels take less than half the time of sums over unsorted ones.
+        ordered, segments = tf.gather(flat, order), tf.constant(labels[order])
+        sums = tf.math.segment_sum(ordered, segments)
+        counts = tf.math.segment_sum(tf.cast(tf.not_equal(ordered, 0), flat.dtype), segments)
         used = counts > 0
         means = sums / tf.maximum(counts, 1.0)
-        full = tf.reduce_all(used) & tf.reduce_any(tf.equal(nonzero, 0))
+        # A dead cluster leaves room for the zero; so does a codebook that is not full.
+        full = tf.reduce_all(used) & (tf.size(counts) == self.clusters)
+        clash = full & (tf.reduce_sum(counts) < tf.cast(tf.size(flat), counts.dtype))
         distance = tf.where(used, tf.abs(means), tf.fill(tf.shape(means), np.float32(np.inf)))
-        pinned = tf.one_hot(tf.argmin(distance), self.clusters, on_value=True, off_value=False)
-        means = tf.where(full & pinned, tf.zeros_like(means), means)
-        return tf.reshape(tf.gather(means, labels) * nonzero, tf.shape(value))
+        pinned = tf.one_hot(tf.argmin(distance), tf.size(means), on_value=True, off_value=False)
+        means = tf.where(clash & pinned, tf.zeros_like(means), means)
+        renewed = tf.where(tf.equal(flat, 0), flat, tf.gather(means, tf.constant(labels)))
+        return tf.reshape(renewed, tf.shape(value))
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Count the distinct values of each kernel."""
