@@ -29,6 +29,7 @@ from compress.cli.compose import compose_config  # noqa: E402
 from compress.cli.experiment import machine  # noqa: E402
 from compress.cli.places import conf_dir  # noqa: E402
 from compress.graph.rewrite import copy_model  # noqa: E402
+from compress.reference import make_reference  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
 from compress.tracking.report import versions  # noqa: E402
 from compress.training import LossTerm, Projection, train, training_batches  # noqa: E402
@@ -131,7 +132,7 @@ def measure(strategy: str, overrides: Sequence[str], augment: bool) -> list[floa
         )
     )
     pipeline = plan.pipeline()
-    reference = pipeline.model.reference(pipeline.data, 0)
+    reference = make_reference(pipeline.model, pipeline.data, 0)
     data = pipeline.data.fitted_to(reference, "benchmark")
     stage = plan.stages[0]
     ratios: list[float] = []

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import numpy as np
 import tf_keras
 
 from compress.candidate import Candidate, Guarantee, Skipped, Storage
+from compress.errors import CompressError
 
 _LOG = logging.getLogger("compress")
 _FORMAT = 1
@@ -32,6 +34,7 @@ _SHARED_CODE = (
     "boards",
     "candidate.py",
     "pipeline.py",
+    "reference.py",
     "training.py",
     "data/source.py",
     "deploy",
@@ -59,6 +62,26 @@ class StageCache:
     """Finished stages in ``folder``; None keeps nothing."""
 
     folder: Path | None
+
+    def open(self) -> None:
+        """Make the folder.
+
+        Raises:
+            CompressError: if nothing can be written there.
+        """
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise CompressError(
+                f"cache.dir {self.folder}",
+                expected="a folder that can be written",
+                received=str(error.strerror or error),
+                fix="Name another one, cache.dir=<folder>, or write cache=off.",
+            ) from error
 
     def load(self, key: str) -> Entry | None:
         """Return the entry, or None if there is none. A damaged one is said so, removed, and made anew."""
@@ -104,7 +127,9 @@ def code_digest(kind: type) -> str:
     """
     package = Path(__file__).parent
     module = importlib.import_module(kind.__module__)
-    own = Path(module.__file__).parent if module.__file__ else package
+    own = Path(module.__file__ or __file__)
+    # A module of its own may lie in a folder with anything beside it.
+    own = own.parent if module.__package__ else own
     digest = hashlib.sha256(tf_keras.__version__.encode())
     for place in (own, *(package / name for name in _SHARED_CODE)):
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

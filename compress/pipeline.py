@@ -27,6 +27,7 @@ from compress.metrics.counts import count_macs, count_nonzero_params, count_para
 from compress.metrics.size import file_bytes, gzip_bytes
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
+from compress.reference import make_reference
 from compress.strategies.quantization.stored import Stored
 from compress.strategies.strategy import Context, Strategy
 from compress.training import Recovery
@@ -124,6 +125,7 @@ class Pipeline:
         Raises:
             CompressError: naming the stage. Stages finished before stay in the cache.
         """
+        self.cache.open()
         if self.stages:
             refuse_clashes(self.stages, self.model.build(self.data, self.seed))
         # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
@@ -180,7 +182,7 @@ class Pipeline:
         )
 
         def make() -> tuple[Candidate, StageResult]:
-            model = self.model.reference(self.data, self.seed)
+            model = make_reference(self.model, self.data, self.seed)
             data = self.data.fitted_to(model, f"model {model.name}")
             return self._measured("baseline", {}, lambda: Candidate(model), data, folder)
 

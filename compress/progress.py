@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 _LOG = logging.getLogger("compress")
 
 
 class Progress:
-    """Shows how far a piece of work is. On a terminal one line that renews itself; elsewhere log lines."""
+    """Shows how far a piece of work is. On a terminal a bar that renews itself; elsewhere log lines."""
 
     def __init__(self, title: str, *, every_seconds: float = 20.0) -> None:
         self._title = title
         self._every = every_seconds
         self._started = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+        console = Console(stderr=True)
+        self._bar: Bar | None = None
+        if console.is_terminal:
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
+            self._bar = Bar(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(title, total=None, note="")
+            self._bar.start()
 
     def advance(self, done: int, total: int, note: str = "") -> None:
         """Say that ``done`` of ``total`` steps are made."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+            return
         now = time.monotonic()
-        if now - self._shown < (0.2 if self._terminal else self._every):
+        if now - self._shown < self._every:
             return
         self._shown = now
         left = (now - self._started) / done * (total - done)
-        text = f"{self._title}: {done}/{total}  {note}  {left:.0f} s left"
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        else:
-            _LOG.info(text)
+        _LOG.info("%s: %d/%d  %s  %.0f s left", self._title, done, total, note, left)
 
     def close(self) -> None:
-        """Clear the line on a terminal."""
-        if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        """Clear the bar on a terminal."""
+        if self._bar is not None:
+            self._bar.stop()
 
 
 @contextmanager

@@ -324,3 +324,14 @@ def test_a_model_with_code_is_not_kept(tmp_path, caplog):
     model = tf_keras.Model(image, tf_keras.layers.Lambda(lambda t: t * 2)(image))
     StageCache(tmp_path / "cache").store(KEY, Entry(Candidate(model), {"skipped": []}, b""))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_strategy_in_a_file_of_its_own_is_digested_alone(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("class Mine: pass")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module("mine").Mine
+    first = code_digest(mine)
+    (tmp_path / "notes.py").write_text("anything")
+    assert code_digest(mine) == first
+    (tmp_path / "mine.py").write_text("class Mine: changed = True")
+    assert code_digest(mine) != first

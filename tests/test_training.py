@@ -249,6 +249,21 @@ def test_a_cosine_schedule_ends_at_rest_and_a_constant_one_does_not():
     assert last_step("constant") > 0.2
 
 
+@pytest.mark.parametrize("epochs", [1, 40])
+def test_batch_norms_forget_the_statistics_from_before_a_training(epochs):
+    """However short it is: those statistics describe the activations of another network."""
+    values = tf_keras.Input((3,))
+    norm = layers.BatchNormalization(name="norm")
+    model = tf_keras.Model(values, layers.Dense(3)(norm(layers.Rescaling(1 / 255)(values))))
+    norm.moving_mean.assign([100.0, 100.0, 100.0])
+    source = data(40)
+    train(model, source, Recovery(epochs=epochs, batch_size=10, learning_rate=1e-6), seed=0)
+    truth = (source.train.x / 255).mean(axis=0)
+    # exp(-3.5) of what was there before is left, or less; 0.99 would leave 96 of 100 after four steps.
+    assert np.abs(np.asarray(norm.moving_mean) - truth).max() < 100 * np.exp(-3.5) + 0.2
+    assert norm.momentum == 0.99
+
+
 LABELS = np.random.default_rng(0).integers(0, 3, (3, 3, 1, 8))
 MASK = np.random.default_rng(1).random((3, 3, 1, 8)) < 0.6
 

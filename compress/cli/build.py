@@ -12,6 +12,7 @@ from annotated_types import Ge, Lt
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import ArgsKwargs
 
 from compress.boards.board import Board
 from compress.cache import StageCache
@@ -253,9 +254,16 @@ def _invalid(error: ValidationError, where: str) -> CompressError:
         str(e["msg"]).removeprefix("Input should be ") for e in error.errors()[1:] if e["loc"][:1] == first["loc"][:1]
     ]
     expected = " or ".join(dict.fromkeys([message, *also]))
-    return CompressError(
-        key, expected=expected[:300], received=repr(first["input"])[:120], fix=f"Change it: {key}=<value>."
-    )
+    received = first["input"]
+    if isinstance(received, ArgsKwargs):
+        # The fields do not go together; each alone is valid.
+        return CompressError(
+            key,
+            expected=expected[:300],
+            received=", ".join(f"{k}={v}" for k, v in (received.kwargs or {}).items() if v is not None)[:300],
+            fix="Set the ones that you do not mean to null.",
+        )
+    return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=f"Change it: {key}=<value>.")
 
 
 _UNION_TAGS = ("float", "int", "bool", "str", "none")

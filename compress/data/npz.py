@@ -88,6 +88,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     needed = ("x_train", "y_train", "x_test", "y_test")
     try:
+        with path.open("rb") as file:
+            start = file.read(6)
+        if not start.startswith(b"PK"):
+            kind = "one .npy array" if start == b"\x93NUMPY" else f"a file that begins with {start!r}"
+            raise CompressError(
+                f"data.path {path}",
+                expected="an .npz archive of plain arrays",
+                received=kind,
+                fix="Save them with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...).",
+            )
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in needed if key not in archive.files]
             if ("x_val" in archive.files) != ("y_val" in archive.files):

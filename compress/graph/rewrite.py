@@ -29,7 +29,8 @@ def rewrite(model: tf_keras.Model, replacements: Replacements | None = None) -> 
     """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
 
     Nested models and Sequentials are laid open; a layer used twice stays shared. All weights are copied;
-    nothing is shared with ``model``. A replaced layer must have one input tensor and one output tensor.
+    nothing is shared with ``model``. Layers that compute in 16 bits with 32-bit weights compute in 32 bits in the copy.
+    A replaced layer must have one input tensor and one output tensor.
 
     Raises:
         CompressError: if the model is not functional (a subclassed model has no graph to read), or a
@@ -129,6 +130,8 @@ class _Builder:
             if chain is None:
                 config = layer.get_config()
                 config["name"] = self._unused(layer.name, prefix)
+                if layer.compute_dtype != layer.variable_dtype:
+                    config["dtype"] = layer.variable_dtype
                 fresh = [layer.__class__.from_config(config)]
                 self.pending.append((fresh[0], layer.get_weights()))
             else:

@@ -173,6 +173,17 @@ class TFLiteFile:
         found = self._matches(layer)
         return found[0][0].name if found else None
 
+    def is_depthwise(self, layer: str) -> bool:
+        """Say whether the layer's operator multiplies each filter with one input channel only.
+
+        The converter writes a depthwise convolution of a single channel as an ordinary one.
+        """
+        found = self._matches(layer)
+        if not found:
+            return False
+        operator, weights = found[0]
+        return operator.name == "DEPTHWISE_CONV_2D" or (operator.name == "CONV_2D" and weights.shape[-1] == 1)
+
     def output_channels_of(self, layer: str) -> int | None:
         """Return how many channels the layer's operator writes; None if the file does not name it."""
         found = self._matches(layer)

@@ -14,9 +14,6 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.data.source import STRICT, Data, find_file
 from compress.errors import CompressError
-from compress.graph.rewrite import copy_model
-from compress.progress import progress
-from compress.training import Recovery, train
 
 SCRATCH = "scratch"
 
@@ -29,16 +26,6 @@ class Schedule:
     learning_rate: Annotated[float, Gt(0), Lt(float("inf"))] = 0.05
     batch_size: Annotated[int, Gt(0)] = 64
     weight_decay: Annotated[float, Ge(0)] = 1e-4
-
-    def as_recovery(self) -> Recovery:
-        """Return the same as settings of the one training loop."""
-        return Recovery(
-            method="finetune",
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-        )
 
 
 @dataclass(frozen=True)
@@ -63,23 +50,6 @@ class ModelSource(ABC):
     @abstractmethod
     def build(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the flat functional model: with its weights, or untrained if they are to be trained."""
-
-    def reference(self, data: Data, seed: int) -> tf_keras.Model:
-        """Return the trained reference model.
-
-        Raises:
-            CompressError: if the model does not fit the data, or its weights are not finite.
-        """
-        # Keras counts the layers that it names by itself; the exported bytes must not depend on what was built before.
-        tf_keras.backend.reset_uids()
-        model = copy_model(self.build(data, seed))
-        fitted = data.fitted_to(model, f"model {model.name}")
-        schedule = self.origin().schedule
-        if schedule is not None:
-            with progress(f"training {model.name} from scratch") as shown:
-                train(model, fitted, schedule.as_recovery(), seed=seed, progress=shown)
-        check_finite(model)
-        return model
 
 
 def check_finite(model: tf_keras.Model) -> None:

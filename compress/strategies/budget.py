@@ -15,20 +15,15 @@ class Budget:
     keep: float
 
 
-def one_budget(stage: str, default: Budget, **choices: float | None) -> Budget:
+def one_budget(default: Budget, **choices: float | None) -> Budget:
     """Return the one budget that is set among ``choices``; ``default`` if none is.
 
     Raises:
-        CompressError: if several are set.
+        ValueError: if several are set.
     """
     given = [Budget(unit, keep) for unit, keep in choices.items() if keep is not None]
     if len(given) > 1:
-        raise CompressError(
-            f"strategy.{stage}",
-            expected=f"one of {', '.join(choices)}",
-            received=" and ".join(f"{budget.unit}={budget.keep:g}" for budget in given),
-            fix="Leave the others out, or set them to null.",
-        )
+        raise ValueError(f"one of {', '.join(choices)}; the others null")
     return given[0] if given else default
 
 

@@ -98,6 +98,16 @@ def test_an_unwritable_output_folder(cli, tmp_path):
     assert_refused(cli("strategy=prune", f"hydra.run.dir={tmp_path}/file/out"), "hydra.run.dir", "file")
 
 
+def test_an_unwritable_cache_folder_is_refused_before_anything_is_made(cli, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(cli("strategy=prune", f"cache.dir={tmp_path}/file/cache"), "cache.dir", "cache=off")
+
+
+def test_one_array_instead_of_an_archive(cli, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 3)))
+    assert_refused(cli("strategy=prune", "data=npz", f"data.path={tmp_path}/x.npy"), "one .npy array", "savez")
+
+
 @pytest.fixture
 def small_model(tmp_path):
     image = tf_keras.Input((8, 8, 1))

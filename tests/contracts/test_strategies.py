@@ -20,6 +20,7 @@ from compress.metrics.accuracy import file_outputs, keras_outputs
 from compress.metrics.counts import count_macs, count_nonzero_params, count_params
 from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
+from compress.reference import make_reference
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -34,7 +35,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def reference(data) -> tf_keras.Model:
-    return DigitsCnn(train=Schedule(epochs=4)).reference(data, 0)
+    return make_reference(DigitsCnn(train=Schedule(epochs=4)), data, 0)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -247,3 +248,16 @@ def test_gzip_bytes_are_those_of_a_file_that_unpacks_to_the_same(content, tmp_pa
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     # RFC 1952: ten bytes before the deflated data (no name, no time), eight after them.
     assert gzip_bytes(path) == 10 + len(deflate.compress(content) + deflate.flush()) + 8
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "depthwise"), [(1, 1, True), (2, 1, False), (4, 4, True), (4, 2, False)]
+)
+def test_what_is_depthwise(channels, groups, depthwise):
+    conv = layers.DepthwiseConv2D(3, name="conv")
+    if channels != groups:
+        conv = layers.Conv2D(4, 3, groups=groups, name="conv")
+    model = chain((6, 6, channels), conv)
+    file = TFLiteFile(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    assert file.is_depthwise("conv") == depthwise
+    assert not file.is_depthwise("nothing")

@@ -15,6 +15,7 @@ from compress.metrics.accuracy import keras_accuracy
 from compress.metrics.counts import count_macs, count_params
 from compress.models.resnet import CifarResNet, ResNet8, cifar_resnet, load_torch_weights, resnet8
 from compress.models.small import DigitsCnn, Lenet5, Lenet300100
+from compress.reference import make_reference
 
 # He et al. (arXiv 1512.03385), table 6, to the digit as counted by its well-known PyTorch port (option A shortcuts).
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018}
@@ -205,5 +206,5 @@ def test_resnet20_with_its_published_weights_gives_the_outputs_written_anew(data
 )
 def test_published_accuracies(source, weights, published, data_dir):
     test = KerasDataset(dataset="cifar10", path=str(data_dir)).load()
-    model = source(weights=str(data_dir / weights)).reference(test, 0)
+    model = make_reference(source(weights=str(data_dir / weights)), test, 0)
     assert keras_accuracy(model, test.test) == pytest.approx(published, abs=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,13 @@ def test_a_store_that_does_not_answer_is_an_error_without_the_password(tmp_path)
         connect(f"postgresql://me:{SECRET}@{tmp_path.name}.invalid/runs", "tests")
     assert caught.value.where == "tracking.uri"
     assert SECRET not in str(caught.value)
+
+
+def test_two_first_runs_at_once_share_a_store(outside, tmp_path):
+    """Both make the tables of a new SQLite file; the later one waits for them."""
+    code = (
+        f"from compress.tracking.store import connect; connect('sqlite:///{tmp_path}/runs.db', 'tests'); print('there')"
+    )
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: outside("-c", code), range(2)))
+    assert [answer.stdout.strip() for answer in answers] == ["there", "there"], answers[0].stderr + answers[1].stderr

@@ -40,5 +40,5 @@ class SeparableForm(Guarantee):
         return [
             Violation(name, f"the file runs no depthwise convolution for {depthwise}")
             for name, depthwise in self.pairs.items()
-            if file.operator_of(depthwise) not in {"DEPTHWISE_CONV_2D", "CONV_2D"}
+            if not file.is_depthwise(depthwise)
         ]

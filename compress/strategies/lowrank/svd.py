@@ -47,6 +47,10 @@ class LowRank(Strategy):
     effects = frozenset({Effect.TRAIN, Effect.REPLACE})
     establishes = Rank
 
+    def __post_init__(self) -> None:
+        """Refuse several budgets at once."""
+        self._budget()
+
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Only the layers that can be factorized."""
         names = selection.names(model)
@@ -54,9 +58,7 @@ class LowRank(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Choose form and rank for every layer, factorize, recover."""
-        budget = one_budget(
-            context.stage, Budget("params", 0.8), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank
-        )
+        budget = self._budget()
         model = candidate.model
         pairs = {name for g in candidate.guarantees if isinstance(g, Rank) for name in g.ranks}
         counted: CostUnit = "params" if budget.unit == "params" else "macs"
@@ -79,6 +81,9 @@ class LowRank(Strategy):
         result = candidate.evolve(model=rewrite(model, replacements), skipped=context.skip(skipped))
         ranks = {unit.name: rank for unit, (_, rank) in chosen}
         return context.recover(result.with_guarantee(Rank(context.stage, ranks)))
+
+    def _budget(self) -> Budget:
+        return one_budget(Budget("params", 0.8), macs=self.macs, params=self.params, energy=self.energy, rank=self.rank)
 
     def _units(
         self, model: tf_keras.Model, names: frozenset[str], pairs: set[str], counted: CostUnit

@@ -49,6 +49,10 @@ class Prune(Strategy):
     effects = frozenset({Effect.TRAIN, Effect.ZERO})
     establishes = Zeros
 
+    def __post_init__(self) -> None:
+        """Refuse several budgets at once."""
+        self._budget()
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Prune while recovering; every kernel ends at the same sparsity, exact to one weight."""
         model = copy_model(candidate.model)
@@ -70,15 +74,13 @@ class Prune(Strategy):
         zeros = Zeros(context.stage, {k.name: get_weight(model, k.name) != 0 for k in chosen})
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(zeros)
 
-    def _sparsity(self, model: tf_keras.Model, chosen: list[Kernel], stage: str) -> float:
-        budget = one_budget(
-            stage,
-            Budget("sparsity", 0.4),
-            sparsity=self.sparsity,
-            weights=self.weights,
-            macs=self.macs,
-            params=self.params,
+    def _budget(self) -> Budget:
+        return one_budget(
+            Budget("sparsity", 0.4), sparsity=self.sparsity, weights=self.weights, macs=self.macs, params=self.params
         )
+
+    def _sparsity(self, model: tf_keras.Model, chosen: list[Kernel], stage: str) -> float:
+        budget = self._budget()
         if budget.unit == "sparsity":
             return budget.keep
         if budget.unit == "weights":

@@ -1,0 +1,149 @@
+"""The pipeline: what a failure leaves, whose seed a stage gets, when a rule is refused, what a release resets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.cache import StageCache
+from compress.candidate import Candidate, Storage
+from compress.errors import CompressError
+from compress.pipeline import Stage, refuse_clashes
+from compress.strategies.distillation.finetune import Finetune
+from compress.strategies.quantization.stored import Stored
+from compress.strategies.strategy import Context, Strategy
+from compress.training import Recovery
+
+layers = tf_keras.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedWitness(Strategy):
+    """Notes the seed that it is given."""
+
+    seeds: list[int] = dataclasses.field(default_factory=list, compare=False)
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        self.seeds.append(context.seed)
+        return candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(Strategy):
+    """Stops."""
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        raise CompressError(f"stage {context.stage}", expected="nothing", received="this", fix="Nothing.")
+
+
+def recurrent() -> tf_keras.Model:
+    values = tf_keras.Input((5, 3))
+    x = layers.LSTM(16, name="memory")(values)
+    return tf_keras.Model(values, layers.Dense(3, name="dense")(x))
+
+
+def test_a_stage_that_fails_leaves_no_file(pipeline, tmp_path):
+    whole = pipeline("strategy=finetune", "model.train.epochs=1", "recovery.epochs=0.1")
+    with pytest.raises(CompressError, match="stage bad"):
+        dataclasses.replace(whole, stages=(*whole.stages, Stage("bad", Failing()))).run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    result = whole.run(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
+    assert result.artifact.path == tmp_path / "model.tflite"
+    assert [stage.cached for stage in result.stages] == [True], "what was finished before the failure is kept"
+
+
+def test_a_stage_has_a_seed_of_its_own_whatever_was_cached(pipeline, tmp_path):
+    base = pipeline("strategy=none", "model.train.epochs=1")
+
+    def seeds(cache: StageCache) -> list[int]:
+        witness = SeedWitness()
+        stages = (Stage("a", Finetune(), recovery=Recovery(epochs=0.1)), Stage("b", witness), Stage("c", witness))
+        dataclasses.replace(base, stages=stages, cache=cache).run(tmp_path)
+        return witness.seeds
+
+    cache = StageCache(tmp_path / "cache")
+    first = seeds(cache)
+    assert len(set(first)) == 2
+    assert seeds(StageCache(None)) == first
+    # Only the stages after the first are made anew; their seeds are still the same.
+    for entry in sorted(cache.folder.iterdir(), key=lambda e: e.stat().st_mtime)[2:]:
+        for file in entry.iterdir():
+            file.unlink()
+        entry.rmdir()
+    assert seeds(cache) == first
+
+
+def stages(pipeline, *overrides: str) -> tuple[Stage, ...]:
+    return pipeline(*overrides).stages
+
+
+def test_a_rule_for_a_layer_that_an_earlier_stage_will_make_is_not_refused_early(pipeline):
+    model = tf_keras.Sequential([layers.Dense(8, input_shape=(4,), name="first"), layers.Dense(3, name="last")])
+    rule = "strategy.prune.only={name: first_reduce}"
+    refuse_clashes(stages(pipeline, "strategy=lowrank+prune", rule), model)
+    with pytest.raises(CompressError, match=r"strategy\.prune\.only"):
+        refuse_clashes(stages(pipeline, "strategy=finetune+prune", rule), model)
+
+
+def test_a_rule_that_matches_nothing_in_the_end_is_refused_by_the_stage(pipeline, tmp_path):
+    run = pipeline("strategy=lowrank+prune", "model.train.epochs=1", "strategy.prune.only={name: nothing}")
+    with pytest.raises(CompressError, match=r"strategy\.prune\.only"):
+        run.run(tmp_path)
+
+
+def test_releasing_a_quantization_resets_how_weights_are_written(context):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    before = Candidate(model, storage=Storage("int8"), guarantees=(Stored("quantize", "int8"),))
+    kept = Stage("witness", SeedWitness()).apply(before, context)
+    assert kept.storage.scheme == "int8"
+    given_up = Stage("witness", SeedWitness(), release=("quantize",)).apply(before, context)
+    assert given_up.storage == Storage()
+    assert given_up.guarantees == ()
+    assert "quantize" in given_up.released[0]
+
+
+@pytest.fixture
+def context(pipeline) -> Context:
+    data = pipeline("strategy=none", "model.train.epochs=0").data
+    return Context("stage", data, recurrent(), Recovery(method="none"), 0)
+
+
+@pytest.mark.parametrize("name", ["prune", "share"])
+def test_layers_whose_weights_a_stage_cannot_handle_are_listed(name, pipeline, context):
+    stage = stages(pipeline, f"strategy={name}", "recovery=none")[0]
+    result = stage.apply(Candidate(recurrent()), context)
+    assert [item.layer for item in result.skipped if "LSTM" in item.reason] == ["memory"]
+    with pytest.raises(CompressError, match="memory"):
+        stage.apply(Candidate(recurrent()), dataclasses.replace(context, strict=True))
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("lowrank", "reduce"), ("compact", "depthwise")])
+def test_a_name_that_is_taken_is_skipped(name, suffix, pipeline, context):
+    image = tf_keras.Input((8, 8, 8))
+    x = layers.Conv2D(16, 3, name="conv")(image)
+    x = layers.Conv2D(16, 3, name=f"conv_{suffix}")(x)
+    x = layers.Conv2D(16, 3, name="other")(x)
+    model = tf_keras.Model(image, layers.Dense(3, name="dense")(layers.Flatten()(x)))
+    result = stages(pipeline, f"strategy={name}", "recovery=none")[0].apply(Candidate(model), context)
+    assert [(item.layer, item.reason) for item in result.skipped if "taken" in item.reason] == [
+        ("conv", f"the name conv_{suffix} is taken")
+    ]
+    assert f"other_{suffix}" in {layer.name for layer in result.model.layers}
+
+
+def test_a_mixed_precision_model_becomes_float32():
+    from compress.graph.rewrite import copy_model
+
+    tf_keras.utils.set_random_seed(0)
+    values = tf_keras.Input((6,))
+    x = layers.Dense(5, activation="relu", dtype="mixed_float16")(values)
+    model = tf_keras.Model(values, layers.Dense(3, dtype="mixed_float16")(x))
+    copy = copy_model(model)
+    assert copy.outputs[0].dtype == "float32"
+    assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
+    sample = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    np.testing.assert_allclose(copy(sample), np.asarray(model(sample), np.float32), atol=0.02)
