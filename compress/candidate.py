@@ -7,11 +7,13 @@ compressed, trained, exported or measured.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -28,6 +30,7 @@ class Effect(Enum):
     TRAIN = "changes the values of its weights"
     ZERO = "sets some of its weights to zero"
     SHARE = "lets its weights share values"
+    CUT = "removes channels of it"
     REPLACE = "puts other layers in its place"
     STORE = "chooses how its weights are written"
 
@@ -74,6 +77,20 @@ class Guarantee(ABC):
         """Return the value nearest to ``value`` that keeps the property (traced inside the training step)."""
         return value
 
+    def cut(self, left: Callable[[str, np.ndarray], np.ndarray]) -> Guarantee:
+        """Return the property of the model that has lost channels.
+
+        Args:
+            left: returns, for the name of a weight and an array of its shape, what is left of the array.
+        """
+        arrays: dict[str, Any] = {
+            item.name: {weight: left(weight, array) for weight, array in value.items()}
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Mapping)
+            and all(isinstance(array, np.ndarray) for array in value.values())
+        }
+        return replace(self, **arrays)
+
     @abstractmethod
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Return where the Keras model breaks the property."""
@@ -118,6 +135,8 @@ class Candidate:
     """Layers that the latest stage left alone."""
     released: tuple[str, ...] = ()
     """Guarantees that a stage was allowed to break, described."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What the latest stage has measured of its own work, for the report."""
 
     def evolve(self, **changes: Any) -> Candidate:
         """Return a copy with some fields changed."""

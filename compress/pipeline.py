@@ -56,6 +56,7 @@ class Stage(Strategy):
                     candidate = candidate.evolve(storage=Storage())
         candidate = candidate.evolve(guarantees=tuple(g for g in candidate.guarantees if g.stage not in self.release))
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
+        candidate = candidate.evolve(measured={})
         for _ in range(self.repeat):
             candidate = self.strategy.apply(candidate, inner)
         for guarantee in candidate.guarantees:
@@ -89,6 +90,8 @@ class StageResult:
     layers: dict[str, dict[str, int]]
     """Layer -> parameters, non-zero parameters and multiply-adds; for the picture."""
     cached: bool = False
+    measured: dict[str, float] = field(default_factory=dict)
+    """What the stage has measured of its own work."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ class Pipeline:
             tuple(f"{g.stage}: {g.describe()}" for g in candidate.guarantees),
             candidate.released,
             layer_table(candidate.model),
+            measured=dict(candidate.measured),
         )
 
     def _numbers(self, candidate: Candidate, artifact: Artifact, file: TFLiteFile, data: Data) -> Numbers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -43,6 +43,10 @@ class Recovery:
     batch_size: Annotated[int, Gt(0)] = 128
     temperature: Annotated[float, Gt(0)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
+
+    def part(self, share: float) -> Recovery:
+        """Return the same with ``share`` of the epochs."""
+        return replace(self, epochs=self.epochs * share)
 
     @property
     def trains(self) -> bool:

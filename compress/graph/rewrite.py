@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +24,26 @@ class NewLayer:
 Replacements = Mapping[str, Sequence[NewLayer]]
 """Layer name -> the chain of layers that takes its place; an empty chain removes the layer."""
 
+ArgumentEdits = Mapping[tuple[str, int], Callable[[list[Any], dict[str, Any]], None]]
+"""(layer name, which of its calls) -> changes the arguments of that call in place."""
 
-def rewrite(model: tf_keras.Model, replacements: Replacements | None = None) -> tf_keras.Model:
+
+def rewrite(
+    model: tf_keras.Model, replacements: Replacements | None = None, arguments: ArgumentEdits | None = None
+) -> tf_keras.Model:
     """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
 
     Nested models and Sequentials are laid open; a layer used twice stays shared. All weights are copied;
     nothing is shared with ``model``. Layers that compute in 16 bits with 32-bit weights compute in 32 bits in the copy.
-    A replaced layer must have one input tensor and one output tensor.
+    A layer that is replaced by several, or by none, must have one input tensor and one output tensor. ``arguments``
+    changes what single calls of layers are given.
 
     Raises:
         CompressError: if the model is not functional (a subclassed model has no graph to read), or a
             name in ``replacements`` is not a layer of it.
     """
     _require_functional(model)
-    builder = _Builder(replacements or {}, frozenset(layer.name for layer in model.layers))
+    builder = _Builder(replacements or {}, arguments or {}, frozenset(layer.name for layer in model.layers))
     inputs = [tf_keras.Input(batch_shape=t.shape, dtype=t.dtype, name=_input_name(t)) for t in model.inputs]
     outputs = builder.inline(model, inputs)
     unknown = set(builder.replacements) - builder.replaced
@@ -62,7 +68,7 @@ def copy_model(model: tf_keras.Model) -> tf_keras.Model:
 def consumers(model: tf_keras.Model) -> dict[str, list[tf_keras.layers.Layer]]:
     """Return, for each layer name, the layers of the flat ``model`` that read one of its outputs."""
     result: dict[str, list[tf_keras.layers.Layer]] = {layer.name: [] for layer in model.layers}
-    for node in _nodes(model):
+    for node in nodes(model):
         for parent in node.parent_nodes:
             result.setdefault(parent.layer.name, []).append(node.layer)
     return result
@@ -71,21 +77,23 @@ def consumers(model: tf_keras.Model) -> dict[str, list[tf_keras.layers.Layer]]:
 def calls(model: tf_keras.Model) -> dict[str, int]:
     """Return how often each layer of the flat ``model`` is called (more than once: a shared layer)."""
     result: dict[str, int] = {}
-    for node in _nodes(model):
+    for node in nodes(model):
         result[node.layer.name] = result.get(node.layer.name, 0) + 1
     return result
 
 
 def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, Any, Any]]:
     """Return (layer, input shape, output shape) of every call in the flat ``model``, in order."""
-    return [(node.layer, node.input_shapes, node.output_shapes) for node in _nodes(model) if not node.is_input]
+    return [(node.layer, node.input_shapes, node.output_shapes) for node in nodes(model) if not node.is_input]
 
 
 class _Builder:
     """Carries the state of one rewrite: fresh layers by original identity, and weights to set at the end."""
 
-    def __init__(self, replacements: Replacements, outer: frozenset[str]) -> None:
+    def __init__(self, replacements: Replacements, edits: ArgumentEdits, outer: frozenset[str]) -> None:
         self.replacements = replacements
+        self.edits = edits
+        self._times: dict[str, int] = {}
         self.replaced: set[str] = set()
         self.pending: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = []
         self._fresh: dict[int, list[tf_keras.layers.Layer]] = {}
@@ -100,11 +108,15 @@ class _Builder:
         def mapped(value: Any) -> Any:
             return tensors.get(id(value), value)
 
-        for node in _nodes(model):
+        for node in nodes(model):
             if node.is_input:
                 continue
-            arguments = tf.nest.map_structure(mapped, node.call_args)
+            arguments = list(tf.nest.map_structure(mapped, node.call_args))
             keywords = {k: tf.nest.map_structure(mapped, v) for k, v in node.call_kwargs.items()}
+            key = (prefix + node.layer.name, self._times.get(prefix + node.layer.name, 0))
+            self._times[key[0]] = key[1] + 1
+            if key in self.edits:
+                self.edits[key](arguments, keywords)
             results = self._call(node.layer, arguments, keywords, prefix)
             flat_old, flat_new = tf.nest.flatten(node.outputs), tf.nest.flatten(results)
             tensors.update(zip((id(t) for t in flat_old), flat_new, strict=True))
@@ -117,7 +129,7 @@ class _Builder:
             inner = self.inline(layer, tf.nest.flatten(arguments[0]), prefix=f"{prefix}{layer.name}_")
             return inner[0] if len(inner) == 1 else inner
         fresh = self._fresh_layers(layer, prefix)
-        if layer.name not in self.replacements and prefix + layer.name not in self.replacements:
+        if len(fresh) == 1:
             return fresh[0](*arguments, **keywords)
         result = arguments[0]
         for replacement in fresh:
@@ -154,7 +166,7 @@ class _Builder:
         return chosen
 
 
-def _nodes(model: tf_keras.Model) -> Iterable[Any]:
+def nodes(model: tf_keras.Model) -> Iterable[Any]:
     """Yield the nodes of a functional model in an order in which every input exists before it is read."""
     by_depth = model._nodes_by_depth
     for depth in sorted(by_depth, reverse=True):

@@ -228,6 +228,7 @@ def _stage(stage: StageResult) -> dict[str, Any]:
         "skipped": [asdict(item) for item in stage.skipped],
         "guarantees": list(stage.guarantees),
         "released": list(stage.released),
+        "measured": dict(stage.measured),
     }
 
 

@@ -81,7 +81,7 @@ class MlflowRecorder(Recorder):
     def stage(self, result: StageResult) -> None:
         """Log the stage's numbers as ``<stage>.<number>`` and as a step of the plain ``<number>``."""
         metrics = metrics_of(result.numbers)
-        named = {f"{result.name}.{key}": value for key, value in metrics.items()}
+        named = {f"{result.name}.{key}": value for key, value in {**metrics, **result.measured}.items()}
         _log_metrics(self._client, self._run, {**named, f"{result.name}.seconds": result.seconds})
         _log_metrics(self._client, self._run, metrics, step=self._step)
         self._step += 1

@@ -25,7 +25,7 @@ from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
-BUDGETS = ("macs", "params", "weights", "sparsity")
+BUDGETS = ("macs", "params", "weights", "sparsity", "channels")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,10 @@ def test_a_budget_is_met(name, unit, keep, context, reference):
         zeros = np.mean(np.concatenate([k.ravel() for k in kernels.values()]) == 0)
         reached = zeros if unit == "sparsity" else 1 - zeros
         assert reached == pytest.approx(keep, abs=1e-3)
+    elif unit == "channels":
+        names = {name for guarantee in result.guarantees for name in guarantee.layers}
+        left, before = (sum(m.get_layer(n).output_shape[-1] for n in names) for m in (result.model, reference))
+        assert left / before == pytest.approx(keep, abs=0.05)
     elif unit == "params":
         count = count_nonzero_params if sparse else count_params
         assert count(result.model) / count_params(reference) == pytest.approx(keep, abs=0.001 if sparse else 0.05)

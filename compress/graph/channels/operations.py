@@ -1,0 +1,270 @@
+"""What TensorFlow functions in a model (``TFOpLambda``, ``SlicingOpLambda``) do with channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
+
+from compress.graph.channels.moving import elementwise, joined, reshaped
+from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, pass_on
+
+_UNARY = frozenset(
+    (
+        *("__operators__.abs", "__operators__.neg", "abs", "cast", "clip_by_value"),
+        *("compat.v1.clip_by_value", "compat.v1.image.resize", "identity", "image.resize"),
+        *("keras.activations.elu", "keras.activations.gelu", "keras.activations.hard_sigmoid"),
+        *("keras.activations.linear", "keras.activations.relu", "keras.activations.selu"),
+        *("keras.activations.sigmoid", "keras.activations.swish", "keras.activations.tanh"),
+        *("keras.backend.relu", "keras.backend.sigmoid", "math.abs", "math.ceil", "math.cos", "math.erf"),
+        *("math.exp", "math.floor", "math.log", "math.log1p", "math.negative", "math.reciprocal"),
+        *("math.round", "math.rsqrt", "math.sigmoid", "math.sign", "math.sin", "math.softplus", "math.sqrt"),
+        *("math.square", "math.tanh", "nn.avg_pool", "nn.avg_pool2d", "nn.dropout", "nn.elu", "nn.gelu"),
+        *("nn.leaky_relu", "nn.max_pool", "nn.max_pool2d", "nn.relu", "nn.relu6", "nn.selu", "nn.silu"),
+        *("nn.softplus", "nn.softsign", "nn.swish", "sigmoid", "stop_gradient", "tanh"),
+    )
+)
+_BINARY = frozenset(
+    (
+        *("__operators__.add", "__operators__.mul", "__operators__.pow", "__operators__.radd"),
+        *("__operators__.rmul", "__operators__.rpow", "__operators__.rsub", "__operators__.rtruediv"),
+        *("__operators__.sub", "__operators__.truediv", "compat.v1.div", "math.add", "math.add_n"),
+        *("math.divide", "math.divide_no_nan", "math.maximum", "math.minimum", "math.multiply", "math.pow"),
+        *("math.squared_difference", "math.subtract", "math.truediv"),
+    )
+)
+_REDUCTIONS = frozenset(
+    (
+        *("compat.v1.reduce_max", "compat.v1.reduce_mean", "compat.v1.reduce_min", "compat.v1.reduce_sum"),
+        *("keras.backend.mean", "math.reduce_max", "math.reduce_mean", "math.reduce_min", "math.reduce_std"),
+        *("math.reduce_sum", "math.reduce_variance"),
+    )
+)
+
+
+def operation(call: Call) -> list[ChannelIds]:
+    """Handle a TensorFlow function by its name."""
+    name = call.layer.symbol
+    if name in _UNARY:
+        return pass_on(call)
+    if name in _BINARY:
+        return _binary(call)
+    if name in _REDUCTIONS:
+        return _reduction(call)
+    handler = _OTHERS.get(name)
+    return handler(call) if handler else call.unknown(f"no handler knows tf.{name}")
+
+
+def _argument(call: Call, position: int, *names: str, default: Any = None) -> Any:
+    for name in names:
+        if call.kwargs.get(name) is not None:
+            return call.kwargs[name]
+    value = call.args[position] if position < len(call.args) else None
+    return default if value is None else value
+
+
+def _set(args: list[Any], kwargs: dict[str, Any], position: int, name: str, value: Any) -> None:
+    if kwargs.get(name) is not None or position >= len(args):
+        kwargs[name] = value
+    else:
+        args[position] = value
+
+
+def _binary(call: Call) -> list[ChannelIds]:
+    literals = [value for value in (*call.args, *call.kwargs.values()) if value is not None]
+    sizes = [
+        np.size(v) for v in literals if isinstance(v, (np.ndarray, tf.Tensor, tf.Variable, list)) and not _has_tensor(v)
+    ]
+    if any(size > 1 for size in sizes):
+        return call.unknown("it calculates with an array that belongs to certain channels")
+    return elementwise(call)
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(_is_symbolic(leaf) for leaf in tf.nest.flatten(value))
+
+
+def _is_symbolic(value: Any) -> bool:
+    return hasattr(value, "_keras_history")
+
+
+def _reduction(call: Call) -> list[ChannelIds]:
+    ids, rank = call.inputs[0], len(call.input_shapes[0])
+    axis = _argument(call, 1, "axis", "reduction_indices")
+    keep = bool(_argument(call, 2, "keepdims", "keep_dims", default=False))
+    if axis is None:
+        return call.unknown("it reduces over everything")
+    axes = {int(a) % (rank + 1) - 1 for a in np.ravel(axis)}
+    if -1 in axes or any(ids.shape[a] > 1 for a in axes):
+        return call.unknown("it reduces over channels")
+    return [ids if keep else ids.reshape([size for a, size in enumerate(ids.shape) if a not in axes])]
+
+
+def _concat(call: Call) -> list[ChannelIds]:
+    axis = int(_argument(call, 1, "axis", default=0)) % (len(call.output_shapes[0]) + 1) - 1
+    return (
+        [joined(call, call.inputs, call.input_shapes, axis)] if axis >= 0 else call.unknown("it joins along the batch")
+    )
+
+
+def _reshape(call: Call) -> list[ChannelIds]:
+    result = reshaped(call, call.inputs[0], call.input_shapes[0], call.output_shapes[0])
+    shape = call.output_shapes[0]
+
+    def edit(args: list[Any], kwargs: dict[str, Any], kept: Kept) -> None:
+        # What the model calculates itself (the batch) stays as it is.
+        known = [-1, *[-1 if size is None else size for size in kept.shape(result, shape)]]
+        given = kwargs["shape"] if kwargs.get("shape") is not None else args[1]
+        fresh = [g if _is_symbolic(g) else k for g, k in zip(list(given), known, strict=True)]
+        _set(args, kwargs, 1, "shape", fresh)
+
+    call.edit_call(edit)
+    return [result]
+
+
+def _transpose(call: Call) -> list[ChannelIds]:
+    order = _argument(call, 1, "perm")
+    if order is None or int(order[0]) != 0:
+        return call.unknown("it moves the batch")
+    return [call.inputs[0].transpose([int(axis) - 1 for axis in order[1:]])]
+
+
+def _expand(call: Call) -> list[ChannelIds]:
+    axis = int(_argument(call, 1, "axis")) % (len(call.output_shapes[0]) + 1) - 1
+    return [np.expand_dims(call.inputs[0], axis)] if axis >= 0 else call.unknown("it moves the batch")
+
+
+def _squeeze(call: Call) -> list[ChannelIds]:
+    return [reshaped(call, call.inputs[0], call.input_shapes[0], call.output_shapes[0])]
+
+
+def _split(call: Call) -> list[ChannelIds]:
+    ids, rank = call.inputs[0], len(call.input_shapes[0])
+    axis = int(_argument(call, 2, "axis", default=0)) % (rank + 1) - 1
+    if axis < 0:
+        return call.unknown("it splits the batch")
+    if ids.shape[axis] == 1:
+        return [ids for _ in call.output_shapes]
+    bounds = np.cumsum([int(shape[axis] or 0) for shape in call.output_shapes])[:-1]
+    parts = np.split(ids, bounds, axis)
+
+    def edit(args: list[Any], kwargs: dict[str, Any], kept: Kept) -> None:
+        sizes = [kept.shape(part, shape)[axis] for part, shape in zip(parts, call.output_shapes, strict=True)]
+        _set(args, kwargs, 1, "num_or_size_splits", sizes)
+
+    call.edit_call(edit)
+    call.note("splits", ids)
+    return parts
+
+
+def _pad(call: Call) -> list[ChannelIds]:
+    """New channels of zeros are channels, too: they may go with those that they are added to."""
+    ids = call.inputs[0]
+    paddings = np.asarray(_argument(call, 1, "paddings"))[1:]
+    zeros: list[tuple[ChannelIds, ChannelIds]] = []
+    for axis, (before, after) in enumerate(paddings):
+        first, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if (before or after) and ids.shape[axis] > 1:
+            if max(ids.shape[:axis] + ids.shape[axis + 1 :], default=1) > 1:
+                return call.unknown("it pads channels that lie along several axes")
+            first, last = call.write(int(before)), call.write(int(after))
+            ids = np.concatenate([first, np.ravel(ids), last]).reshape(
+                [-1 if a == axis else 1 for a in range(ids.ndim)]
+            )
+        zeros.append((first, last))
+
+    def edit(args: list[Any], kwargs: dict[str, Any], kept: Kept) -> None:
+        cut = [[0, 0]]
+        for (before, after), (first, last) in zip(paddings, zeros, strict=True):
+            cut.append(
+                [
+                    kept.count(first) if first.size else int(before) * (not last.size),
+                    kept.count(last) if last.size else int(after) * (not first.size),
+                ]
+            )
+        _set(args, kwargs, 1, "paddings", cut)
+
+    call.edit_call(edit)
+    return [ids]
+
+
+def _shape_of(call: Call) -> list[ChannelIds]:
+    return [np.full([1] * len(shape), NONE) for shape in call.output_shapes]
+
+
+def _matmul(call: Call) -> list[ChannelIds]:
+    return call.unknown("it multiplies two tensors with each other")
+
+
+def slicing(call: Call) -> list[ChannelIds]:
+    """Handle ``x[...]``: a range of channels stays a range; other axes do not matter."""
+    if len(call.inputs) != 1:
+        return call.unknown("it slices at places that the model calculates")
+    spec = _argument(call, 1, "slice_spec")
+    spec = list(spec) if isinstance(spec, tuple) else [spec]
+    rank = len(call.input_shapes[0]) + 1
+    if rank == 1 or any(item is None for item in spec):
+        return _shape_of(call) if rank == 1 else call.unknown("it adds an axis while slicing")
+    if Ellipsis in spec:
+        place = spec.index(Ellipsis)
+        spec[place : place + 1] = [_EVERYTHING] * (rank - len(spec) + 1)
+    spec += [_EVERYTHING] * (rank - len(spec))
+    if spec[0] != _EVERYTHING:
+        return call.unknown("it slices the batch") if (call.inputs[0] != NONE).any() else _shape_of(call)
+    ids = call.inputs[0]
+    changed: dict[int, tuple[ChannelIds, ChannelIds]] = {}
+    for axis in range(rank - 2, -1, -1):
+        item = spec[axis + 1]
+        if item == _EVERYTHING:
+            continue
+        if ids.shape[axis] == 1 and call.input_shapes[0][axis] != 1:
+            if not isinstance(item, dict):
+                ids = ids.take(0, axis)
+            continue
+        if not isinstance(item, dict):
+            return call.unknown("it takes single channels")
+        if item["step"] not in (None, 1):
+            return call.unknown("it takes channels in steps")
+        start, stop, _ = slice(item["start"], item["stop"]).indices(ids.shape[axis])
+        vector = call.only_along(ids, axis)
+        changed[axis + 1] = (vector[:start], vector[start:stop])
+        ids = ids.take(range(start, stop), axis)
+    if changed:
+        call.note("slices", ids)
+
+        def edit(args: list[Any], kwargs: dict[str, Any], kept: Kept) -> None:
+            fresh = list(spec)
+            for axis, (before, inside) in changed.items():
+                first = kept.count(before)
+                fresh[axis] = {"start": first, "stop": first + kept.count(inside), "step": None}
+            _set(args, kwargs, 1, "slice_spec", tuple(fresh))
+
+        call.edit_call(edit)
+    return [ids]
+
+
+_EVERYTHING = {"start": None, "stop": None, "step": None}
+
+_OTHERS: dict[str, Callable[[Call], list[ChannelIds]]] = {
+    "concat": _concat,
+    "reshape": _reshape,
+    "compat.v1.transpose": _transpose,
+    "transpose": _transpose,
+    "expand_dims": _expand,
+    "squeeze": _squeeze,
+    "compat.v1.squeeze": _squeeze,
+    "split": _split,
+    "pad": _pad,
+    "compat.v1.pad": _pad,
+    "compat.v1.shape": _shape_of,
+    "shape": _shape_of,
+    "linalg.matmul": _matmul,
+}
+
+
+def operation_handlers() -> dict[type, Handler]:
+    """Return the handlers of this module by layer class."""
+    return {TFOpLambda: operation, SlicingOpLambda: slicing}
