@@ -23,8 +23,8 @@ def import_tensorflow() -> None:
 
 
 @contextmanager
-def stderr_aside() -> Iterator[None]:
-    """Send file descriptor 2 to a file meanwhile; show what was written if the body raises."""
+def stderr_aside(show_on_failure: bool = True) -> Iterator[None]:
+    """Send file descriptor 2 to a file meanwhile; show what was written if the body raises, unless told not to."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as notes:
         saved = os.dup(2)
@@ -37,6 +37,6 @@ def stderr_aside() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)
-            if failed:
+            if failed and show_on_failure:
                 notes.seek(0)
                 os.write(2, notes.read())

@@ -26,6 +26,14 @@ def make_reference(source: ModelSource, data: Data, seed: int) -> tf_keras.Model
     schedule = source.origin().schedule
     if schedule is not None:
         with progress(f"training {model.name} from scratch") as shown:
-            train(model, fitted, Recovery(**dataclasses.asdict(schedule)), seed=seed, progress=shown)
+            train(
+                model,
+                fitted,
+                Recovery(**dataclasses.asdict(schedule)),
+                seed=seed,
+                progress=shown,
+                where=f"model {model.name}, training",
+                rate_key="model.train.learning_rate",
+            )
     check_finite(model)
     return model

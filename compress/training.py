@@ -39,9 +39,9 @@ class Recovery:
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["cosine", "constant"] = "cosine"
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    weight_decay: Annotated[float, Ge(0)] = 1e-4
-    batch_size: Annotated[int, Gt(0)] = 128
-    temperature: Annotated[float, Gt(0)] = 4.0
+    weight_decay: Annotated[float, Ge(0), Le(1e3)] = 1e-4
+    batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 128
+    temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
 
     def part(self, share: float) -> Recovery:
@@ -118,6 +118,7 @@ def train(
     terms: Sequence[LossTerm] = (),
     progress: Progress | None = None,
     where: str = "training",
+    rate_key: str = "recovery.learning_rate",
 ) -> History:
     """Train ``model`` in place on the training part and return what was done.
 
@@ -131,15 +132,16 @@ def train(
         terms: extra terms of the loss.
         progress: where the progress is shown.
         where: what an error says it happened in.
+        rate_key: the configuration key of the learning rate, for the error about a loss that is no number.
 
     Raises:
         CompressError: if the loss becomes NaN or infinite.
     """
-    steps_per_epoch = max(1, int(np.ceil(len(data.train) / recovery.batch_size)))
-    steps = max(1, round(recovery.epochs * steps_per_epoch))
+    batch_size = min(recovery.batch_size, len(data.train))
+    steps = max(1, round(recovery.epochs * len(data.train) / batch_size))
     tf_keras.utils.set_random_seed(seed)
     for term in terms:
-        term.prepare(data, recovery.batch_size)
+        term.prepare(data, batch_size)
     trainee = _Trainee(model.inputs, model.outputs, name=model.name)
     trainee.setup(
         steps=steps,
@@ -150,14 +152,14 @@ def train(
     )
     # A compiled loss would be added to ours; the loop's loss is `_Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
-    batches = training_batches(data.train, recovery.batch_size, steps, seed, data.augmentation)
+    batches = training_batches(data.train, batch_size, steps, seed, data.augmentation)
     started = time.perf_counter()
-    callback = _Watch(steps, recovery, progress, where)
+    callback = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
     with _settling_statistics(model, steps):
         trainee.fit(batches, epochs=1, steps_per_epoch=steps, verbose=0, callbacks=[callback])
     return History(
         steps=steps,
-        images=min(steps * recovery.batch_size, round(steps / steps_per_epoch * len(data.train))),
+        images=steps * batch_size,
         seconds=time.perf_counter() - started,
         loss=callback.loss,
     )
@@ -172,7 +174,7 @@ def _settling_statistics(model: tf_keras.Model, steps: int) -> Iterator[None]:
     norms = [layer for layer in model.layers if isinstance(layer, tf_keras.layers.BatchNormalization)]
     before = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = min(norm.momentum, max(0.0, 1.0 - 3.5 / steps))
+        norm.momentum = min(norm.momentum, max(0.3, 1.0 - 3.5 / steps))
     try:
         yield
     finally:
@@ -185,17 +187,18 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Return ``steps`` batches ``(inputs float32 [b, ...], labels [b], indices [b])``, shuffled anew each epoch.
 
-    A function of the seed alone: samples are gathered a batch at a time, and random numbers are stateless.
+    Batches are full: one may hold the end of an epoch and the start of the next. (A batch of a few samples would
+    spoil the statistics of batch norms.) A function of the seed alone: samples are gathered a batch at a time, and
+    random numbers are stateless.
     """
     x, y = tf.constant(split.x), tf.constant(split.y)
     count = len(split)
-    per_epoch = int(np.ceil(count / batch_size))
 
     def indices_of(epoch: tf.Tensor) -> tf.data.Dataset:
         order = tf.random.experimental.stateless_shuffle(
             tf.range(count, dtype=tf.int64), seed=tf.stack([tf.constant(seed, tf.int64), epoch])
         )
-        return tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
+        return tf.data.Dataset.from_tensor_slices(order)
 
     def load(step: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         images = tf.cast(tf.gather(x, indices), tf.float32)
@@ -203,8 +206,9 @@ def training_batches(
             images = augment(images, augmentation, tf.stack([tf.constant(seed, tf.int64), step + 1]))
         return images, tf.gather(y, indices), indices
 
-    epochs = int(np.ceil(steps / per_epoch))
-    batches = tf.data.Dataset.range(epochs).flat_map(indices_of).take(steps).enumerate()
+    epochs = int(np.ceil(steps * batch_size / count))
+    indices = tf.data.Dataset.range(epochs).flat_map(indices_of)
+    batches = indices.batch(batch_size, drop_remainder=True).take(steps).enumerate()
     return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
 
 
@@ -312,12 +316,12 @@ def _optimizer(recovery: Recovery, steps: int) -> tf_keras.optimizers.Optimizer:
 class _Watch(tf_keras.callbacks.Callback):
     """Shows progress and stops a training whose loss is no longer a number."""
 
-    def __init__(self, steps: int, recovery: Recovery, progress: Progress | None, where: str) -> None:
+    def __init__(self, steps: int, rate: float, progress: Progress | None, where: str, rate_key: str) -> None:
         super().__init__()
         self._where = where
+        self._advice = f"Lower the rate: {rate_key}={rate / 10:g}."
         self.loss = float("nan")
         self._steps = steps
-        self._recovery = recovery
         self._progress = progress
         # Reading the loss waits for the step, so it is done a hundred times in all, not at every step.
         self._every = max(1, steps // 100)
@@ -332,7 +336,7 @@ class _Watch(tf_keras.callbacks.Callback):
                 self._where,
                 expected="a finite loss",
                 received=f"{self.loss} at step {batch + 1} of {self._steps}",
-                fix=f"Lower the rate: recovery.learning_rate={self._recovery.learning_rate / 10:g}.",
+                fix=self._advice,
             )
         if self._progress is not None:
             self._progress.advance(batch + 1, self._steps, f"loss {self.loss:.4f}")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -27,10 +27,10 @@ class Host(Board):
     ``threads``: of the interpreter, pinned to as many processors. ``warmup`` runs are not counted.
     """
 
-    threads: Annotated[int, Ge(1)] = 1
-    runs: Annotated[int, Ge(100)] = 200
-    warmup: Annotated[int, Ge(1)] = 20
-    timeout: Annotated[float, Gt(0)] = 600.0
+    threads: Annotated[int, Ge(1), Le(1024)] = 1
+    runs: Annotated[int, Ge(100), Le(1_000_000)] = 200
+    warmup: Annotated[int, Ge(1), Le(1_000_000)] = 20
+    timeout: Annotated[float, Gt(0), Le(1e6)] = 600.0
 
     name: ClassVar[str] = "host"
 

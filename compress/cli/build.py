@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Lt, MinLen
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -37,7 +37,7 @@ class CacheSettings:
     """``conf/cache``."""
 
     enabled: bool
-    dir: str
+    dir: Annotated[str, MinLen(1)]
 
 
 @dataclasses.dataclass(frozen=True)

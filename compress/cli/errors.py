@@ -90,6 +90,8 @@ def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
             fix="Name another folder: hydra.run.dir=... (multirun: hydra.sweep.dir=...), cache.dir=... .",
         )
     first = " ".join(str(error).split())
+    if first.startswith("Additional config directory"):
+        return CompressError("--config-dir", expected="a folder that exists", received=first, fix="Correct the path.")
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         first = f"{first} ({' '.join(str(error.__cause__).split())})"
     return CompressError(

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from compress.cli.build import make_plan, to_plain
 from compress.pipeline import StageResult
+from compress.tracking.charts import layers_picture
 from compress.tracking.report import make_report, print_table, write_report
 from compress.tracking.store import Recorder, open_recorder
 
@@ -37,6 +38,8 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
         result = pipeline.run(folder)
         result.candidate.model.save(str(folder / "model.keras"))
         report = make_report(result, plain, seconds=time.perf_counter() - started)
+        last = (result.stages or (result.baseline,))[-1]
+        layers_picture(result.baseline.layers, last.layers, str(report["strategy"]), folder / "layers.png")
         write_report(report, folder / "report.json")
         recorder.finish(report, result, folder)
     print_table(report)

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, find_file, make_data
 from compress.errors import CompressError
+
+_DAMAGED = (
+    *(OSError, ValueError, TypeError, EOFError, NotImplementedError, RuntimeError, MemoryError),
+    *(zlib.error, zipfile.BadZipFile),
+)
+"""What reading a damaged, encrypted or lying file raises."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,7 +27,7 @@ class Npz(DataSource):
 
     path: str | None = None
     recovery_epochs: Annotated[float, Ge(0)] = 1.0
-    shift: Annotated[int, Ge(0)] = 0
+    shift: Annotated[int, Ge(0), Le(1024)] = 0
     mirror: bool = False
     train_limit: Annotated[int, Gt(0)] | None = None
     test_limit: Annotated[int, Gt(0)] | None = None
@@ -109,8 +115,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                     received=f"{', '.join(archive.files)} (without {', '.join(missing)})",
                     fix="Save them with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...).",
                 )
-            return {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val")}
-    except (OSError, ValueError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+            arrays = {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val")}
+            strange = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
+            if strange:
+                raise ValueError(f"{strange[0]} is no array")
+            return arrays
+    except _DAMAGED as error:
         raise CompressError(
             f"data.path {path}",
             expected="an .npz archive of plain arrays",

@@ -227,9 +227,16 @@ def _check(name: str, part: str, split: Split, train: Split) -> None:
         )
     if x.dtype.kind not in "fiub":
         raise fail("numeric samples", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
-    if x.dtype.kind == "f" and not np.isfinite(x).all():
+    if x.dtype.itemsize > 8:
+        raise fail("samples of at most 64 bits", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
+    if x.dtype.kind == "f" and not _finite(x).all():
         raise fail(
-            "finite samples",
-            f"{int((~np.isfinite(x)).sum())} NaN or infinite values",
+            "samples that are finite as float32",
+            f"{int((~_finite(x)).sum())} NaN, infinite or too large values",
             "Clean the data before compressing.",
         )
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.isfinite(x.astype(np.float32, copy=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
         converter._experimental_disable_per_channel = True
         converter._experimental_disable_per_channel_quantization_for_dense_layers = True
     try:
-        with warnings.catch_warnings(), stderr_aside():
+        with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
             warnings.simplefilter("ignore")
             content = converter.convert()
     except Exception as error:
@@ -61,13 +62,21 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
         raise CompressError(
             f"export as {storage.scheme}",
             expected="a model that the TFLite converter accepts",
-            received=" ".join(str(error).split())[:300] or type(error).__name__,
-            fix="Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
+            received=_reason(error),
+            fix="Replace the layer that is named, or leave it out of the model that is exported."
+            if storage.scheme == "float32"
+            else "Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
         ) from error
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)
     return Artifact(path, storage)
+
+
+def _reason(error: Exception) -> str:
+    """Return what the converter says without the traces of its compiler."""
+    text = re.sub(r"(loc|callsite|fused)\S*|<unknown>\S*|error:|note:", " ", str(error))
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _calibration(data: Data, images: int) -> Iterator[list[np.ndarray]]:

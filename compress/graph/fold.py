@@ -27,9 +27,18 @@ def fold_batch_norm(model: tf_keras.Model, layers: frozenset[str] | None = None)
         model: a flat functional model.
         layers: names of the linear layers to fold into; all when None.
     """
+    replacements: dict[str, list[NewLayer]] = {}
+    for name, norm in foldable_pairs(model, layers).items():
+        replacements[name] = [_folded(model.get_layer(name), model.get_layer(norm))]
+        replacements[norm] = []
+    return rewrite(model, replacements)
+
+
+def foldable_pairs(model: tf_keras.Model, layers: frozenset[str] | None = None) -> dict[str, str]:
+    """Return linear layer -> the batch norm that can be folded into it."""
     readers, times = consumers(model), calls(model)
     outputs = {t.node.layer.name for t in model.outputs}
-    replacements: dict[str, list[NewLayer]] = {}
+    pairs: dict[str, str] = {}
     for layer in model.layers:
         following = readers[layer.name]
         if (
@@ -44,9 +53,8 @@ def fold_batch_norm(model: tf_keras.Model, layers: frozenset[str] | None = None)
             and times[following[0].name] == 1
             and _normalises_channels(following[0], layer)
         ):
-            replacements[layer.name] = [_folded(layer, following[0])]
-            replacements[following[0].name] = []
-    return rewrite(model, replacements)
+            pairs[layer.name] = following[0].name
+    return pairs
 
 
 def _normalises_channels(norm: tf_keras.layers.BatchNormalization, layer: tf_keras.layers.Layer) -> bool:

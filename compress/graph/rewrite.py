@@ -34,7 +34,7 @@ def rewrite(
     """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
 
     Nested models and Sequentials are laid open; a layer used twice stays shared. All weights are copied;
-    nothing is shared with ``model``. Layers that compute in 16 bits with 32-bit weights compute in 32 bits in the copy.
+    nothing is shared with ``model``. Layers that compute in 16 or 64 bits compute in 32 bits in the copy.
     A layer that is replaced by several, or by none, must have one input tensor and one output tensor. ``arguments``
     changes what single calls of layers are given.
 
@@ -44,7 +44,7 @@ def rewrite(
     """
     _require_functional(model)
     builder = _Builder(replacements or {}, arguments or {}, frozenset(layer.name for layer in model.layers))
-    inputs = [tf_keras.Input(batch_shape=t.shape, dtype=t.dtype, name=_input_name(t)) for t in model.inputs]
+    inputs = [tf_keras.Input(batch_shape=t.shape, dtype=_plain(t.dtype), name=_input_name(t)) for t in model.inputs]
     outputs = builder.inline(model, inputs)
     unknown = set(builder.replacements) - builder.replaced
     if unknown:
@@ -58,6 +58,28 @@ def rewrite(
     for layer, weights in builder.pending:
         layer.set_weights(weights)
     return copy
+
+
+def in_float32(config: Any) -> None:
+    """Have every layer of a configuration, in wrappers too, compute in 32 bits where it computes in 16 or 64."""
+    if isinstance(config, dict):
+        policy = config.get("dtype")
+        name = policy.get("config", {}).get("name") if isinstance(policy, dict) else policy
+        if isinstance(name, str) and name.removeprefix("mixed_") in _OTHER_FLOATS:
+            config["dtype"] = "float32"
+        for value in config.values():
+            in_float32(value)
+    elif isinstance(config, list):
+        for value in config:
+            in_float32(value)
+
+
+def _plain(dtype: Any) -> str:
+    name: str = tf.as_dtype(dtype).name
+    return "float32" if name in _OTHER_FLOATS else name
+
+
+_OTHER_FLOATS = ("float16", "bfloat16", "float64")
 
 
 def copy_model(model: tf_keras.Model) -> tf_keras.Model:
@@ -142,8 +164,7 @@ class _Builder:
             if chain is None:
                 config = layer.get_config()
                 config["name"] = self._unused(layer.name, prefix)
-                if layer.compute_dtype != layer.variable_dtype:
-                    config["dtype"] = layer.variable_dtype
+                in_float32(config)
                 fresh = [layer.__class__.from_config(config)]
                 self.pending.append((fresh[0], layer.get_weights()))
             else:

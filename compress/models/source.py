@@ -24,8 +24,8 @@ class Schedule:
 
     epochs: Annotated[float, Ge(0), Le(1e6)] = 30.0
     learning_rate: Annotated[float, Gt(0), Lt(float("inf"))] = 0.05
-    batch_size: Annotated[int, Gt(0)] = 64
-    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 64
+    weight_decay: Annotated[float, Ge(0), Le(1e3)] = 1e-4
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Context:
                 terms=extra,
                 progress=shown,
                 where=f"stage {self.stage}, training",
+                rate_key=f"strategy.{self.stage}.recovery.learning_rate",
             )
         return candidate
 

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import MinLen
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from compress.errors import CompressError
-from compress.tracking.charts import OBJECTIVES, Point, layers_picture, pareto_page, pareto_picture
+from compress.tracking.charts import OBJECTIVES, Point, pareto_page, pareto_picture
 from compress.tracking.pareto import non_dominated
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class TrackingSettings:
 
     enabled: bool
     uri: str
-    experiment: str
+    experiment: Annotated[str, MinLen(1)]
 
 
 class Recorder(ABC):
@@ -90,12 +91,8 @@ class MlflowRecorder(Recorder):
         """Log ratios, the files and the picture of the layers."""
         ratios = {f"ratio.{key}": value for key, value in report["ratios"].items() if value is not None}
         _log_metrics(self._client, self._run, {**ratios, "seconds": report["seconds"]})
-        for name in ("report.json", "model.tflite"):
+        for name in ("report.json", "model.tflite", "layers.png"):
             self._client.log_artifact(self._run, str(folder / name))
-        last = (result.stages or (result.baseline,))[-1]
-        picture = folder / "layers.png"
-        layers_picture(result.baseline.layers, last.layers, str(report["strategy"]), picture)
-        self._client.log_artifact(self._run, str(picture))
 
 
 def metrics_of(numbers: Numbers) -> dict[str, float]:
@@ -163,6 +160,13 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     def ask() -> tuple[MlflowClient, str]:
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
+        if found is not None and found.lifecycle_stage != "active":
+            raise CompressError(
+                "tracking.experiment",
+                expected="an experiment that is there",
+                received=f"{experiment}, which was deleted",
+                fix="Name another one: tracking.experiment=<name>, or restore it (mlflow experiments restore).",
+            )
         if found is not None:
             return client, str(found.experiment_id)
         return client, str(client.create_experiment(experiment, tags=_EXPERIMENT_TAGS))
@@ -170,12 +174,16 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     try:
         try:
             return ask()
+        except CompressError:
+            raise
         except Exception:
             if not uri.startswith("sqlite:"):
                 raise
             # Another run may be making the same tables; they are there a moment later.
             time.sleep(_TABLES_SECONDS)
             return ask()
+    except CompressError:
+        raise
     except Exception as error:
         # Each kind of store raises its own types: requests, SQLAlchemy, MLflow.
         reason = " ".join(str(error).split())
@@ -207,8 +215,11 @@ def read_parent(sweep: Path) -> str | None:
     return str(json.loads(file.read_text())["run"]) if file.is_file() else None
 
 
-def finish_sweep(client: MlflowClient, experiment: str, parent: str) -> list[Point]:
-    """Tag the Pareto front among the parent's finished children, log the charts, close the parent."""
+def finish_sweep(client: MlflowClient, experiment: str, parent: str, *, stopped: bool = False) -> list[Point]:
+    """Tag the Pareto front among the parent's finished children, log the charts, close the parent.
+
+    ``stopped``: the multirun did not come to its end.
+    """
     children = client.search_runs(
         [experiment], f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'FINISHED'", max_results=5000
     )
@@ -229,7 +240,7 @@ def finish_sweep(client: MlflowClient, experiment: str, parent: str) -> list[Poi
                 client.log_artifact(parent, str(file))
         client.set_tag(parent, "mlflow.note.content", _summary(points))
         _log_metrics(client, parent, {"runs": len(points), "pareto_runs": sum(any(p.pareto.values()) for p in points)})
-    client.set_terminated(parent, "FAILED" if failed else "FINISHED")
+    client.set_terminated(parent, "KILLED" if stopped else "FAILED" if failed else "FINISHED")
     return points
 
 

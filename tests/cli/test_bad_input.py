@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
 import tf_keras
+from mlflow.tracking import MlflowClient
 
 
 def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
@@ -72,6 +74,16 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["debug=maybe"], ["debug", "boolean"]),
         (["model=lenet5"], ["model", "images large enough", "(8, 8, 1)"]),
         (["cache.enabled=maybe"], ["cache.enabled", "boolean"]),
+        (["cache.dir="], ["cache.dir", "at least 1 character"]),
+        (["tracking=mlflow", "tracking.experiment="], ["tracking.experiment", "at least 1 character"]),
+        (["experiment=nosuch"], ["experiment", "nosuch"]),
+        (["recovery.batch_size=100000000000000000000"], ["recovery.batch_size", "1000000"]),
+        (["board.timeout=inf"], ["board.timeout", "1000000"]),
+        (["recovery.temperature=inf"], ["recovery.temperature", "1000000"]),
+        (["strategy=prune", "strategy.prune.sparsity=1e-6"], ["prune", "at least one weight"]),
+        (["strategy=none", "model.train.learning_rate=1e9", "cache=off"], ["model.train.learning_rate=1e+08"]),
+        (["strategy=prune", "recovery.learning_rate=1e9"], ["strategy.prune.recovery.learning_rate=1e+08"]),
+        (["--config-dir", "/nowhere"], ["--config-dir", "/nowhere"]),
         (["strategy=prune", "tracking.uri=postgresql://me:secret@host/db"], ["tracking.uri", "password"]),
     ],
     ids=lambda value: " ".join(value)[:60] if value and isinstance(value, list) else "",
@@ -193,6 +205,55 @@ def test_malformed_arrays(cli, tmp_path, change, part):
     arrays = {key: value for key, value in {**arrays, **change}.items() if value is not None}
     np.savez(tmp_path / "data.npz", **arrays)
     assert_refused(cli("strategy=prune", "data=npz", f"data.path={tmp_path}/data.npz"), part)
+
+
+def write_npz(path, member: bytes, encrypted: bool = False) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            archive.writestr(f"{name}.npy", member)
+    if encrypted:
+        # Bit 0 of the flags, in the local and in the central header, says so.
+        content = bytearray(path.read_bytes())
+        for start, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            place = content.find(start)
+            while place >= 0:
+                content[place + offset] |= 1
+                place = content.find(start, place + 1)
+        path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("kind", ["no magic", "lies about its size", "encrypted"])
+def test_damaged_archives(cli, tmp_path, kind):
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 8, 8), }"
+    header = header.ljust(118) + b"\n"
+    lying = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    write_npz(tmp_path / "data.npz", lying if kind == "lies about its size" else b"nothing", kind == "encrypted")
+    answer = cli("strategy=prune", "data=npz", f"data.path={tmp_path}/data.npz")
+    assert_refused(answer, "data.path", ".npz archive of plain arrays")
+
+
+@pytest.mark.parametrize(("value", "part"), [(1e300, "finite as float32"), (np.longdouble(1), "64 bits")])
+def test_samples_that_no_model_reads(cli, tmp_path, value, part):
+    samples, labels = np.full((40, 8, 8), value), np.arange(40) % 10
+    np.savez(tmp_path / "data.npz", x_train=samples, y_train=labels, x_test=samples, y_test=labels)
+    assert_refused(cli("strategy=prune", "data=npz", f"data.path={tmp_path}/data.npz"), part)
+
+
+def test_an_experiment_that_was_deleted(cli, tmp_path):
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("compress"))
+    assert_refused(cli("strategy=none", f"tracking.uri={uri}"), "tracking.experiment", "deleted")
+    assert_refused(cli("-m", "strategy=none", f"tracking.uri={uri}"), "tracking.experiment", "deleted")
+
+
+def test_a_multirun_that_does_not_come_to_its_end_is_closed(outside, tmp_path):
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    answer = outside("-m", "compress.run", "-m", "strategy=none,nosuch", f"tracking.uri={uri}")
+    assert answer.returncode == 2, answer.stderr
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
+    assert [run.info.status for run in runs] == ["KILLED"]
 
 
 def test_pickled_arrays_are_refused(cli, tmp_path):

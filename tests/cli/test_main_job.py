@@ -76,6 +76,7 @@ def test_the_default_job(cli, tmp_path):
     assert children[0].data.params["strategy.prune.ramp"] == "0.25"
     files = {item.path for item in client.list_artifacts(children[0].info.run_id)}
     assert {"report.json", "model.tflite", "layers.png", "config.yaml"} <= files
+    assert (tmp_path / "out" / "layers.png").is_file()
 
 
 def test_same_seed_same_numbers_and_another_seed_others(cli, tmp_path):

@@ -40,9 +40,7 @@ def model() -> tf_keras.Model:
     x = layers.ReLU()(layers.Add()([x, layers.Conv2D(16, 3, padding="same", name="outer")(y)]))
     built = tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
     rng = np.random.default_rng(0)
-    built.get_layer("norm").set_weights(
-        [rng.uniform(0.5, 2, 24), rng.normal(size=24) / 9, np.zeros(24), np.ones(24)]
-    )
+    built.get_layer("norm").set_weights([rng.uniform(0.5, 2, 24), rng.normal(size=24) / 9, np.zeros(24), np.ones(24)])
     return rewrite(built)
 
 

@@ -142,6 +142,7 @@ def finished(folder: Path, **changes) -> tuple[dict, Result]:
     folder.mkdir(exist_ok=True)
     write_report(report, folder / "report.json")
     (folder / "model.tflite").write_bytes(b"file")
+    (folder / "layers.png").write_bytes(b"picture")
     return report, result
 
 

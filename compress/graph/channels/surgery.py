@@ -11,7 +11,7 @@ import tf_keras
 
 from compress.graph.channels.groups import Channels, cut_axes
 from compress.graph.channels.trace import Kept, Mixing
-from compress.graph.rewrite import NewLayer, rewrite
+from compress.graph.rewrite import NewLayer, in_float32, rewrite
 
 
 def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
@@ -27,8 +27,7 @@ def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
         if layer.name not in changed:
             continue
         config = layer.get_config()
-        if layer.compute_dtype != layer.variable_dtype:
-            config["dtype"] = layer.variable_dtype
+        in_float32(config)
         for edit in trace.config_edits.get(layer.name, ()):
             edit(config, kept)
         weights = []

@@ -71,6 +71,8 @@ class Prune(Strategy):
         _assign(model, {k.name: magnitude_mask(k.value, sparsity) for k in chosen})
         # Earlier guarantees may turn a few more weights into zeros (a codebook that keeps its size).
         restore(model, candidate.guarantees)
+        if all(round(sparsity * k.size) == 0 for k in chosen):
+            raise context.nothing_done(f"a kernel of which a share of {sparsity:g} is at least one weight", skipped)
         zeros = Zeros(context.stage, {k.name: get_weight(model, k.name) != 0 for k in chosen})
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(zeros)
 
