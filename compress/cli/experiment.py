@@ -118,7 +118,8 @@ def render(
     lines = [f"# {table.title}", "", f"Published: {table.source}", "", "| " + " | ".join(headings) + " |"]
     lines.append("|" + "---|" * len(headings))
     misses = []
-    for row in grid.runs:
+    others = [str(cells[0]) for cells in table.rows if cells[0] not in grid.runs]
+    for row in [*grid.runs, *others]:
         reports = rows.get(row)
         cells = [row]
         for column in grid.columns:
@@ -127,10 +128,10 @@ def render(
             if "published" in _sides(column):
                 cells.append(_cell(published))
             if "ours" in _sides(column):
-                cells.append(_ours(ours) if reports else "not run yet")
+                cells.append(_ours(ours) if reports else "not run yet" if row in grid.runs else "")
             if "agrees" in _sides(column):
                 verdict = _agrees(ours, published, column)
-                cells.append({True: "yes", False: "**no**", None: "-"}[verdict])
+                cells.append({True: "yes", False: "**no**", None: "-" if row in grid.runs else ""}[verdict])
                 if verdict is False:
                     misses.append(f"{row}, {column.name}: {_ours(ours)} against {_cell(published)}")
         lines.append("| " + " | ".join(cells) + " |")

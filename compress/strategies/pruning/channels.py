@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator
@@ -23,16 +24,22 @@ from compress.graph.kernels import kernels
 from compress.graph.selection import Selection
 from compress.metrics.counts import count_params
 from compress.strategies.budget import Budget, one_budget
+from compress.strategies.pruning.reconstruction import Reconstruction, allocate
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import Widths
 from compress.strategies.strategy import STRICT, Context, Strategy
+from compress.training import augment, restore
 
 _ORACLE_TOLERANCE = 1e-4
 
 
+RECONSTRUCTION = "reconstruction"
+
+
 def _known(name: str) -> str:
-    if name not in criteria():
-        raise ValueError(f"one of {', '.join(criteria())}. {did_you_mean(name, criteria())}")
+    names = [*criteria(), RECONSTRUCTION]
+    if name not in names:
+        raise ValueError(f"one of {', '.join(names)}. {did_you_mean(name, names)}")
     return name
 
 
@@ -45,12 +52,15 @@ class PruneChannels(Strategy):
         channels: share of the channels that is kept, of those that it may touch.
 
     Attributes:
-        criterion: what a channel's importance is.
+        criterion: what a channel's importance is. ``reconstruction`` also says how many channels each group keeps, and
+            re-solves what is left by least squares on ``images`` unlabelled samples, before any training; see
+            :mod:`compress.strategies.pruning.reconstruction`. It cuts groups with one writer and one reader.
         ranking: ``global`` compares all groups with each other, after division by each group's mean; ``layer`` takes
             the same share of every group.
         round_to: a group keeps a multiple of so many channels, where it has that many.
         most: no group loses more than this share.
         steps: the budget is reached in so many steps, each with its part of the recovery.
+        images: calibration samples of ``reconstruction``.
         allow_partial: go as far as possible when the budget cannot be met.
     """
 
@@ -62,6 +72,7 @@ class PruneChannels(Strategy):
     round_to: Annotated[int, Ge(1)] = 1
     most: Annotated[float, Gt(0), Le(1)] = 0.9
     steps: Annotated[int, Ge(1)] = 1
+    images: Annotated[int, Ge(16), Le(1_000_000)] = 1000
     allow_partial: bool = False
 
     effects = frozenset({Effect.TRAIN, Effect.CUT})
@@ -94,7 +105,11 @@ class PruneChannels(Strategy):
             if not groups:
                 raise context.nothing_done("a layer with channels that may go", skipped)
             target = Budget(budget.unit, budget.keep ** (step / self.steps))
-            stay = self._choose(channels, groups, target, start, context)
+            if self.criterion == RECONSTRUCTION:
+                candidate, stay = self._reconstruct(candidate, target, start, context)
+                channels = Channels(candidate.model)
+            else:
+                stay = self._choose(channels, groups, target, start, context)
             candidate, difference = _cut(candidate, channels, stay, groups, context)
             worst = max(worst, difference)
             for name in {name for group in groups if not stay[group.units].all() for name in group.writers}:
@@ -126,13 +141,7 @@ class PruneChannels(Strategy):
         if reached > budget.keep + 1e-9:
             if self.allow_partial:
                 return by(high)
-            clamped = [group.name for group, floor in zip(groups, floors, strict=True) if floor]
-            raise CompressError(
-                f"strategy.{context.stage}.{budget.unit}",
-                expected=f"at least {reached:.3f}, what is left when every group loses all that it may",
-                received=f"{budget.keep:g} (clamped: {', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''})",
-                fix=f"Raise strategy.{context.stage}.{budget.unit} or .most, or write allow_partial=true.",
-            )
+            raise self._out_of_reach(context, budget, reached, [group.name for group in groups])
         while high - low > 1:
             middle = (low + high) // 2
             if plan.cost(by(middle), budget.unit, start) <= budget.keep + 1e-9:
@@ -140,6 +149,51 @@ class PruneChannels(Strategy):
             else:
                 low = middle
         return by(high)
+
+    def _reconstruct(
+        self, candidate: Candidate, budget: Budget, start: _Size, context: Context
+    ) -> tuple[Candidate, np.ndarray]:
+        """Return the candidate with a repaired model of the same structure, and which units stay: [units]."""
+        names = context.selection.names(candidate.model)
+        work = Reconstruction(candidate.model, self._samples(context), context.seed, names)
+        if not work.cuttable:
+            raise context.nothing_done("a group of channels with one writer and one linear reader", ())
+        groups = [item.group for item in work.cuttable]
+        plan = _Plan(work.channels, groups, [np.arange(len(g), dtype=float) for g in groups], [1] * len(groups), 1)
+
+        def cost(keep: Sequence[int]) -> float:
+            stay = np.ones(work.channels.count, bool)
+            for group, count in zip(groups, keep, strict=True):
+                stay[group.units[count:]] = False
+            return plan.cost(stay, budget.unit, start)
+
+        floors = [self._floor(len(group)) for group in groups]
+        if cost(floors) > budget.keep + 1e-9 and not self.allow_partial:
+            raise self._out_of_reach(context, budget, cost(floors), [group.name for group in groups])
+        work.prepare()
+        keep = allocate(work.curves(), [len(g) for g in groups], cost, budget.keep, floors)
+        keep = [min(len(g), -(-count // self.round_to) * self.round_to) for g, count in zip(groups, keep, strict=True)]
+        model, stay = work.run(keep)
+        restore(model, candidate.guarantees)
+        return candidate.evolve(model=model), stay
+
+    def _samples(self, context: Context) -> np.ndarray:
+        """Return calibration samples of the training part, augmented as in training, without their labels."""
+        data = context.data
+        chosen = np.random.default_rng(context.seed).permutation(len(data.train))[: self.images]
+        samples = data.train.x[chosen].astype(np.float32)
+        if data.augmentation:
+            samples = np.asarray(augment(tf.constant(samples), data.augmentation, tf.constant([context.seed, 0])))
+        return samples
+
+    def _out_of_reach(self, context: Context, budget: Budget, reached: float, clamped: Sequence[str]) -> CompressError:
+        names = f"{', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''}"
+        return CompressError(
+            f"strategy.{context.stage}.{budget.unit}",
+            expected=f"at least {reached:.3f}, what is left when every group loses all that it may",
+            received=f"{budget.keep:g} (clamped: {names})",
+            fix=f"Raise strategy.{context.stage}.{budget.unit} or .most, or write allow_partial=true.",
+        )
 
     def _floor(self, units: int) -> int:
         """Return how many units a group keeps at least."""

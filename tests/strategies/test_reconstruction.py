@@ -1,0 +1,145 @@
+"""Reconstruction: the walk in step, the repair, the allocation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Candidate
+from compress.data.digits import Digits
+from compress.graph.channels.groups import Channels
+from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
+from compress.graph.rewrite import copy_model
+from compress.graph.walk import Walk
+from compress.metrics.accuracy import keras_accuracy
+from compress.metrics.counts import count_macs
+from compress.models.small import DigitsCnn
+from compress.models.source import Schedule
+from compress.reference import make_reference
+from compress.strategies.pruning.channels import PruneChannels
+from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.reconstruction import Curve, Reconstruction, allocate
+from compress.strategies.strategy import Context
+from compress.training import Recovery
+
+layers = tf_keras.layers
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Digits().load()
+
+
+@pytest.fixture(scope="module")
+def model(data) -> tf_keras.Model:
+    return make_reference(DigitsCnn(train=Schedule(epochs=8)), data, 0)
+
+
+@pytest.fixture
+def context(data, model) -> Context:
+    return Context("prune_channels", data, model, Recovery(method="none"), 0)
+
+
+@pytest.fixture(scope="module")
+def residual() -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(1)
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.ReLU()(layers.Conv2D(12, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image)))
+    for number in range(2):
+        y = layers.Conv2D(16, 3, padding="same", use_bias=False, name=f"inner{number}")(x)
+        y = layers.ReLU()(layers.BatchNormalization(name=f"norm{number}")(y))
+        y = layers.Conv2D(12, 3, padding="same", name=f"outer{number}")(y)
+        x = layers.ReLU()(layers.Add()([y, x]))
+    return copy_model(tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x))))
+
+
+def test_the_walk_computes_what_the_model_computes(residual, data):
+    x = data.train.x[:70].astype(np.float32)
+    changed = copy_model(residual)
+    for step in (walk := Walk(residual, changed, x, batch=32)):
+        assert len(step.inputs[0]) == 70
+        if step.layer.name == "inner1":
+            assert step.untouched
+            kernel = np.asarray(step.layer.kernel)
+            step.layer.kernel.assign(kernel * 0.5)
+        if step.layer.name == "logits":
+            assert not step.untouched
+    for values, which in ((walk.values, residual), (walk.changed_values, changed)):
+        (output,) = [values[id(tensor)] for tensor in residual.outputs]
+        np.testing.assert_allclose(output, which.predict(x, verbose=0), atol=1e-4)
+    assert len(walk.values) == 1, "only the output is still held"
+
+
+def test_nothing_cut_is_nothing_changed(residual, data):
+    work = Reconstruction(
+        residual, data.train.x[:100].astype(np.float32), 0, frozenset(layer.name for layer in residual.layers)
+    )
+    assert [item.group.name for item in work.cuttable] == ["inner0", "inner1"]
+    repaired, stay = work.run([16, 16])
+    assert stay.all()
+    x = data.test.x[:50].astype(np.float32)
+    # The norms' statistics are new, what they give is not.
+    np.testing.assert_allclose(repaired(x), residual(x), atol=1e-3)
+
+
+def test_channels_that_others_can_stand_in_for_cost_nothing(residual, data):
+    """Half of the inner channels are copies of the other half: least squares finds the sum."""
+    model = copy_model(residual)
+    for name in ("inner0", "inner1"):
+        layer, norm = model.get_layer(name), model.get_layer(name.replace("inner", "norm"))
+        for variable in (layer.kernel, norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance):
+            values = np.asarray(variable)
+            half = values[..., :8]
+            variable.assign(np.concatenate([half, half], -1))
+    x = data.train.x[:300].astype(np.float32)
+    work = Reconstruction(model, x, 0, frozenset(layer.name for layer in model.layers))
+    work.prepare()
+    curves = work.curves()
+    # Index 7 is eight units kept.
+    assert all(curve.errors[7] < 1e-4 * curve.errors[0] for curve in curves)
+    repaired, stay = work.run([8, 8])
+    channels = Channels(repaired)
+    cut = remove_channels(channels, stay)
+    assert oracle_difference(masked_model(channels, stay), cut, [x[:20]]) < 1e-5
+    assert cut.get_layer("inner0").output_shape[-1] == 8
+    np.testing.assert_allclose(cut(x[:50]), model(x[:50]), atol=0.01 * float(np.abs(model(x[:50])).max()))
+
+
+def test_it_keeps_the_accuracy_that_norms_alone_lose(model, data, context):
+    """Half of the multiply-adds, no gradient step, no labels."""
+    before = keras_accuracy(model, data.test)
+    reached = {}
+    for criterion in ("l2", "reconstruction"):
+        result = PruneChannels(macs=0.5, criterion=criterion).apply(Candidate(model), context)
+        assert 0.47 <= count_macs(result.model) / count_macs(model) <= 0.5
+        reached[criterion] = keras_accuracy(result.model, data.test)
+    assert reached["reconstruction"] > before - 2
+    assert reached["reconstruction"] > reached["l2"] + 5
+
+
+def test_zeros_of_an_earlier_stage_stay(model, context):
+    pruned = Prune(sparsity=0.5).apply(Candidate(model), context)
+    result = PruneChannels(macs=0.6, criterion="reconstruction").apply(pruned, context)
+    for guarantee in result.guarantees:
+        assert guarantee.check(result.model) == []
+
+
+def test_the_same_seed_gives_the_same_model(model, context):
+    first, second = (
+        PruneChannels(macs=0.5, criterion="reconstruction", images=200).apply(Candidate(model), context).model
+        for _ in range(2)
+    )
+    for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_allocation_takes_from_the_group_that_minds_least():
+    steep = Curve(np.array([8.0, 4.0, 2.0, 0.0]))
+    flat = Curve(np.array([0.3, 0.2, 0.1, 0.0]))
+    cost = lambda keep: sum(keep) / 8  # noqa: E731
+    assert allocate([steep, flat], [4, 4], cost, 0.625, [1, 1]) == [4, 1]
+    assert allocate([steep, flat], [4, 4], cost, 1.0, [1, 1]) == [4, 4]
+    # Twice as dear, the steep one still minds more for each cost saved.
+    dear = lambda keep: (2 * keep[0] + keep[1]) / 12  # noqa: E731
+    assert allocate([steep, flat], [4, 4], dear, 0.75, [1, 1])[0] == 4
