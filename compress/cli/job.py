@@ -36,7 +36,7 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:]) as recorder:
         pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result))
         result = pipeline.run(folder)
-        result.candidate.model.save(str(folder / "model.keras"))
+        plan.model.save(result.candidate.model, folder / "model.keras")
         report = make_report(result, plain, seconds=time.perf_counter() - started)
         last = (result.stages or (result.baseline,))[-1]
         layers_picture(result.baseline.layers, last.layers, str(report["strategy"]), folder / "layers.png")

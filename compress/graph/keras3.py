@@ -70,7 +70,7 @@ def from_keras3(path: Path, *, allow_code: bool = False) -> tf_keras.Model:
         CompressError: if the file cannot be loaded, a layer of it has no counterpart, or the outputs of the
             rebuilt model differ.
     """
-    keras = _import_keras()
+    keras = import_keras()
     try:
         source = keras.saving.load_model(str(path), compile=False, safe_mode=not allow_code)
     except Exception as error:
@@ -106,7 +106,12 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _import_keras() -> Any:
+def import_keras() -> Any:
+    """Return the module ``keras`` 3 with its TensorFlow backend.
+
+    Raises:
+        CompressError: if another one is already imported.
+    """
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "tensorflow"
     import keras

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from compress.data.source import STRICT, Data
 from compress.errors import CompressError, did_you_mean
 from compress.graph.keras3 import from_keras3, is_keras3_file, short
+from compress.graph.keras3_export import to_keras3
 from compress.graph.rewrite import rewrite
 from compress.models.source import ModelSource, Origin, check_finite
 
@@ -70,6 +71,13 @@ class FileModel(ModelSource):
     def build(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the model of the file; ``data`` and ``seed`` do not change it."""
         return load_model_file(Path(str(self.path)).expanduser(), allow_code=self.allow_code)
+
+    def save(self, model: tf_keras.Model, path: Path) -> None:
+        """Write ``path`` for Keras 3 if the file came from there, else for ``tf_keras``."""
+        if is_keras3_file(Path(str(self.path)).expanduser()):
+            to_keras3(model, path)
+        else:
+            super().save(model, path)
 
 
 def load_model_file(path: Path, *, allow_code: bool) -> tf_keras.Model:

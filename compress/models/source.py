@@ -51,6 +51,10 @@ class ModelSource(ABC):
     def build(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the flat functional model: with its weights, or untrained if they are to be trained."""
 
+    def save(self, model: tf_keras.Model, path: Path) -> None:
+        """Write the compressed ``model`` to ``path``, in the format that the reference came in."""
+        model.save(str(path))
+
 
 def check_finite(model: tf_keras.Model) -> None:
     """Refuse a model with NaN or infinite weights.
