@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
+import tensorflow as tf
 import tf_keras
 from pydantic import ConfigDict
 
@@ -16,7 +18,7 @@ from compress.errors import CompressError
 from compress.graph.selection import Selection
 from compress.progress import progress
 from compress.strategies.distillation.soft_targets import SoftTargets
-from compress.training import LossTerm, Projection, Recovery, train
+from compress.training import LossTerm, Projection, Recovery, augment, train
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -66,6 +68,15 @@ class Context:
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
             )
         return candidate
+
+    def calibration_samples(self, count: int) -> np.ndarray:
+        """Return up to ``count`` samples of the training part, augmented as in training, without their labels."""
+        chosen = np.random.default_rng(self.seed).permutation(len(self.data.train))[:count]
+        samples = self.data.train.x[chosen].astype(np.float32)
+        if self.data.augmentation:
+            seed = tf.constant([self.seed, 0], tf.int64)
+            samples = np.asarray(augment(tf.constant(samples), self.data.augmentation, seed))
+        return samples
 
     def require_training(self) -> None:
         """Refuse a stage that does nothing but train when its recovery does not train.

@@ -20,6 +20,7 @@ from compress.reference import make_reference
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.magnitude import Prune
 from compress.strategies.pruning.reconstruction import Curve, Reconstruction, allocate
+from compress.strategies.repair import Repair
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -72,9 +73,8 @@ def test_the_walk_computes_what_the_model_computes(residual, data):
 
 
 def test_nothing_cut_is_nothing_changed(residual, data):
-    work = Reconstruction(
-        residual, data.train.x[:100].astype(np.float32), 0, frozenset(layer.name for layer in residual.layers)
-    )
+    repair = Repair(residual, data.train.x[:100].astype(np.float32), 0)
+    work = Reconstruction(repair, frozenset(layer.name for layer in residual.layers))
     assert [item.group.name for item in work.cuttable] == ["inner0", "inner1"]
     repaired, stay = work.run([16, 16])
     assert stay.all()
@@ -93,7 +93,7 @@ def test_channels_that_others_can_stand_in_for_cost_nothing(residual, data):
             half = values[..., :8]
             variable.assign(np.concatenate([half, half], -1))
     x = data.train.x[:300].astype(np.float32)
-    work = Reconstruction(model, x, 0, frozenset(layer.name for layer in model.layers))
+    work = Reconstruction(Repair(model, x, 0), frozenset(layer.name for layer in model.layers))
     work.prepare()
     curves = work.curves()
     # Index 7 is eight units kept.

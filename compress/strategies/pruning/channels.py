@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
-import tensorflow as tf
 import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator
@@ -27,8 +26,9 @@ from compress.strategies.budget import Budget, one_budget
 from compress.strategies.pruning.reconstruction import Reconstruction, allocate
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import Widths
+from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
-from compress.training import augment, restore
+from compress.training import restore
 
 _ORACLE_TOLERANCE = 1e-4
 
@@ -155,7 +155,8 @@ class PruneChannels(Strategy):
     ) -> tuple[Candidate, np.ndarray]:
         """Return the candidate with a repaired model of the same structure, and which units stay: [units]."""
         names = context.selection.names(candidate.model)
-        work = Reconstruction(candidate.model, self._samples(context), context.seed, names)
+        repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed)
+        work = Reconstruction(repair, names)
         if not work.cuttable:
             raise context.nothing_done("a group of channels with one writer and one linear reader", ())
         groups = [item.group for item in work.cuttable]
@@ -176,15 +177,6 @@ class PruneChannels(Strategy):
         model, stay = work.run(keep)
         restore(model, candidate.guarantees)
         return candidate.evolve(model=model), stay
-
-    def _samples(self, context: Context) -> np.ndarray:
-        """Return calibration samples of the training part, augmented as in training, without their labels."""
-        data = context.data
-        chosen = np.random.default_rng(context.seed).permutation(len(data.train))[: self.images]
-        samples = data.train.x[chosen].astype(np.float32)
-        if data.augmentation:
-            samples = np.asarray(augment(tf.constant(samples), data.augmentation, tf.constant([context.seed, 0])))
-        return samples
 
     def _out_of_reach(self, context: Context, budget: Budget, reached: float, clamped: Sequence[str]) -> CompressError:
         names = f"{', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''}"

@@ -1,0 +1,190 @@
+"""Repair of a changed network in closed form, shared by every method that has something to make up for.
+
+A network's batch norms are folded; original and changed network walk side by side; each linear layer gets as its target
+what makes the sum that it is added to that of the original again; and the norms come back with new statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from compress.graph.fold import fold_batch_norm, foldable_pairs
+from compress.graph.rewrite import consumers, copy_model
+from compress.graph.walk import Step, Walk
+from compress.strategies.least_squares import Moments, moments
+
+RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
+"""Ridge of a layer that loses inputs, and of one that only makes up for others; relative to its inputs' squares."""
+_CLIP = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What errors at a layer's output mean for the logits: for places [samples, ...], for outputs together [c, c]."""
+
+    places: np.ndarray
+    metric: np.ndarray
+
+
+@dataclass
+class Repair:
+    """A model made ready: batch norms folded, sums found. ``samples`` are calibration inputs, unlabelled."""
+
+    model: tf_keras.Model
+    samples: np.ndarray
+    seed: int
+    folded: tf_keras.Model = field(init=False)
+    importance: dict[str, Importance] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folded = fold_batch_norm(self.model)
+        self._sums = _sums(self.folded)
+
+    def measure_importance(self, layers: Iterable[str]) -> None:
+        """Measure what errors of the layers' outputs mean for the logits; :meth:`moments` takes it into account."""
+        self.importance = _importances(self.folded, self.samples, set(layers), self._sums, self.seed)
+
+    def metric(self, layer: str) -> np.ndarray | None:
+        """Return what errors of the outputs of a layer mean together, if that was measured."""
+        known = self.importance.get(layer)
+        return None if known is None else known.metric
+
+    def moments(self, step: Step, target: np.ndarray | None = None) -> Moments:
+        """Return the moments of a layer's changed inputs with its target, or with its original output."""
+        weight = self.importance.get(step.layer.name)
+        wanted = linear_output(step.node.layer, step.inputs[0]) if target is None else target
+        return moments(step.layer, step.changed_inputs[0], wanted, None if weight is None else weight.places)
+
+    def target(self, walk: Walk, step: Step) -> np.ndarray:
+        """Return what the layer should give: so much that the sum it is added to is that of the original."""
+        own = linear_output(step.node.layer, step.inputs[0])
+        others = self._sums.get(step.layer.name, ())
+        for tensor in others:
+            if tensor in walk.values and tensor in walk.changed_values:
+                own = own + (walk.values[tensor] - walk.changed_values[tensor])
+        return own
+
+    def with_norms(self, changed: tf_keras.Model) -> tf_keras.Model:
+        """Return the repaired network with its batch norms, their statistics measured anew."""
+        pairs = foldable_pairs(self.model)
+        result = copy_model(self.model)
+        look = tf_keras.Model(changed.inputs, [changed.get_layer(name).output for name in pairs])
+        sums = [np.zeros((2, changed.get_layer(name).output_shape[-1])) for name in pairs]
+        batches = 0
+        for start in range(0, len(self.samples), 128):
+            batches += 1
+            for total, output in zip(sums, tf.nest.flatten(look(self.samples[start : start + 128])), strict=True):
+                axes = list(range(output.shape.rank - 1))
+                total += np.stack([tf.reduce_mean(output, axes), tf.reduce_mean(output**2, axes)])
+        for layer in result.layers:
+            if layer.name in pairs or not layer.weights or layer.name in pairs.values():
+                continue
+            layer.set_weights(changed.get_layer(layer.name).get_weights())
+        for (name, norm_name), total in zip(pairs.items(), sums, strict=True):
+            source, layer, norm = changed.get_layer(name), result.get_layer(name), result.get_layer(norm_name)
+            bias = np.asarray(source.bias)
+            mean, square = total / batches
+            variance = np.maximum(square - mean**2, 1e-8)
+            kernel = np.asarray(source.weights[0])
+            layer.weights[0].assign(kernel)
+            if layer.use_bias:
+                layer.bias.assign(bias)
+            # Its output is again kernel and bias of the folded layer, whatever the statistics are.
+            values = {
+                "moving_mean": mean - (0 if layer.use_bias else bias),
+                "moving_variance": variance,
+                "gamma": np.sqrt(variance + norm.epsilon),
+                "beta": mean,
+            }
+            for attribute, value in values.items():
+                variable = getattr(norm, attribute)
+                if variable is not None:
+                    variable.assign(value)
+        return result
+
+
+def _sums(model: tf_keras.Model) -> dict[str, tuple[int, ...]]:
+    """Return layer -> the other tensors of the Add that its output goes into, and nothing else."""
+    following = consumers(model)
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in model.layers:
+        readers = following[layer.name]
+        if len(readers) == 1 and isinstance(readers[0], tf_keras.layers.Add) and len(readers[0].inbound_nodes) == 1:
+            inputs = readers[0].inbound_nodes[0].keras_inputs
+            found[layer.name] = tuple(id(t) for t in inputs if t.node.layer.name != layer.name)
+    return found
+
+
+def _importances(
+    model: tf_keras.Model, samples: np.ndarray, readers: set[str], sums: dict[str, tuple[int, ...]], seed: int
+) -> dict[str, Importance]:
+    """Return what errors at each reader's output mean: squared gradients of random combinations of the logits."""
+    listed = sorted(readers)
+    following = consumers(model)
+    # An error of a summand is an error of the sum.
+    places = [following[name][0].output if name in sums else model.get_layer(name).output for name in listed]
+    look = tf_keras.Model(model.inputs, [*places, *model.outputs])
+
+    def gradients(x: tf.Tensor, signs: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            *inner, logits = look(x, training=False)
+            for tensor in inner:
+                tape.watch(tensor)
+            total = tf.reduce_sum(signs * logits)
+        return tape.gradient(total, inner, unconnected_gradients="zero")
+
+    compiled = tf.function(gradients, reduce_retracing=True)
+    rng = np.random.default_rng(seed)
+    weights: list[list[np.ndarray]] = [[] for _ in listed]
+    metrics = [np.zeros((tensor.shape[-1],) * 2) for tensor in places]
+    width = model.outputs[0].shape[-1]
+    for start in range(0, len(samples), 128):
+        x = tf.constant(samples[start : start + 128])
+        squares: list[np.ndarray | float] = [0.0] * len(listed)
+        for _ in range(2):
+            signs = rng.choice([-1.0, 1.0], (len(x), width)).astype(np.float32)
+            for number, gradient in enumerate(compiled(x, tf.constant(signs - signs.mean(1, keepdims=True)))):
+                squares[number] = squares[number] + tf.reduce_mean(gradient**2, -1).numpy()
+                flat = tf.reshape(gradient, [-1, gradient.shape[-1]])
+                metrics[number] += tf.matmul(flat, flat, transpose_a=True).numpy()
+        for number, value in enumerate(squares):
+            weights[number].append(np.asarray(value))
+    result = {}
+    for name, parts, metric in zip(listed, weights, metrics, strict=True):
+        whole = np.concatenate(parts)
+        relative = np.sqrt(np.clip(whole / max(float(whole.mean()), 1e-30), *_CLIP))
+        scale = np.trace(metric) / len(metric)
+        result[name] = Importance(relative.astype(np.float32), metric / scale if scale > 0 else np.eye(len(metric)))
+    return result
+
+
+def linear_output(layer: tf_keras.layers.Layer, x: np.ndarray, batch: int = 128) -> np.ndarray:
+    """Return kernel times input plus bias, before the activation."""
+    parts = []
+    for start in range(0, len(x), batch):
+        value = tf.constant(x[start : start + batch])
+        if isinstance(layer, tf_keras.layers.Dense):
+            output = tf.tensordot(value, layer.kernel, 1)
+        else:
+            output = tf.nn.convolution(
+                value, layer.kernel, layer.strides, layer.padding.upper(), dilations=layer.dilation_rate
+            )
+        parts.append(np.asarray(output + layer.bias if layer.use_bias else output))
+    return np.concatenate(parts)
+
+
+def outputs_of(model: tf_keras.Model, samples: np.ndarray) -> np.ndarray:
+    """Return the model's output for all samples."""
+    return np.concatenate(
+        [np.asarray(model(samples[i : i + 128], training=False)) for i in range(0, len(samples), 128)]
+    )
+
+
+def called_once(walk: Walk, step: Step) -> bool:
+    """Say whether the layer is called only here: a shared layer is left as it is."""
+    return sum(node.layer is step.node.layer for node in walk.nodes) == 1
