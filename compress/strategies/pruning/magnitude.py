@@ -7,7 +7,7 @@ Gupta's cubic one (arXiv 1710.01878, equation 1), taken from the TensorFlow Mode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -20,7 +20,9 @@ from compress.graph.kernels import Kernel, get_variable, get_weight, kernels, wi
 from compress.graph.rewrite import copy_model
 from compress.metrics.counts import count_params
 from compress.strategies.budget import Budget, one_budget, share_for_part
+from compress.strategies.pruning.second_order import prune_second_order
 from compress.strategies.pruning.zeros import Zeros
+from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
@@ -37,6 +39,10 @@ class Prune(Strategy):
         macs: share of the model's multiply-adds that is kept, counting those with a non-zero weight.
         params: share of the model's parameters that is kept, counting the non-zero ones.
 
+    ``criterion``: ``magnitude``, the same share of every kernel; or ``second_order``: in one shot before the recovery,
+    by what a weight costs after the others have made up for it on ``images`` unlabelled samples, layers that matter more
+    keeping more; see :mod:`compress.strategies.pruning.second_order`.
+
     ``ramp``: the sparsity grows over this part of the recovery training, then stays; 0 prunes at once.
     """
 
@@ -45,6 +51,8 @@ class Prune(Strategy):
     macs: Annotated[float, Gt(0), Lt(1)] | None = None
     params: Annotated[float, Gt(0), Lt(1)] | None = None
     ramp: Annotated[float, Ge(0), Le(1)] = 0.25
+    criterion: Literal["magnitude", "second_order"] = "magnitude"
+    images: Annotated[int, Ge(16), Le(1_000_000)] = 1000
 
     effects = frozenset({Effect.TRAIN, Effect.ZERO})
     establishes = Zeros
@@ -66,15 +74,31 @@ class Prune(Strategy):
             if layer.name in names
         ]
         sparsity = self._sparsity(model, chosen, context.stage)
+        if all(round(sparsity * k.size) == 0 for k in chosen):
+            raise context.nothing_done(f"a kernel of which a share of {sparsity:g} is at least one weight", skipped)
+        if self.criterion == "second_order":
+            return self._one_shot(candidate, context, names, sparsity).evolve(skipped=context.skip(skipped))
         gradual = [_Gradual(model, chosen, sparsity, self.ramp)] if context.recovery.trains else []
         context.recover(candidate.evolve(model=model), projections=gradual)
         _assign(model, {k.name: magnitude_mask(k.value, sparsity) for k in chosen})
         # Earlier guarantees may turn a few more weights into zeros (a codebook that keeps its size).
         restore(model, candidate.guarantees)
-        if all(round(sparsity * k.size) == 0 for k in chosen):
-            raise context.nothing_done(f"a kernel of which a share of {sparsity:g} is at least one weight", skipped)
         zeros = Zeros(context.stage, {k.name: get_weight(model, k.name) != 0 for k in chosen})
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(zeros)
+
+    def _one_shot(self, candidate: Candidate, context: Context, names: frozenset[str], sparsity: float) -> Candidate:
+        """Prune and repair in closed form, then recover; kernels that cannot be solved for are pruned by magnitude."""
+        repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed)
+        model, found = prune_second_order(repair, names, 1 - sparsity, by_macs=self._budget().unit == "macs")
+        masks = {
+            k.name: found.get(k.layer.name, magnitude_mask(k.value, sparsity))
+            for k in kernels(model)
+            if k.layer.name in names
+        }
+        _assign(model, masks)
+        restore(model, candidate.guarantees)
+        masks = {name: get_weight(model, name) != 0 for name in masks}
+        return context.recover(candidate.evolve(model=model).with_guarantee(Zeros(context.stage, masks)))
 
     def _budget(self) -> Budget:
         return one_budget(

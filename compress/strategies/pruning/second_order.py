@@ -1,0 +1,175 @@
+"""Second-order pruning: single weights go, and the others make up for it at once, without labels or gradient steps.
+
+Sources: Frantar and Alistarh, Optimal Brain Compression (arXiv 2208.11580, section 4): every output's weights are
+eliminated one after the other by what that costs after a re-solve, and a layer's budget goes to the outputs that need
+it. The targets are those of :mod:`compress.strategies.repair`, so each layer also makes up for all layers before it. How
+much each layer keeps follows from the measured change of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tf_keras
+from scipy.interpolate import PchipInterpolator
+
+from compress.graph.kernels import kernels
+from compress.graph.rewrite import calls, copy_model
+from compress.graph.walk import Walk
+from compress.progress import progress
+from compress.strategies.least_squares import Moments, assign_matrix, is_linear, matrix_of, solve
+from compress.strategies.pruning.reconstruction import Curve, allocate
+from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, outputs_of
+
+_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+_STEPS = 100
+"""A layer keeps so many hundredths of its weights."""
+_SENSITIVITY_SAMPLES = 256
+_CHUNK_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The order in which the weights of each output go: [outputs, weights], and the error that each adds."""
+
+    order: np.ndarray
+    added: np.ndarray
+
+    def left(self, keep: int) -> np.ndarray:
+        """Return which weights are left, [weights, outputs], when ``keep`` of the layer's weights are."""
+        outputs, weights = self.order.shape
+        gone = outputs * weights - keep
+        # Within an output a weight goes only after those before it: its price is the highest so far.
+        prices = np.maximum.accumulate(self.added, axis=1)
+        first = np.argsort(prices, axis=None, kind="stable")[:gone]
+        counts = np.bincount(first // weights, minlength=outputs)
+        mask = np.ones((outputs, weights), bool)
+        for output, count in enumerate(counts):
+            mask[output, self.order[output, :count]] = False
+        return mask.T
+
+
+def prune_second_order(
+    repair: Repair, names: frozenset[str], keep: float, by_macs: bool
+) -> tuple[tf_keras.Model, dict[str, np.ndarray]]:
+    """Prune the linear layers in ``names`` so that ``keep`` of their weights are left, and repair the network.
+
+    Args:
+        repair: the model, made ready.
+        names: layers that may be pruned; those that are not Dense or ordinary Conv2D are left as they are.
+        keep: share of the weights that is left, over all these layers.
+        by_macs: count multiply-adds instead of weights.
+
+    Returns:
+        The repaired model, and for each pruned layer which weights are left, in the kernel's shape.
+    """
+    table = {k.layer.name: k for k in kernels(repair.folded) if k.layer.name in names and is_linear(k.layer)}
+    times = calls(repair.folded)
+    chosen = [name for name in table if times[name] == 1]
+    repair.measure_importance(chosen)
+    weights = np.array([table[name].macs if by_macs else table[name].size for name in chosen], float)
+
+    def cost(hundredths: Sequence[int]) -> float:
+        return float(np.dot(hundredths, weights) / _STEPS / weights.sum())
+
+    curves = _curves(repair, chosen)
+    shares = allocate(curves, [_STEPS] * len(chosen), cost, keep, [1] * len(chosen))
+    counts = {n: max(1, int(share * table[n].size / _STEPS)) for n, share in zip(chosen, shares, strict=True)}
+    changed = copy_model(repair.folded)
+    masks: dict[str, np.ndarray] = {}
+    with progress("second-order pruning") as shown:
+        for step in (walk := Walk(repair.folded, changed, repair.samples)):
+            shown.advance(step.position + 1, len(walk.nodes), step.layer.name)
+            name = step.layer.name
+            if not is_linear(step.layer) or not called_once(walk, step) or (step.untouched and name not in counts):
+                continue
+            before, known = matrix_of(step.layer), repair.moments(step, repair.target(walk, step))
+            if name not in counts:
+                assign_matrix(step.layer, solve(known, before, REPAIR_RIDGE))
+                continue
+            left = eliminate_each(known).left(counts[name])
+            assign_matrix(step.layer, solve_each(known, before, left))
+            masks[name] = left.reshape(step.layer.kernel.shape)
+    return repair.with_norms(changed), masks
+
+
+def _curves(repair: Repair, chosen: Sequence[str]) -> list[Curve]:
+    """Return, for each layer, the change of the logits when it alone keeps 1, 2, ... hundredths of its weights."""
+    found: dict[str, Curve] = {}
+    few = min(_SENSITIVITY_SAMPLES, len(repair.samples))
+    wanted = outputs_of(repair.folded, repair.samples[:few])
+    walk = Walk(repair.folded, copy_model(repair.folded), repair.samples)
+    with progress("weight sensitivity") as shown:
+        for step in walk:
+            name = step.layer.name
+            if name not in chosen:
+                continue
+            known, before = repair.moments(step), matrix_of(step.layer)
+            elimination = eliminate_each(known)
+            size = elimination.order.size
+            points = {_STEPS: 0.0}
+            for level in _LEVELS:
+                left = elimination.left(max(1, int(level * size)))
+                assign_matrix(step.layer, solve_each(known, before, left))
+                values = {key: value[:few] for key, value in walk.values.items()}
+                logits = walk.rest(step.position, walk.run(step.node, step.layer, values), few)
+                points[round(level * _STEPS)] = float(np.mean((logits - wanted) ** 2))
+            assign_matrix(step.layer, before)
+            at = sorted(points)
+            errors = np.minimum.accumulate([points[p] for p in at])
+            curve = PchipInterpolator(at, errors, extrapolate=False)(np.arange(1, _STEPS + 1))
+            # Below the lowest level nobody has looked: the slope goes on.
+            curve[: at[0] - 1] = errors[0] + (errors[0] - errors[1]) / (at[1] - at[0]) * np.arange(at[0] - 1, 0, -1)
+            found[name] = Curve(np.maximum(curve, 0.0))
+            shown.advance(len(found), len(chosen), name)
+    return [found[name] for name in chosen]
+
+
+def eliminate_each(known: Moments, ridge: float = RIDGE) -> Elimination:
+    """Eliminate the weights of every output one after the other; the bias (the last row) stays."""
+    size, outputs = known.cross.shape
+    strength = ridge * max(float(np.mean(np.diag(known.inputs)[:-1])), 1e-12)
+    inverse = np.linalg.inv(known.inputs + strength * np.eye(size)).astype(np.float32)
+    solution = (inverse @ known.cross).astype(np.float32).T
+    order = np.empty((outputs, size - 1), np.int64)
+    added = np.empty((outputs, size - 1), np.float64)
+    chunk = max(1, _CHUNK_BYTES // (4 * size * size))
+    for start in range(0, outputs, chunk):
+        part = slice(start, min(start + chunk, outputs))
+        order[part], added[part] = _eliminate_chunk(inverse, solution[part].copy())
+    return Elimination(order, added)
+
+
+def _eliminate_chunk(inverse: np.ndarray, solution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (order, added error) of a few outputs at once: [outputs, weights] each."""
+    count, size = solution.shape
+    every = np.arange(count)
+    inverses = np.repeat(inverse[None], count, 0)
+    alive = np.ones((count, size), bool)
+    alive[:, -1] = False
+    order, added = np.empty((count, size - 1), np.int64), np.empty((count, size - 1))
+    for step in range(size - 1):
+        diagonal = np.maximum(np.einsum("oii->oi", inverses), 1e-12)
+        prices = np.where(alive, solution**2 / diagonal, np.inf)
+        gone = prices.argmin(1)
+        order[:, step], added[:, step] = gone, prices[every, gone]
+        columns = inverses[every, :, gone]
+        pivot = np.maximum(columns[every, gone], 1e-12)
+        solution -= columns * (solution[every, gone] / pivot)[:, None]
+        inverses -= columns[:, :, None] * (columns / pivot[:, None])[:, None, :]
+        solution[every, gone] = 0
+        alive[every, gone] = False
+    return order, added
+
+
+def solve_each(known: Moments, before: np.ndarray, left: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
+    """Return the matrix [d + 1, outputs] with the least squared error whose weights outside ``left`` are zero."""
+    result = np.zeros_like(before)
+    for output in range(left.shape[1]):
+        mask = left[:, output]
+        start = np.where(np.append(mask, True)[:, None], before[:, [output]], 0.0)
+        one = Moments(known.inputs, known.cross[:, [output]])
+        result[:, [output]] = solve(one, start, ridge, mask)
+    return result

@@ -1,0 +1,98 @@
+"""Second-order pruning: the elimination against brute force, the masks, the accuracy without training."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.candidate import Candidate
+from compress.data.digits import Digits
+from compress.metrics.accuracy import keras_accuracy
+from compress.models.small import DigitsCnn
+from compress.models.source import Schedule
+from compress.reference import make_reference
+from compress.strategies.least_squares import Moments
+from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.second_order import eliminate_each, solve_each
+from compress.strategies.strategy import Context
+from compress.training import Recovery
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Digits().load()
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return make_reference(DigitsCnn(train=Schedule(epochs=8)), data, 0)
+
+
+@pytest.fixture
+def context(data, model) -> Context:
+    return Context("prune", data, model, Recovery(method="none"), 0)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6))
+@settings(deadline=None, max_examples=25)
+def test_each_output_loses_the_weight_that_costs_least(seed, size):
+    rng = np.random.default_rng(seed)
+    x = np.c_[rng.normal(size=(60, size)) @ rng.normal(size=(size, size)), np.ones(60)]
+    targets = rng.normal(size=(60, 3))
+    known = Moments(x.T @ x / 60, x.T @ targets / 60)
+    elimination = eliminate_each(known, ridge=1e-8)
+
+    def error(output: int, left: tuple[int, ...]) -> float:
+        use = [*left, size]
+        solution = np.linalg.lstsq(x[:, use], targets[:, output], rcond=None)[0]
+        return float(((x[:, use] @ solution - targets[:, output]) ** 2).sum() / 60)
+
+    for output in range(3):
+        order = elimination.order[output]
+        assert sorted(order) == list(range(size))
+        best = min(error(output, left) for left in itertools.combinations(range(size), size - 1))
+        whole = error(output, tuple(range(size)))
+        assert elimination.added[output, 0] == pytest.approx(best - whole, rel=0.02, abs=1e-3)
+        total = error(output, ()) - whole
+        assert elimination.added[output].sum() == pytest.approx(total, rel=0.02, abs=1e-3)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 20))
+@settings(deadline=None, max_examples=25)
+def test_masks_have_the_size_asked_for_and_solutions_keep_to_them(seed, keep):
+    rng = np.random.default_rng(seed)
+    x = np.c_[rng.normal(size=(60, 5)), np.ones(60)]
+    known = Moments(x.T @ x / 60, x.T @ rng.normal(size=(60, 4)) / 60)
+    left = eliminate_each(known).left(keep)
+    assert left.shape == (5, 4)
+    assert left.sum() == keep
+    solved = solve_each(known, np.zeros((6, 4)), left, ridge=1e-9)
+    assert (solved[:-1][~left] == 0).all()
+    for output in range(4):
+        use = np.append(left[:, output], True)
+        wanted = np.linalg.solve(known.inputs[np.ix_(use, use)], known.cross[use, output])
+        np.testing.assert_allclose(solved[use, output], wanted, atol=1e-5)
+
+
+def test_it_keeps_the_accuracy_that_magnitude_alone_loses(model, data, context):
+    reached = {}
+    for criterion in ("magnitude", "second_order"):
+        result = Prune(sparsity=0.85, criterion=criterion, images=500).apply(Candidate(model), context)
+        (zeros,) = result.guarantees
+        assert zeros.check(result.model) == []
+        share = sum((~mask).sum() for mask in zeros.masks.values()) / sum(mask.size for mask in zeros.masks.values())
+        assert share == pytest.approx(0.85, abs=0.011)
+        assert share >= 0.85 - 1e-3
+        reached[criterion] = keras_accuracy(result.model, data.test)
+    assert reached["second_order"] > keras_accuracy(model, data.test) - 4
+    assert reached["second_order"] > reached["magnitude"] + 3
+
+
+def test_it_trains_on_with_its_zeros(model, context, data):
+    training = Context("prune", data, model, Recovery(epochs=1), 0)
+    result = Prune(sparsity=0.8, criterion="second_order", images=300).apply(Candidate(model), training)
+    assert result.guarantees[0].check(result.model) == []
