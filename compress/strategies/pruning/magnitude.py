@@ -40,8 +40,8 @@ class Prune(Strategy):
         params: share of the model's parameters that is kept, counting the non-zero ones.
 
     ``criterion``: ``magnitude``, the same share of every kernel; or ``second_order``: in one shot before the recovery,
-    by what a weight costs after the others have made up for it on ``images`` unlabelled samples, layers that matter more
-    keeping more; see :mod:`compress.strategies.pruning.second_order`.
+    by what a weight costs after the others have made up for it on ``images`` unlabelled samples, layers that matter
+    more keeping more; see :mod:`compress.strategies.pruning.second_order`.
 
     ``ramp``: the sparsity grows over this part of the recovery training, then stays; 0 prunes at once.
     """

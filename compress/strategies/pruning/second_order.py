@@ -2,7 +2,7 @@
 
 Sources: Frantar and Alistarh, Optimal Brain Compression (arXiv 2208.11580, section 4): every output's weights are
 eliminated one after the other by what that costs after a re-solve, and a layer's budget goes to the outputs that need
-it. The targets are those of :mod:`compress.strategies.repair`, so each layer also makes up for all layers before it. How
+it. The targets are those of :mod:`compress.strategies.repair`: each layer also makes up for all layers before it. How
 much each layer keeps follows from the measured change of the logits.
 """
 
