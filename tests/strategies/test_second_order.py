@@ -81,7 +81,7 @@ def test_masks_have_the_size_asked_for_and_solutions_keep_to_them(seed, keep):
 def test_it_keeps_the_accuracy_that_magnitude_alone_loses(model, data, context):
     reached = {}
     for criterion in ("magnitude", "second_order"):
-        result = Prune(sparsity=0.85, criterion=criterion, images=500).apply(Candidate(model), context)
+        result = Prune(sparsity=0.85, criterion=criterion, images=250).apply(Candidate(model), context)
         (zeros,) = result.guarantees
         assert zeros.check(result.model) == []
         share = sum((~mask).sum() for mask in zeros.masks.values()) / sum(mask.size for mask in zeros.masks.values())
@@ -94,5 +94,5 @@ def test_it_keeps_the_accuracy_that_magnitude_alone_loses(model, data, context):
 
 def test_it_trains_on_with_its_zeros(model, context, data):
     training = Context("prune", data, model, Recovery(epochs=1), 0)
-    result = Prune(sparsity=0.8, criterion="second_order", images=300).apply(Candidate(model), training)
+    result = Prune(sparsity=0.8, criterion="second_order", images=100).apply(Candidate(model), training)
     assert result.guarantees[0].check(result.model) == []
