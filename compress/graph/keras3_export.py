@@ -125,7 +125,9 @@ def _operation(keras: Any, layer: Any, args: list[Any], kwargs: dict[str, Any]) 
     table = _operations(keras)
     if symbol not in table:
         raise _unsupported(layer, f"tf.{symbol}")
-    return table[symbol](*[value for value in args if value is not None], **kwargs)
+    while args and args[-1] is None:
+        args.pop()
+    return table[symbol](*args, **kwargs)
 
 
 def _slices(spec: Any) -> Any:
@@ -141,6 +143,9 @@ def _operations(keras: Any) -> dict[str, Callable[..., Any]]:
         if mode != "CONSTANT" or constant_values:
             raise ValueError(f"padding of mode {mode} with {constant_values}")
         return ops.pad(x, [list(map(int, pair)) for pair in paddings])
+
+    def gelu(x: Any, approximate: bool = False) -> Any:
+        return ops.gelu(x, approximate=approximate)
 
     def reduce(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, axis=None, keepdims=False: function(x, axis=axis, keepdims=keepdims)
@@ -167,7 +172,7 @@ def _operations(keras: Any) -> dict[str, Callable[..., Any]]:
         ops.relu: ("nn.relu",),
         ops.relu6: ("nn.relu6",),
         ops.silu: ("nn.silu", "nn.swish"),
-        ops.gelu: ("nn.gelu",),
+        gelu: ("nn.gelu",),
         ops.softmax: ("nn.softmax",),
         ops.reshape: ("reshape",),
         ops.expand_dims: ("expand_dims",),

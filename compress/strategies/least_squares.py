@@ -94,6 +94,10 @@ def moments(
         inputs += tf.matmul(weighted, rows, transpose_a=True).numpy()
         cross += tf.matmul(weighted, wanted, transpose_a=True).numpy()
         total += float(rows.shape[0])
+    if not layer.use_bias:
+        # There is no bias to solve for: the constant is tied to nothing.
+        inputs[-1], inputs[:, -1], cross[-1] = 0.0, 0.0, 0.0
+        inputs[-1, -1] = total
     return Moments(inputs / total, cross / total)
 
 

@@ -90,6 +90,9 @@ class Repair:
             bias = np.asarray(source.bias)
             mean, square = total / batches
             variance = np.maximum(square - mean**2, 1e-8)
+            # A norm without scale must divide by one, one without centre must not take the mean away.
+            variance = variance if norm.scale else np.full_like(variance, 1.0 - norm.epsilon)
+            mean = mean if norm.center else np.zeros_like(mean)
             kernel = np.asarray(source.weights[0])
             layer.weights[0].assign(kernel)
             if layer.use_bias:

@@ -11,6 +11,7 @@ import tf_keras
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, Group
 from compress.graph.channels.handlers import with_handler
 from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
@@ -286,13 +287,29 @@ def test_a_depthwise_convolution_follows_its_input():
     assert cut.get_layer("d").output_shape[-1] == 6
 
 
-def test_inputs_and_outputs_are_never_cut():
-    for build in ZOO.values():
-        model = rewrite(build())
-        channels = Channels(model)
-        cut = remove_channels(channels, np.zeros(channels.count, bool) | (np.arange(channels.count) % 7 == 0))
-        assert cut.output_shape == model.output_shape
-        break
+def test_a_branch_that_nobody_knows_keeps_what_it_is_added_to():
+    def body(x):
+        x = conv(x, 8, "stem")
+        y = layers.Lambda(lambda t: t * 2, name="own")(x)
+        return head(layers.Add()([y, conv(x, 8, "other")]))
+
+    channels = Channels(rewrite(functional((6, 6, 3), body)()))
+    assert group_of(channels, "other").kept_because is not None
+
+
+def test_a_cut_that_leaves_a_layer_nothing_is_refused():
+    channels = Channels(rewrite(ZOO["slices"]()))
+    stay = np.ones(channels.count, bool)
+    stay[group_of(channels, "stem").units[3:]] = False
+    with pytest.raises(CompressError, match="rest"):
+        remove_channels(channels, stay)
+
+
+def test_the_oracle_does_not_pass_what_is_no_number():
+    model = rewrite(ZOO["plain"]())
+    broken = rewrite(model)
+    broken.get_layer("head").bias.assign([np.nan] * 3)
+    assert oracle_difference(model, broken, samples(model)) == np.inf
 
 
 class Doubling(layers.Layer):

@@ -83,6 +83,25 @@ def test_nothing_cut_is_nothing_changed(residual, data):
     np.testing.assert_allclose(repaired(x), residual(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("norm", [{"scale": False}, {"center": False}, {"scale": False, "center": False}, {}])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_norms_of_every_kind_come_back(norm, use_bias, data):
+    tf_keras.utils.set_random_seed(2)
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(6, 3, use_bias=use_bias, name="first")(layers.Rescaling(1 / 16)(image))
+    x = layers.ReLU()(layers.BatchNormalization(**norm)(x))
+    x = layers.Conv2D(6, 3, use_bias=False, name="second")(x)
+    model = copy_model(tf_keras.Model(image, layers.Dense(10)(layers.GlobalAveragePooling2D()(x))))
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        if "kernel" not in weight.name:
+            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+    x = data.train.x[:200].astype(np.float32)
+    work = Reconstruction(Repair(model, x, 0), frozenset(layer.name for layer in model.layers))
+    repaired, _ = work.run([len(item.group) for item in work.cuttable])
+    np.testing.assert_allclose(repaired(x[:50]), model(x[:50]), atol=2e-3)
+
+
 def test_channels_that_others_can_stand_in_for_cost_nothing(residual, data):
     """Half of the inner channels are copies of the other half: least squares finds the sum."""
     model = copy_model(residual)

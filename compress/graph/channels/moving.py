@@ -38,8 +38,6 @@ def _aligned(ids: ChannelIds, shape: Shape, rank: int) -> tuple[ChannelIds, tupl
 
 def _is_broadcast(ids: ChannelIds, given: Shape, shape: Shape, every: Sequence[ChannelIds]) -> bool:
     """Say whether a tensor without channels of its own is spread over the channels of others."""
-    if (ids == NONE).all():
-        return True
     varied = [axis for axis in range(ids.ndim) if any(other.shape[axis] > 1 for other in every)]
     return ids.size == 1 and bool(varied) and all(given[axis] == 1 != shape[axis] for axis in varied)
 
@@ -98,11 +96,12 @@ def reshaped(call: Call, ids: ChannelIds, before: Shape, after: Shape) -> Channe
     """Return the ids of a tensor that is laid out anew."""
     if tuple(before) == tuple(after):
         return ids
-    if None in before or None in after:
+    sizes = [size for shape in (before, after) for size in shape]
+    if None in sizes or np.prod([size or 1 for size in before]) != np.prod([size or 1 for size in after]):
         only_last = all(size == 1 for size in ids.shape[:-1])
         if only_last and before and after and before[-1] == after[-1]:
             return ids.reshape([1] * (len(after) - 1) + [-1])
-        return call.unknown("it lays out a tensor of open size anew")[0]
+        return call.unknown("it lays out a tensor of open size, or the batch, anew")[0]
     known = [int(size or 1) for size in before]
     return moved(call, np.broadcast_to(ids, known).reshape([int(size or 1) for size in after]))
 

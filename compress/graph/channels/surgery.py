@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, cut_axes
 from compress.graph.channels.trace import Kept, Mixing
 from compress.graph.rewrite import NewLayer, in_float32, rewrite
@@ -18,9 +19,20 @@ def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
     """Return a copy of the model without the units [count] for which ``stay`` is false.
 
     Pinned units stay whatever ``stay`` says.
+
+    Raises:
+        CompressError: if a layer would have nothing left to read or to write.
     """
     kept = channels.kept(stay | channels.pinned)
     trace, model = channels.trace, channels.model
+    for weight in trace.weights.values():
+        if any(ids is not None and not kept.of(ids).any() for ids in weight.axes):
+            raise CompressError(
+                f"layer {weight.layer}",
+                expected="at least one channel left to read and to write",
+                received=f"a cut that takes all channels of its {weight.attribute}",
+                fix="Keep more: raise the budget, lower most, or leave the layers before it out with skip.",
+            )
     changed = {name for name, _ in trace.weights} | set(trace.config_edits)
     replacements: dict[str, list[NewLayer]] = {}
     for layer in model.layers:
@@ -138,7 +150,9 @@ def oracle_difference(masked: tf_keras.Model, rebuilt: tf_keras.Model, samples: 
         tf.nest.flatten(m(samples if len(samples) > 1 else samples[0], training=False)) for m in (masked, rebuilt)
     )
     worst = 0.0
-    for one, other in zip(wanted, given, strict=True):
+    for one, other in zip(map(np.asarray, wanted), map(np.asarray, given), strict=True):
+        if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
+            return float("inf")
         scale = float(np.abs(one).max()) or 1.0
         worst = max(worst, float(np.abs(np.asarray(one) - np.asarray(other)).max()) / scale)
     return worst

@@ -104,7 +104,9 @@ class PruneChannels(Strategy):
             skipped = _skipped(channels, names)
             if not groups:
                 raise context.nothing_done("a layer with channels that may go", skipped)
-            target = Budget(budget.unit, budget.keep ** (step / self.steps))
+            # The share of channels is counted anew at every step, the others from the start.
+            part = 1 if budget.unit == "channels" else step
+            target = Budget(budget.unit, budget.keep ** (part / self.steps))
             if self.criterion == RECONSTRUCTION:
                 candidate, stay = self._reconstruct(candidate, target, start, context)
                 channels = Channels(candidate.model)
@@ -160,20 +162,28 @@ class PruneChannels(Strategy):
         if not work.cuttable:
             raise context.nothing_done("a group of channels with one writer and one linear reader", ())
         groups = [item.group for item in work.cuttable]
+        # Costs are counted on the folded network, which has fewer parameters.
+        now, folded = _Size.of(candidate.model), _Size.of(repair.folded)
+        goal = budget.keep
+        if budget.unit != "channels":
+            goal *= getattr(start, budget.unit) / getattr(now, budget.unit)
         plan = _Plan(work.channels, groups, [np.arange(len(g), dtype=float) for g in groups], [1] * len(groups), 1)
 
         def cost(keep: Sequence[int]) -> float:
             stay = np.ones(work.channels.count, bool)
             for group, count in zip(groups, keep, strict=True):
                 stay[group.units[count:]] = False
-            return plan.cost(stay, budget.unit, start)
+            return plan.cost(stay, budget.unit, folded)
 
         floors = [self._floor(len(group)) for group in groups]
-        if cost(floors) > budget.keep + 1e-9 and not self.allow_partial:
+        if cost(floors) > goal + 1e-9 and not self.allow_partial:
             raise self._out_of_reach(context, budget, cost(floors), [group.name for group in groups])
         work.prepare()
-        keep = allocate(work.curves(), [len(g) for g in groups], cost, budget.keep, floors)
-        keep = [min(len(g), -(-count // self.round_to) * self.round_to) for g, count in zip(groups, keep, strict=True)]
+        keep = allocate(work.curves(), [len(g) for g in groups], cost, goal, floors)
+        keep = [
+            max(count // self.round_to * self.round_to, min(self.round_to, len(group)))
+            for group, count in zip(groups, keep, strict=True)
+        ]
         model, stay = work.run(keep)
         restore(model, candidate.guarantees)
         return candidate.evolve(model=model), stay
@@ -270,7 +280,8 @@ def _cut(
 
 def _may_go(group: Group, names: frozenset[str]) -> bool:
     """Say whether a group can lose units and all layers that write it are selected."""
-    return group.kept_because is None and bool(group.members) and set(group.writers) <= names
+    owners = {member.weight.layer for member in group.members}
+    return group.kept_because is None and bool(owners) and set(group.writers) & owners <= names
 
 
 def _skipped(channels: Channels, names: frozenset[str]) -> list[Skipped]:

@@ -17,7 +17,7 @@ import tf_keras
 from scipy.interpolate import PchipInterpolator
 
 from compress.graph.channels.groups import Channels, Group
-from compress.graph.rewrite import copy_model
+from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.least_squares import Moments, assign_matrix, eliminate, is_linear, matrix_of, solve
@@ -49,7 +49,7 @@ class Reconstruction:
     def __init__(self, repair: Repair, names: frozenset[str]) -> None:
         self.repair = repair
         self.channels = Channels(repair.folded)
-        found = (_cuttable(repair.folded, group, names) for group in self.channels.groups)
+        found = (_cuttable(self.channels, group, names) for group in self.channels.groups)
         self.cuttable = [item for item in found if item is not None]
 
     def prepare(self) -> None:
@@ -174,17 +174,22 @@ def _curve(points: dict[int, float], size: int) -> Curve:
     return Curve(np.maximum(PchipInterpolator(counts, errors)(np.arange(1, size + 1)), 0.0))
 
 
-def _cuttable(model: tf_keras.Model, group: Group, names: frozenset[str]) -> Cuttable | None:
+def _cuttable(channels: Channels, group: Group, names: frozenset[str]) -> Cuttable | None:
     """Return the group if elimination can choose its units: one writer, and one linear layer that reads only it."""
     if group.kept_because is not None or not set(group.writers) <= names or len(group.writers) != 1:
+        return None
+    if channels.pinned[group.units].any() or any(event.verb == "normalises over" for event in group.events):
         return None
     reading = [member for member in group.members if member.reads and not member.weight.within]
     if len(reading) != 1 or any(m.weight.within for m in group.members):
         return None
     (member,) = reading
-    layer = model.get_layer(member.weight.layer)
+    layer = channels.model.get_layer(member.weight.layer)
     ids = member.weight.axes[member.axis]
     if not is_linear(layer) or ids is None or len(member.places) != len(ids):
+        return None
+    times = np.bincount(member.units, minlength=len(group))
+    if times.min() == 0 or times.min() != times.max() or calls(channels.model)[layer.name] != 1:
         return None
     width = len(ids)
     positions = int(np.prod(layer.kernel.shape[:-2])) if len(layer.kernel.shape) > 2 else 1

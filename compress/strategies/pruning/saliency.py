@@ -66,7 +66,8 @@ class Evidence:
                 tape.watch(variables)
                 logits = logits_of(model(x, training=False), probabilities)
                 loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits))
-            return tape.gradient(loss, variables, unconnected_gradients="zero")
+            found = tape.gradient(loss, variables, unconnected_gradients="zero")
+            return [tf.convert_to_tensor(value) for value in found]
 
         sums = [np.zeros((2, *v.shape)) for v in variables]
         batches, compiled = 0, tf.function(gradient)

@@ -15,7 +15,7 @@ import numpy as np
 import tf_keras
 from scipy.interpolate import PchipInterpolator
 
-from compress.graph.kernels import kernels
+from compress.graph.kernels import Kernel, kernels
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
@@ -28,6 +28,8 @@ _STEPS = 100
 """A layer keeps so many hundredths of its weights."""
 _SENSITIVITY_SAMPLES = 256
 _CHUNK_BYTES = 2**28
+_MOST_OPERATIONS = 2e11
+"""Layers that would take more (many minutes) are left to magnitude."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def prune_second_order(
 
     Args:
         repair: the model, made ready.
-        names: layers that may be pruned; those that are not Dense or ordinary Conv2D are left as they are.
+        names: layers that may be pruned; those that are no Dense or ordinary Conv2D, or too large, are left alone.
         keep: share of the weights that is left, over all these layers.
         by_macs: count multiply-adds instead of weights.
 
@@ -67,7 +69,9 @@ def prune_second_order(
     """
     table = {k.layer.name: k for k in kernels(repair.folded) if k.layer.name in names and is_linear(k.layer)}
     times = calls(repair.folded)
-    chosen = [name for name in table if times[name] == 1]
+    chosen = [name for name, kernel in table.items() if times[name] == 1 and _operations(kernel) <= _MOST_OPERATIONS]
+    if not chosen:
+        return copy_model(repair.model), {}
     repair.measure_importance(chosen)
     weights = np.array([table[name].macs if by_macs else table[name].size for name in chosen], float)
 
@@ -93,6 +97,12 @@ def prune_second_order(
             assign_matrix(step.layer, solve_each(known, before, left))
             masks[name] = left.reshape(step.layer.kernel.shape)
     return repair.with_norms(changed), masks
+
+
+def _operations(kernel: Kernel) -> float:
+    """Return about how many operations the elimination of a layer's weights takes."""
+    outputs = kernel.value.shape[-1]
+    return float(outputs) * (kernel.size / outputs) ** 3
 
 
 def _curves(repair: Repair, chosen: Sequence[str]) -> list[Curve]:
@@ -131,19 +141,25 @@ def eliminate_each(known: Moments, ridge: float = RIDGE) -> Elimination:
     """Eliminate the weights of every output one after the other; the bias (the last row) stays."""
     size, outputs = known.cross.shape
     strength = ridge * max(float(np.mean(np.diag(known.inputs)[:-1])), 1e-12)
-    inverse = np.linalg.inv(known.inputs + strength * np.eye(size)).astype(np.float32)
-    solution = (inverse @ known.cross).astype(np.float32).T
+    # In double precision: hundreds of updates of a nearly singular inverse overflow in single.
+    inverse = np.linalg.inv(known.inputs + strength * np.eye(size))
+    solution = (inverse @ known.cross).T
+    # In exact arithmetic no diagonal element of the inverse falls below this while others are eliminated.
+    least = 0.5 / float(np.diag(known.inputs).max() + strength)
     order = np.empty((outputs, size - 1), np.int64)
     added = np.empty((outputs, size - 1), np.float64)
-    chunk = max(1, _CHUNK_BYTES // (4 * size * size))
+    chunk = max(1, _CHUNK_BYTES // (inverse.itemsize * size * size))
     for start in range(0, outputs, chunk):
         part = slice(start, min(start + chunk, outputs))
-        order[part], added[part] = _eliminate_chunk(inverse, solution[part].copy())
+        order[part], added[part] = _eliminate_chunk(inverse, solution[part].copy(), least)
     return Elimination(order, added)
 
 
-def _eliminate_chunk(inverse: np.ndarray, solution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (order, added error) of a few outputs at once: [outputs, weights] each."""
+def _eliminate_chunk(inverse: np.ndarray, solution: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (order, added error) of a few outputs at once: [outputs, weights] each.
+
+    ``least``: what a diagonal element of the inverse cannot fall below but by rounding.
+    """
     count, size = solution.shape
     every = np.arange(count)
     inverses = np.repeat(inverse[None], count, 0)
@@ -151,12 +167,12 @@ def _eliminate_chunk(inverse: np.ndarray, solution: np.ndarray) -> tuple[np.ndar
     alive[:, -1] = False
     order, added = np.empty((count, size - 1), np.int64), np.empty((count, size - 1))
     for step in range(size - 1):
-        diagonal = np.maximum(np.einsum("oii->oi", inverses), 1e-12)
+        diagonal = np.maximum(np.einsum("oii->oi", inverses), least)
         prices = np.where(alive, solution**2 / diagonal, np.inf)
         gone = prices.argmin(1)
         order[:, step], added[:, step] = gone, prices[every, gone]
         columns = inverses[every, :, gone]
-        pivot = np.maximum(columns[every, gone], 1e-12)
+        pivot = np.maximum(columns[every, gone], least)
         solution -= columns * (solution[every, gone] / pivot)[:, None]
         inverses -= columns[:, :, None] * (columns / pivot[:, None])[:, None, :]
         solution[every, gone] = 0
