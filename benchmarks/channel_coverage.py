@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.quiet import import_tensorflow
@@ -27,7 +26,7 @@ import numpy as np  # noqa: E402
 import tf_keras  # noqa: E402
 
 from compress.candidate import Candidate, Storage  # noqa: E402
-from compress.cli.experiment import machine  # noqa: E402
+from compress.cli.experiment import machine, provenance  # noqa: E402
 from compress.data.source import Augmentation, Data, Split  # noqa: E402
 from compress.deploy.tflite import export  # noqa: E402
 from compress.errors import CompressError  # noqa: E402
@@ -36,7 +35,6 @@ from compress.metrics.accuracy import file_outputs  # noqa: E402
 from compress.metrics.counts import count_macs, count_params  # noqa: E402
 from compress.strategies.pruning.channels import PruneChannels  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
-from compress.tracking.report import versions  # noqa: E402
 from compress.training import Recovery  # noqa: E402
 
 ARCHITECTURES = (
@@ -118,7 +116,6 @@ def page(rows: list[dict]) -> str:
         and r["oracle"] <= 1e-4
         and r.get("float32") == r.get("int8") == "runs"
     ]
-    known = versions()
     lines = [
         "# Channel pruning of tf_keras.applications",
         "",
@@ -142,17 +139,7 @@ def page(rows: list[dict]) -> str:
             f"| {r['architecture']} | {r['layers']} | {r['macs']:.3f} | {r['params']:.3f} | {r['oracle']:.1e} | "
             f"{r['float32']} | {r['int8']} | {r['seconds']} | {r['quantize_model']} | {r['prune_low_magnitude']} |"
         )
-    lines += [
-        "",
-        "- command: `python benchmarks/channel_coverage.py`",
-        f"- commit: {known.pop('commit')}",
-        "- seed: 0",
-        "- versions: " + ", ".join(f"{key} {value}" for key, value in known.items()),
-        f"- machine: {machine()}",
-        f"- date: {datetime.now(UTC):%Y-%m-%d}",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *provenance("python benchmarks/channel_coverage.py", [0], machine())])
 
 
 def main() -> None:

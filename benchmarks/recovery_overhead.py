@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.quiet import import_tensorflow
@@ -26,12 +25,11 @@ import tf_keras  # noqa: E402
 from compress.candidate import Candidate  # noqa: E402
 from compress.cli.build import make_plan  # noqa: E402
 from compress.cli.compose import compose_config  # noqa: E402
-from compress.cli.experiment import machine  # noqa: E402
+from compress.cli.experiment import machine, provenance  # noqa: E402
 from compress.cli.places import conf_dir  # noqa: E402
 from compress.graph.rewrite import copy_model  # noqa: E402
 from compress.reference import make_reference  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
-from compress.tracking.report import versions  # noqa: E402
 from compress.training import LossTerm, Projection, train, training_batches  # noqa: E402
 
 SHORT, LONG, ROUNDS = 10, 60, 3
@@ -156,7 +154,6 @@ def main() -> None:
             continue
         rows.append((label, statistics.median(ratios), min(ratios), max(ratios), NOTES.get(label, "")))
         print(f"{label}: {statistics.median(ratios):.3f}", flush=True)
-    known = versions()
     lines = [
         "# Training throughput of every strategy's recovery, relative to a bare fit",
         "",
@@ -171,13 +168,7 @@ def main() -> None:
             else f"| {label} | {median:.3f} | {low:.3f} | {high:.3f} | {note} |"
             for label, median, low, high, note in rows
         ),
-        "",
-        f"- command: `python benchmarks/recovery_overhead.py {' '.join(overrides)}`",
-        f"- commit: {known.pop('commit')}",
-        "- versions: " + ", ".join(f"{key} {value}" for key, value in known.items()),
-        f"- machine: {machine()}",
-        f"- date: {datetime.now(UTC):%Y-%m-%d}",
-        "",
+        *provenance(f"python benchmarks/recovery_overhead.py {' '.join(overrides)}", [0], machine()),
     ]
     target = Path("results/recovery_overhead.md")
     target.parent.mkdir(exist_ok=True)

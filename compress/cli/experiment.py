@@ -140,9 +140,15 @@ def render(
     if table.notes:
         lines += ["", table.notes.strip()]
     command = shlex.join(["python", "-m", "compress.reproduce", experiment.name, *extra])
-    known = versions()
     first = next(iter(rows.values()), [{}])[0]
-    lines += [
+    lines += provenance(command, seeds, f"{machine()}; board: {first.get('board', '-')}")
+    return "\n".join(lines)
+
+
+def provenance(command: str, seeds: Sequence[int], where: str) -> list[str]:
+    """Return the lines at the end of a generated page that say how it was made; ``where``: the machine."""
+    known = versions()
+    return [
         "",
         "How this was made:",
         "",
@@ -150,11 +156,10 @@ def render(
         f"- commit: {known.pop('commit')}",
         f"- seeds: {', '.join(map(str, seeds))}",
         "- versions: " + ", ".join(f"{key} {value}" for key, value in known.items()),
-        f"- machine: {machine()}; board: {first.get('board', '-')}",
+        f"- machine: {where}",
         f"- date: {datetime.now(UTC):%Y-%m-%d}",
         "",
     ]
-    return "\n".join(lines)
 
 
 def machine() -> str:

@@ -85,12 +85,13 @@ def moments(
     inputs, cross, total = np.zeros((size, size)), np.zeros((size, targets.shape[-1])), 0.0
     for start in range(0, samples, batch):
         part = slice(start, min(start + batch, samples))
-        rows = tf.reshape(rows_of(layer, x[part]), [-1, size - 1])
-        rows = tf.concat([rows, tf.ones([tf.shape(rows)[0], 1])], 1)
-        wanted = tf.reshape(tf.constant(targets[part]), [-1, targets.shape[-1]])
+        # In single precision rounding would exceed the ridge, and the sum would not be positive definite.
+        rows = tf.cast(tf.reshape(rows_of(layer, x[part]), [-1, size - 1]), tf.float64)
+        rows = tf.concat([rows, tf.ones([tf.shape(rows)[0], 1], tf.float64)], 1)
+        wanted = tf.reshape(tf.constant(targets[part], tf.float64), [-1, targets.shape[-1]])
         weighted = rows
         if weights is not None:
-            weighted = rows * tf.reshape(tf.constant(weights[part], tf.float32), [-1, 1])
+            weighted = rows * tf.reshape(tf.constant(weights[part], tf.float64), [-1, 1])
         inputs += tf.matmul(weighted, rows, transpose_a=True).numpy()
         cross += tf.matmul(weighted, wanted, transpose_a=True).numpy()
         total += float(rows.shape[0])

@@ -13,10 +13,12 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, foldable_pairs
-from compress.graph.rewrite import consumers, copy_model
+from compress.graph.rewrite import consumers, copy_model, nodes
 from compress.graph.walk import Step, Walk
 from compress.strategies.least_squares import Moments, moments
+from compress.training import gives_probabilities, logits_of
 
 RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
 """Ridge of a layer that loses inputs, and of one that only makes up for others; relative to its inputs' squares."""
@@ -42,6 +44,7 @@ class Repair:
     importance: dict[str, Importance] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require_walkable(self.model)
         self.folded = fold_batch_norm(self.model)
         self._sums = _sums(self.folded)
 
@@ -117,10 +120,30 @@ def _sums(model: tf_keras.Model) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for layer in model.layers:
         readers = following[layer.name]
-        if len(readers) == 1 and isinstance(readers[0], tf_keras.layers.Add) and len(readers[0].inbound_nodes) == 1:
-            inputs = readers[0].inbound_nodes[0].keras_inputs
-            found[layer.name] = tuple(id(t) for t in inputs if t.node.layer.name != layer.name)
+        linear = getattr(layer, "activation", None) is tf_keras.activations.linear
+        if not linear or len(readers) != 1 or not isinstance(readers[0], tf_keras.layers.Add):
+            continue
+        (node, *more) = readers[0].inbound_nodes
+        if not more and all(tensor.shape == readers[0].output.shape for tensor in node.keras_inputs):
+            found[layer.name] = tuple(id(t) for t in node.keras_inputs if t.node.layer.name != layer.name)
     return found
+
+
+def _require_walkable(model: tf_keras.Model) -> None:
+    """Refuse a model in which a layer does not treat samples one by one, or passes on a mask.
+
+    Raises:
+        CompressError: naming the layer.
+    """
+    for node in nodes(model):
+        masks = isinstance(node.layer, tf_keras.layers.Masking) or getattr(node.layer, "mask_zero", False)
+        if masks or any(t.shape.rank in (0, None) or t.shape[0] is not None for t in tf.nest.flatten(node.outputs)):
+            raise CompressError(
+                f"layer {node.layer.name}",
+                expected="layers that treat each sample by itself and pass on no mask, for a repair in closed form",
+                received=f"{type(node.layer).__name__}, which does not",
+                fix="Choose another criterion, which needs no repair (prune: magnitude; prune_channels: l2).",
+            )
 
 
 def _importances(
@@ -135,12 +158,13 @@ def _importances(
 
     def gradients(x: tf.Tensor, signs: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
-            *inner, logits = look(x, training=False)
-            for tensor in inner:
-                tape.watch(tensor)
-            total = tf.reduce_sum(signs * logits)
+            # Watched before the forward pass: a frozen layer's variables do not start the tape.
+            tape.watch(x)
+            *inner, outputs = look(x, training=False)
+            total = tf.reduce_sum(signs * logits_of(outputs, probabilities))
         return tape.gradient(total, inner, unconnected_gradients="zero")
 
+    probabilities = gives_probabilities(model)
     compiled = tf.function(gradients, reduce_retracing=True)
     rng = np.random.default_rng(seed)
     weights: list[list[np.ndarray]] = [[] for _ in listed]
@@ -179,6 +203,13 @@ def linear_output(layer: tf_keras.layers.Layer, x: np.ndarray, batch: int = 128)
             )
         parts.append(np.asarray(output + layer.bias if layer.use_bias else output))
     return np.concatenate(parts)
+
+
+def change_of_logits(model: tf_keras.Model, outputs: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the mean squared change of the logits between two outputs of ``model``."""
+    probabilities = gives_probabilities(model)
+    one, other = (logits_of(tf.constant(value), probabilities) for value in (outputs, wanted))
+    return float(tf.reduce_mean((one - other) ** 2))
 
 
 def outputs_of(model: tf_keras.Model, samples: np.ndarray) -> np.ndarray:

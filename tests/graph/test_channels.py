@@ -193,7 +193,7 @@ def half_gone(channels: Channels, seed: int = 0, share: float = 0.5) -> np.ndarr
     for group in channels.groups:
         if group.kept_because is None:
             stay[rng.permutation(group.units)[: min(round(share * len(group)), len(group) - 1)]] = False
-    return stay
+    return channels.viable(stay)
 
 
 def assert_cut(model: tf_keras.Model, stay: np.ndarray, channels: Channels) -> tf_keras.Model:

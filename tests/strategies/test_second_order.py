@@ -95,5 +95,5 @@ def test_it_keeps_the_accuracy_that_magnitude_alone_loses(model, data, context):
 
 def test_it_trains_on_with_its_zeros(model, context, data):
     training = Context("prune", data, model, Recovery(epochs=1), 0)
-    result = Prune(sparsity=0.8, criterion="second_order", images=300).apply(Candidate(model), training)
+    result = Prune(sparsity=0.8, criterion="second_order", images=100).apply(Candidate(model), training)
     assert result.guarantees[0].check(result.model) == []

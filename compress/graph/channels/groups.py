@@ -103,6 +103,19 @@ class Channels:
                 self._reasons.setdefault(int(unit), reason)
         self._macs = {kernel.name: kernel.macs for kernel in kernels(model)}
 
+    def viable(self, stay: np.ndarray, preference: np.ndarray | None = None) -> np.ndarray:
+        """Return ``stay`` [count] with a unit put back wherever a layer would have nothing left to read or to write.
+
+        ``preference`` [count]: of several units the one with the highest is put back.
+        """
+        stay = stay | self.pinned
+        for weight in self.trace.weights.values():
+            for ids in weight.axes:
+                units = np.zeros(0, np.int64) if ids is None else self.units_of(ids)
+                if units.size and not (units == NONE).any() and not stay[units].any():
+                    stay[units[0] if preference is None else units[np.argmax(preference[units])]] = True
+        return stay
+
     def units_of(self, ids: ChannelIds) -> np.ndarray:
         """Return the units that ids belong to; ``NONE`` stays ``NONE``."""
         return np.where(ids == NONE, NONE, self.labels[ids])

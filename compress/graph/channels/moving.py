@@ -42,17 +42,13 @@ def _is_broadcast(ids: ChannelIds, given: Shape, shape: Shape, every: Sequence[C
     return ids.size == 1 and bool(varied) and all(given[axis] == 1 != shape[axis] for axis in varied)
 
 
-def concatenate(call: Call, axis: int | None = None) -> list[ChannelIds]:
+def concatenate(call: Call) -> list[ChannelIds]:
     """Put tensors side by side."""
     rank = len(call.output_shapes[0])
-    axis = _without_batch(call.layer.axis if axis is None else axis, rank)
+    axis = call.layer.axis % (rank + 1) - 1
     if axis < 0:
         return call.unknown("it joins along the batch")
     return [joined(call, call.inputs, call.input_shapes, axis)]
-
-
-def _without_batch(axis: int, rank: int) -> int:
-    return (axis % (rank + 1)) - 1
 
 
 def joined(call: Call, parts: Sequence[ChannelIds], shapes: Sequence[Shape], axis: int) -> ChannelIds:
@@ -164,8 +160,9 @@ def attention(call: Call) -> list[ChannelIds]:
 def multi_head_attention(call: Call) -> list[ChannelIds]:
     """Heads go as a whole; the sizes of keys and values within a head stay."""
     layer = call.layer
-    if len(call.inputs) > 3 or "attention_mask" in call.kwargs:
-        return call.unknown("masks of attention are not traced")
+    by_keyword = any(hasattr(value, "_keras_history") for value in call.kwargs.values())
+    if len(call.inputs) > 3 or by_keyword or len(call.output_shapes) > 1:
+        return call.unknown("masks, tensors given by keyword, and scores of attention are not traced")
     query, value = call.inputs[0], call.inputs[1] if len(call.inputs) > 1 else call.inputs[0]
     key = call.inputs[2] if len(call.inputs) > 2 else value
     heads = call.write(layer._num_heads)
@@ -188,8 +185,7 @@ def multi_head_attention(call: Call) -> list[ChannelIds]:
     call.edit_config(edit)
     for position in range(len(call.inputs)):
         call.mixes(position)
-    outputs = [call.spread(written)]
-    return outputs + [np.full([1] * len(shape), NONE) for shape in call.output_shapes[1:]]
+    return [call.spread(written)]
 
 
 def recurrent(call: Call, configured: bool = True) -> list[ChannelIds]:
@@ -232,6 +228,8 @@ def time_distributed(handlers: dict[type, Handler]) -> Handler:
     """Return the handler of a wrapper that applies a layer to every step."""
 
     def wrapped(call: Call) -> list[ChannelIds]:
+        if isinstance(call.layer.layer, (tf_keras.layers.LayerNormalization, tf_keras.layers.GroupNormalization)):
+            return call.unknown("a normalisation over channels at every step")
         inner = call.within(
             call.layer.layer,
             ("layer", "config"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -260,13 +260,6 @@ class Call:
 
 Handler = Callable[[Call], list[ChannelIds]]
 """Says of one call what it does with channels; returns the ids of its outputs."""
-
-
-class HasHandler(Protocol):
-    """A layer that brings its own handler."""
-
-    def trace_channels(self, call: Call) -> list[ChannelIds]:
-        """Say what a call of this layer does with channels."""
 
 
 _ATTRIBUTES = (

@@ -112,15 +112,13 @@ def batch_normalization(call: Call) -> list[ChannelIds]:
 
 def layer_normalization(call: Call) -> list[ChannelIds]:
     """Normalise over all channels: what goes is left out of the mean and the variance."""
-    layer, ids, shape = call.layer, call.inputs[0], call.input_shapes[0]
+    layer, ids = call.layer, call.inputs[0]
     axes = [_own_axis(a, call) for a in ([layer.axis] if isinstance(layer.axis, int) else layer.axis)]
     vectors = [call.along(0, axis) if ids.shape[axis] > 1 else None for axis in axes]
     for variable in (layer.gamma, layer.beta):
         call.weight(variable, *vectors)
     if any(ids.shape[a] > 1 for a in axes):
         call.mixes(normalises=True)
-    elif any(size is not None and size > 1 and ids.shape[a] > 1 for a, size in enumerate(shape) if a not in axes):
-        call.note("normalises each of", ids)
     return [ids]
 
 

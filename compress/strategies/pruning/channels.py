@@ -31,8 +31,6 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
 _ORACLE_TOLERANCE = 1e-4
-
-
 RECONSTRUCTION = "reconstruction"
 
 
@@ -112,7 +110,9 @@ class PruneChannels(Strategy):
                 channels = Channels(candidate.model)
             else:
                 stay = self._choose(channels, groups, target, start, context)
-            candidate, difference = _cut(candidate, channels, stay, groups, context)
+            # What reconstruction has repaired reads nothing of what goes: it is its own oracle, and a stricter one.
+            oracle = candidate.model if self.criterion == RECONSTRUCTION else masked_model(channels, stay)
+            candidate, difference = _cut(candidate, oracle, channels, stay, groups, context)
             worst = max(worst, difference)
             for name in {name for group in groups if not stay[group.units].all() for name in group.writers}:
                 widths[name] = int(candidate.model.get_layer(name).output_shape[-1])
@@ -221,6 +221,9 @@ class _Plan:
     ) -> None:
         self.channels, self.groups, self.scores, self.floors, self.round_to = channels, groups, scores, floors, round_to
         self._ranks = [np.argsort(np.argsort(score, kind="stable")) for score in scores]
+        self._preference = np.zeros(channels.count)
+        for group, score in zip(groups, scores, strict=True):
+            self._preference[group.units] = score
         order = np.argsort(np.concatenate(scores), kind="stable")
         self._global = np.empty_like(order)
         self._global[order] = np.arange(order.size)
@@ -247,7 +250,8 @@ class _Plan:
             left = max(len(group) - min(gone, may), floor)
             left = min(len(group), -(-left // self.round_to) * self.round_to)
             stay[group.units[rank < len(group) - left]] = False
-        return stay
+        # A layer may read a part of a group only.
+        return self.channels.viable(stay, self._preference)
 
     def cost(self, stay: np.ndarray, unit: str, start: _Size) -> float:
         """Return the share of ``start`` that is left."""
@@ -261,11 +265,16 @@ class _Plan:
 
 
 def _cut(
-    candidate: Candidate, channels: Channels, stay: np.ndarray, groups: Sequence[Group], context: Context
+    candidate: Candidate,
+    oracle: tf_keras.Model,
+    channels: Channels,
+    stay: np.ndarray,
+    groups: Sequence[Group],
+    context: Context,
 ) -> tuple[Candidate, float]:
-    """Return the candidate without the channels that go, and how far it is from the masked original."""
+    """Return the candidate without the channels that go, and how far it is from the oracle: all channels, unread."""
     model = remove_channels(channels, stay)
-    difference = oracle_difference(masked_model(channels, stay), model, _samples(context, model))
+    difference = oracle_difference(oracle, model, _samples(context, model))
     if not difference <= _ORACLE_TOLERANCE:
         raise CompressError(
             f"stage {context.stage}",

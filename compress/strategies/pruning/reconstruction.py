@@ -21,7 +21,7 @@ from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.least_squares import Moments, assign_matrix, eliminate, is_linear, matrix_of, solve
-from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, outputs_of
+from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
 
 _LEVELS = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
 _SENSITIVITY_SAMPLES = 256
@@ -79,8 +79,8 @@ class Reconstruction:
                         continue
                     assign_matrix(step.layer, self._solved(known, before, item, order[len(order) - count :]))
                     outputs = walk.run(step.node, step.layer, _few(walk.values, few))
-                    logits = walk.rest(step.position, outputs, few)
-                    points[count] = float(np.mean((logits - wanted) ** 2))
+                    final = walk.rest(step.position, outputs, few)
+                    points[count] = change_of_logits(repair.folded, final, wanted)
                 # The walk goes on as the original.
                 assign_matrix(step.layer, before)
                 curves[number] = _curve(points, len(item.group))

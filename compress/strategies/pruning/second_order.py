@@ -21,7 +21,7 @@ from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.least_squares import Moments, assign_matrix, is_linear, matrix_of, solve
 from compress.strategies.pruning.reconstruction import Curve, allocate
-from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, outputs_of
+from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
 
 _LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 _STEPS = 100
@@ -124,8 +124,8 @@ def _curves(repair: Repair, chosen: Sequence[str]) -> list[Curve]:
                 left = elimination.left(max(1, int(level * size)))
                 assign_matrix(step.layer, solve_each(known, before, left))
                 values = {key: value[:few] for key, value in walk.values.items()}
-                logits = walk.rest(step.position, walk.run(step.node, step.layer, values), few)
-                points[round(level * _STEPS)] = float(np.mean((logits - wanted) ** 2))
+                final = walk.rest(step.position, walk.run(step.node, step.layer, values), few)
+                points[round(level * _STEPS)] = change_of_logits(repair.folded, final, wanted)
             assign_matrix(step.layer, before)
             at = sorted(points)
             errors = np.minimum.accumulate([points[p] for p in at])
