@@ -7,7 +7,7 @@ compressed, trained, exported or measured.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -90,6 +90,15 @@ class Guarantee(ABC):
             and all(isinstance(array, np.ndarray) for array in value.values())
         }
         return replace(self, **arrays)
+
+    def without(self, layers: Collection[str]) -> Guarantee:
+        """Return the property of a model that has lost whole layers."""
+        tables: dict[str, Any] = {
+            item.name: {k: v for k, v in value.items() if k not in layers and k.rpartition("/")[0] not in layers}
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Mapping)
+        }
+        return replace(self, **tables)
 
     @abstractmethod
     def check(self, model: tf_keras.Model) -> list[Violation]:

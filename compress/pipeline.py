@@ -148,6 +148,8 @@ class Pipeline:
             recovery=Recovery(),
             seed=self.seed,
             strict=self.strict,
+            measure=self.board.measure,
+            channel_multiple=self.board.channel_multiple,
         )
         candidate, results = reference, []
         for number, stage in enumerate(self.stages, start=1):

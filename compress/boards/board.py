@@ -13,6 +13,9 @@ class Board(ABC):
 
     name: ClassVar[str]
 
+    channel_multiple: int = 1
+    """It computes as long for fewer channels than the next multiple of this."""
+
     @abstractmethod
     def measure(self, artifact: Artifact) -> Measurement:
         """Run the artifact and return its latency; a failure of the board is returned, not raised."""

@@ -25,12 +25,14 @@ class Host(Board):
     """Measures in a child process, so that a crash of the runtime cannot take the run along.
 
     ``threads``: of the interpreter, pinned to as many processors. ``warmup`` runs are not counted.
+    ``channel_multiple``: what channel pruning rounds to by default.
     """
 
     threads: Annotated[int, Ge(1), Le(1024)] = 1
     runs: Annotated[int, Ge(100), Le(1_000_000)] = 200
     warmup: Annotated[int, Ge(1), Le(1_000_000)] = 20
     timeout: Annotated[float, Gt(0), Le(1e6)] = 600.0
+    channel_multiple: Annotated[int, Ge(1), Le(1024)] = 1
 
     name: ClassVar[str] = "host"
 

@@ -29,21 +29,26 @@ ArgumentEdits = Mapping[tuple[str, int], Callable[[list[Any], dict[str, Any]], N
 
 
 def rewrite(
-    model: tf_keras.Model, replacements: Replacements | None = None, arguments: ArgumentEdits | None = None
+    model: tf_keras.Model,
+    replacements: Replacements | None = None,
+    arguments: ArgumentEdits | None = None,
+    bypassed: Mapping[str, int] | None = None,
 ) -> tf_keras.Model:
     """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
 
     Nested models and Sequentials are laid open; a layer used twice stays shared. All weights are copied;
     nothing is shared with ``model``. Layers that compute in 16 or 64 bits compute in 32 bits in the copy.
     A layer that is replaced by several, or by none, must have one input tensor and one output tensor. ``arguments``
-    changes what single calls of layers are given.
+    changes what single calls of layers are given. ``bypassed`` (layer -> which of its input tensors) takes layers out
+    that pass one of their inputs on, and with them whatever only they have read.
 
     Raises:
         CompressError: if the model is not functional (a subclassed model has no graph to read), or a
             name in ``replacements`` is not a layer of it.
     """
     _require_functional(model)
-    builder = _Builder(replacements or {}, arguments or {}, frozenset(layer.name for layer in model.layers))
+    names = frozenset(layer.name for layer in model.layers)
+    builder = _Builder(replacements or {}, arguments or {}, bypassed or {}, names)
     inputs = [tf_keras.Input(batch_shape=t.shape, dtype=_plain(t.dtype), name=_input_name(t)) for t in model.inputs]
     outputs = builder.inline(model, inputs)
     unknown = set(builder.replacements) - builder.replaced
@@ -112,9 +117,12 @@ def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, Any, A
 class _Builder:
     """Carries the state of one rewrite: fresh layers by original identity, and weights to set at the end."""
 
-    def __init__(self, replacements: Replacements, edits: ArgumentEdits, outer: frozenset[str]) -> None:
+    def __init__(
+        self, replacements: Replacements, edits: ArgumentEdits, bypassed: Mapping[str, int], outer: frozenset[str]
+    ) -> None:
         self.replacements = replacements
         self.edits = edits
+        self.bypassed = bypassed
         self._times: dict[str, int] = {}
         self.replaced: set[str] = set()
         self.pending: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = []
@@ -139,7 +147,10 @@ class _Builder:
             self._times[key[0]] = key[1] + 1
             if key in self.edits:
                 self.edits[key](arguments, keywords)
-            results = self._call(node.layer, arguments, keywords, prefix)
+            if key[0] in self.bypassed:
+                results = mapped(node.keras_inputs[self.bypassed[key[0]]])
+            else:
+                results = self._call(node.layer, arguments, keywords, prefix)
             flat_old, flat_new = tf.nest.flatten(node.outputs), tf.nest.flatten(results)
             tensors.update(zip((id(t) for t in flat_old), flat_new, strict=True))
         return [tensors[id(t)] for t in model.outputs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_keras
 from pydantic import ConfigDict
 
-from compress.candidate import Candidate, Effect, Guarantee, Skipped
+from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Skipped
 from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
@@ -36,6 +36,10 @@ class Context:
     seed: int
     selection: Selection = field(default_factory=Selection)
     strict: bool = False
+    measure: Callable[[Artifact], Measurement] | None = None
+    """Runs an exported file on the target board; None if there is none."""
+    channel_multiple: int = 1
+    """The board computes as long for fewer channels than the next multiple of this."""
 
     def recover(
         self,
@@ -70,12 +74,20 @@ class Context:
         return candidate
 
     def calibration_samples(self, count: int) -> np.ndarray:
-        """Return up to ``count`` samples of the training part, augmented as in training, without their labels."""
-        chosen = np.random.default_rng(self.seed).permutation(len(self.data.train))[:count]
+        """Return up to ``count`` samples of the training part, augmented as in training, without their labels.
+
+        Where images are augmented, half of them are mixed with another one in a random ratio (mixup, arXiv 1710.09412):
+        a network is sure of the images that it was trained on, and these say little about the ones it is unsure of.
+        """
+        rng = np.random.default_rng(self.seed)
+        chosen = rng.permutation(len(self.data.train))[:count]
         samples = self.data.train.x[chosen].astype(np.float32)
         if self.data.augmentation:
             seed = tf.constant([self.seed, 0], tf.int64)
             samples = np.asarray(augment(tf.constant(samples), self.data.augmentation, seed))
+            mixed = rng.permutation(len(samples))[: len(samples) // 2]
+            ratio = rng.uniform(size=(len(mixed), *[1] * (samples.ndim - 1))).astype(np.float32)
+            samples[mixed] = ratio * samples[mixed] + (1 - ratio) * samples[rng.permutation(len(samples))[: len(mixed)]]
         return samples
 
     def require_training(self) -> None:

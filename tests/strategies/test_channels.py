@@ -7,9 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import tf_keras
+from hypothesis import given
+from hypothesis import strategies as st
 
-from compress.candidate import Candidate
+from compress.candidate import Artifact, Candidate, Latency, Measurement
 from compress.data.digits import Digits
+from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
 from compress.graph.kernels import kernels
@@ -18,6 +21,7 @@ from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_params
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.measured import largest_share
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
@@ -183,3 +187,135 @@ def test_a_model_without_anything_to_cut(context):
 def test_an_unknown_criterion_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="geometric_median"):
         PruneChannels(criterion="geometric_medium")
+
+
+def test_a_budget_in_bytes_is_that_of_the_exported_file(model, context, tmp_path):
+    def size(of: tf_keras.Model) -> int:
+        return export(Candidate(of), context.data, tmp_path / "model.tflite").path.stat().st_size
+
+    result = PruneChannels(bytes=0.6).apply(Candidate(model), context)
+    assert 0.5 <= size(result.model) / size(model) <= 0.6
+    with pytest.raises(CompressError, match="clamped: "):
+        PruneChannels(bytes=0.05).apply(Candidate(model), context)
+
+
+def test_a_budget_in_latency_asks_the_board(model, context):
+    asked: list[int] = []
+
+    def measure(artifact: Artifact) -> Measurement:
+        """A board whose time is what it has to read."""
+        time = artifact.path.stat().st_size / 10_000
+        asked.append(artifact.path.stat().st_size)
+        return Measurement("board", Latency(time, time, time, time, 100, 1))
+
+    result = PruneChannels(latency=0.8).apply(Candidate(model), dataclasses.replace(context, measure=measure))
+    assert 2 <= len(asked) <= 14
+    assert any(0.76 <= size / asked[0] <= 0.8 for size in asked)
+    assert macs(result.model) < 0.8 * macs(model)
+    for silent in (None, lambda artifact: Measurement("board", None, "it is switched off")):
+        with pytest.raises(CompressError, match=r"no board|switched off"):
+            PruneChannels(latency=0.7).apply(Candidate(model), dataclasses.replace(context, measure=silent))
+
+
+def test_reconstruction_meets_a_budget_in_bytes(model, context, tmp_path):
+    def size(of: tf_keras.Model) -> int:
+        return export(Candidate(of), context.data, tmp_path / "model.tflite").path.stat().st_size
+
+    result = PruneChannels(bytes=0.8, criterion="reconstruction", images=64).apply(Candidate(model), context)
+    assert 0.65 <= size(result.model) / size(model) <= 0.8
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.0, 0.4), st.floats(0.5, 2.5))
+def test_the_largest_share_is_found_in_a_few_probes(goal, fixed, power):
+    asked = []
+
+    def measured(share: float) -> float:
+        asked.append(share)
+        return fixed + (1 - fixed) * share**power
+
+    share, value = largest_share(measured, goal)
+    assert len(asked) <= 12
+    assert value == measured(share)
+    if measured(1e-3) < 0.9 * goal:
+        assert 0.85 * goal <= value <= goal
+
+
+def test_the_board_says_what_widths_are_rounded_to(model, context):
+    board = dataclasses.replace(context, channel_multiple=8)
+    result = PruneChannels(macs=0.4).apply(Candidate(model), board)
+    assert [result.model.get_layer(name).output_shape[-1] % 8 for name in ("stem", "inner")] == [0, 0]
+    result = PruneChannels(channels=0.85, round_to=1).apply(Candidate(model), board)
+    assert [result.model.get_layer(name).output_shape[-1] % 8 for name in ("stem", "inner")] != [0, 0]
+
+
+@pytest.mark.parametrize("regularisation", ["group_lasso", "growing"])
+def test_regularisation_drives_units_to_zero_before_the_cut(regularisation, model, context):
+    training = dataclasses.replace(context, recovery=Recovery(epochs=4, batch_size=32, learning_rate=1e-3))
+    seen = []
+
+    class Watching(Context):
+        def recover(self, candidate, *, projections=(), terms=()):
+            result = super().recover(candidate, projections=projections, terms=terms)
+            if projections:
+                seen.append(rewrite(result.model))
+            return result
+
+    watching = Watching(**{f.name: getattr(training, f.name) for f in dataclasses.fields(Context)})
+    result = PruneChannels(channels=0.5, regularisation=regularisation).apply(Candidate(model), watching)
+    (trained,) = seen
+    assert macs(result.model) < macs(model)
+    before, after = (
+        criteria()["l2"].score(group(m, "inner"), Evidence(Channels(m), context.data, 0)) for m in (model, trained)
+    )
+    shrunk = np.sqrt(np.sort(after / before))
+    assert (shrunk[:10] < 0.7).all()
+    if regularisation == "growing":
+        # Those that will go are all but gone, the others are as they were.
+        assert (shrunk[:8] < 0.05).all()
+        assert shrunk[-8:].min() > 0.5
+
+
+def test_regularisation_needs_training(model, context):
+    with pytest.raises(CompressError, match="some training"):
+        PruneChannels(regularisation="growing").apply(Candidate(model), context)
+
+
+@pytest.fixture(scope="module")
+def deep() -> tf_keras.Model:
+    """Four residual blocks; the branch of the third adds next to nothing."""
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image))
+    for number in range(4):
+        y = layers.Conv2D(8, 3, padding="same", activation="relu", name=f"inner{number}")(x)
+        x = layers.Add(name=f"sum{number}")([x, layers.Conv2D(8, 3, padding="same", name=f"outer{number}")(y)])
+    built = rewrite(tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x))))
+    built.get_layer("outer2").kernel.assign(built.get_layer("outer2").kernel * 0.01)
+    return built
+
+
+def test_the_block_whose_branch_adds_least_goes_as_a_whole(deep, context):
+    pruned = Prune(sparsity=0.5).apply(Candidate(deep), context)
+    result = PruneChannels(macs=0.76, blocks=True, images=64).apply(pruned, context)
+    names = {layer.name for layer in result.model.layers}
+    assert not names & {"inner2", "outer2", "sum2"}
+    assert {"inner0", "outer0"} <= names
+    assert 0.7 <= macs(result.model) / macs(deep) <= 0.76
+    assert result.measured["oracle_difference"] < 1e-5
+    assert all(guarantee.layers <= names for guarantee in result.guarantees)
+    assert all(guarantee.check(result.model) == [] for guarantee in result.guarantees)
+    kept = PruneChannels(macs=0.6, images=64).apply(pruned, context)
+    assert "sum2" in {layer.name for layer in kept.model.layers}
+
+
+def test_blocks_that_are_not_selected_stay(deep, context):
+    chosen = dataclasses.replace(context, selection=Selection(skip=(Rule(name="outer2"),)))
+    result = PruneChannels(macs=0.6, blocks=True, images=64).apply(Candidate(deep), chosen)
+    assert "outer2" in {layer.name for layer in result.model.layers}
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="reconstruction"):
+        PruneChannels(criterion="reconstruction", blocks=True)
+    with pytest.raises(ValueError, match="one of macs"):
+        PruneChannels(bytes=0.5, macs=0.5)

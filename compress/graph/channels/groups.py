@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,7 +182,7 @@ class Channels:
         return self._reasons[int(units[0])] if self.pinned[units].all() else None
 
     @cached_property
-    def _counts(self) -> list[tuple[WeightChannels, float, int, list[np.ndarray]]]:
+    def _counts(self) -> list[tuple[WeightChannels, float, int, list[_Count]]]:
         """For each weight: its multiply-adds, its size without channel axes, how often each unit is on each axis."""
         table = []
         variables = {layer.name: layer.weights for layer in self.model.layers}
@@ -192,22 +193,44 @@ class Channels:
                 if ids is None:
                     rest *= int(size)
                 else:
-                    units = self.units_of(ids)
-                    fixed = int((units == NONE).sum())
-                    counts.append(np.append(np.bincount(units[units != NONE], minlength=self.count), fixed))
+                    units, times = np.unique(self.units_of(ids), return_counts=True)
+                    real = units != NONE
+                    counts.append(_Count(units[real], times[real], int(times[~real].sum())))
             table.append((weight, float(self._macs.get(f"{weight.layer}/{weight.attribute}", 0)), rest, counts))
         return table
 
     def costs(self, stay: np.ndarray) -> tuple[float, int]:
         """Return (multiply-adds, trainable parameters) of what is left, of the weights that hold channels."""
-        with_fixed = np.append(stay, True).astype(np.float64)
         macs, params = 0.0, 0
         for weight, whole, rest, counts in self._counts:
-            left = [float(count @ with_fixed) for count in counts]
-            size = rest * float(np.prod(left))
-            macs += whole * float(np.prod([part / count.sum() for part, count in zip(left, counts, strict=True)]))
-            params += int(size) if weight.trainable else 0
+            left = [int(count.times[stay[count.units]].sum()) + count.fixed for count in counts]
+            wholes = [int(count.times.sum()) + count.fixed for count in counts]
+            macs += whole * math.prod(left) / math.prod(wholes)
+            params += rest * math.prod(left) if weight.trainable else 0
         return macs, params
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What lies along one axis of a weight: ``units``, each so many ``times``, and places that are no channels."""
+
+    units: np.ndarray
+    times: np.ndarray
+    fixed: int
+
+
+def transferred(source: Channels, stay: np.ndarray, groups: Sequence[Group], target: Channels) -> np.ndarray:
+    """Return which units of ``target`` stay when those of ``source`` in ``groups`` do that ``stay`` [count] says.
+
+    The two models have layers of the same names that write the groups, and may number their units differently.
+    """
+    written = {event.layer: event.ids for event in target.trace.events if event.verb == "writes"}
+    result = np.ones(target.count, bool)
+    wanted = {name for group in groups for name in group.writers}
+    for event in source.trace.events:
+        if event.verb == "writes" and event.layer in wanted:
+            result[target.labels[written[event.layer]]] = stay[source.labels[event.ids]]
+    return result
 
 
 def cut_axes(value: np.ndarray, axes: Sequence[ChannelIds | None], kept: Kept) -> np.ndarray:

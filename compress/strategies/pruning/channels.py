@@ -17,13 +17,18 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
 from compress.errors import CompressError, did_you_mean
-from compress.graph.channels.groups import Channels, Group
+from compress.graph.channels.groups import Channels, Group, transferred
 from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
 from compress.graph.kernels import kernels
+from compress.graph.residual import residual_blocks, without_blocks, without_branches
+from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
-from compress.metrics.counts import count_params
 from compress.strategies.budget import Budget, one_budget
-from compress.strategies.pruning.reconstruction import Reconstruction, allocate
+from compress.strategies.pruning.depth import branch_shares, lowest_blocks
+from compress.strategies.pruning.group_sparsity import GroupLasso, GroupSparsity, GrowingDecay
+from compress.strategies.pruning.measured import MEASURED, Start, largest_share
+from compress.strategies.pruning.plan import Plan, Ranking, Size
+from compress.strategies.pruning.reconstruction import Curve, Reconstruction, allocate
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import Widths
 from compress.strategies.repair import Repair
@@ -48,6 +53,8 @@ class PruneChannels(Strategy):
     One of these says how far to go (``macs`` of 0.5, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept.
         channels: share of the channels that is kept, of those that it may touch.
+        bytes: share of the size of the exported file that is kept, as it would be written at this stage.
+        latency: share of the latency on the board that is kept; its median is measured a few times.
 
     Attributes:
         criterion: what a channel's importance is. ``reconstruction`` also says how many channels each group keeps, and
@@ -55,21 +62,30 @@ class PruneChannels(Strategy):
             :mod:`compress.strategies.pruning.reconstruction`. It cuts groups with one writer and one reader.
         ranking: ``global`` compares all groups with each other, after division by each group's mean; ``layer`` takes
             the same share of every group.
-        round_to: a group keeps a multiple of so many channels, where it has that many.
+        blocks: whole residual blocks may go, too, where their branch makes up the least of the sum.
+        round_to: a group keeps a multiple of so many channels, where it has that many; the board's own if null.
         most: no group loses more than this share.
         steps: the budget is reached in so many steps, each with its part of the recovery.
-        images: calibration samples of ``reconstruction``.
+        regularisation: half of the recovery comes before the cut and drives whole units to zero: ``group_lasso`` all
+            of them, ``growing`` those that will go; see :mod:`compress.strategies.pruning.group_sparsity`.
+        strength: of the regularisation.
+        images: calibration samples of ``reconstruction`` and ``blocks``.
         allow_partial: go as far as possible when the budget cannot be met.
     """
 
     macs: Annotated[float, Gt(0), Lt(1)] | None = None
     params: Annotated[float, Gt(0), Lt(1)] | None = None
     channels: Annotated[float, Gt(0), Lt(1)] | None = None
+    bytes: Annotated[float, Gt(0), Lt(1)] | None = None
+    latency: Annotated[float, Gt(0), Lt(1)] | None = None
     criterion: Annotated[str, AfterValidator(_known)] = "l2"
-    ranking: Literal["global", "layer"] = "global"
-    round_to: Annotated[int, Ge(1)] = 1
+    ranking: Ranking = "global"
+    blocks: bool = False
+    round_to: Annotated[int, Ge(1)] | None = None
     most: Annotated[float, Gt(0), Le(1)] = 0.9
     steps: Annotated[int, Ge(1)] = 1
+    regularisation: Literal["none", "group_lasso", "growing"] = "none"
+    strength: Annotated[float, Gt(0), Le(100)] | None = None
     images: Annotated[int, Ge(16), Le(1_000_000)] = 1000
     allow_partial: bool = False
 
@@ -77,11 +93,14 @@ class PruneChannels(Strategy):
     establishes = Widths
 
     def __post_init__(self) -> None:
-        """Refuse several budgets at once."""
+        """Refuse several budgets at once, and what does not go together."""
         self._budget()
+        if self.criterion == RECONSTRUCTION and (self.blocks or self.regularisation != "none"):
+            raise ValueError(f"no blocks and no regularisation with criterion={RECONSTRUCTION}")
 
     def _budget(self) -> Budget:
-        return one_budget(Budget("macs", 0.5), macs=self.macs, params=self.params, channels=self.channels)
+        choices = {unit: getattr(self, unit) for unit in ("macs", "params", "channels", "bytes", "latency")}
+        return one_budget(Budget("macs", 0.5), **choices)
 
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Only the layers that write a group which may go."""
@@ -91,40 +110,48 @@ class PruneChannels(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Rank, cut, compare with the masked original, recover; so many times."""
-        budget, start = self._budget(), _Size.of(candidate.model)
-        recovering = context.for_stage(context.stage, recovery=context.recovery.part(1 / self.steps))
+        if self.regularisation != "none" and not context.recovery.trains:
+            context.require_training()
+        budget, start = self._budget(), Start.of(candidate, context, self._budget().unit)
+        share = 1.0 if self.regularisation == "none" else 0.5
+        recovering = context.for_stage(context.stage, recovery=context.recovery.part(share / self.steps))
         widths: dict[str, int] = {}
         worst = 0.0
         for step in range(1, self.steps + 1):
+            # The share of channels is counted anew at every step, the others from the start.
+            part = 1 if budget.unit == "channels" else step
+            target = Budget(budget.unit, budget.keep ** (part / self.steps))
+            if self.blocks:
+                candidate, difference = self._drop_blocks(candidate, target, start, context)
+                worst = max(worst, difference)
             names = context.selection.names(candidate.model)
             channels = Channels(candidate.model)
             groups = [group for group in channels.groups if _may_go(group, names)]
             skipped = _skipped(channels, names)
             if not groups:
                 raise context.nothing_done("a layer with channels that may go", skipped)
-            # The share of channels is counted anew at every step, the others from the start.
-            part = 1 if budget.unit == "channels" else step
-            target = Budget(budget.unit, budget.keep ** (part / self.steps))
             if self.criterion == RECONSTRUCTION:
                 candidate, stay = self._reconstruct(candidate, target, start, context)
                 channels = Channels(candidate.model)
+                # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
+                oracle = candidate.model
             else:
-                stay = self._choose(channels, groups, target, start, context)
-            # What reconstruction has repaired reads nothing of what goes: it is its own oracle, and a stricter one.
-            oracle = candidate.model if self.criterion == RECONSTRUCTION else masked_model(channels, stay)
+                candidate = self._regularise(candidate, channels, groups, target, start, recovering)
+                channels = Channels(candidate.model)
+                stay = self._choose(candidate, channels, groups, target, start, context)
+                oracle = masked_model(channels, stay)
             candidate, difference = _cut(candidate, oracle, channels, stay, groups, context)
             worst = max(worst, difference)
             for name in {name for group in groups if not stay[group.units].all() for name in group.writers}:
                 widths[name] = int(candidate.model.get_layer(name).output_shape[-1])
             if step == self.steps:
-                candidate = candidate.with_guarantee(Widths(context.stage, dict(sorted(widths.items()))))
+                present = {layer.name for layer in candidate.model.layers}
+                left = {name: width for name, width in sorted(widths.items()) if name in present}
+                candidate = candidate.with_guarantee(Widths(context.stage, left))
             candidate = recovering.recover(candidate)
         return candidate.evolve(skipped=context.skip(skipped), measured={"oracle_difference": worst})
 
-    def _choose(
-        self, channels: Channels, groups: Sequence[Group], budget: Budget, start: _Size, context: Context
-    ) -> np.ndarray:
-        """Return which units stay: [units]."""
+    def _plan(self, channels: Channels, groups: Sequence[Group], context: Context) -> Plan:
         evidence = Evidence(channels, context.data, context.seed)
         criterion = criteria()[self.criterion]
         scores = []
@@ -136,24 +163,85 @@ class PruneChannels(Strategy):
                 score = np.full(len(group), np.inf)
             scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
         floors = [self._floor(len(group)) for group in groups]
-        plan = _Plan(channels, list(groups), scores, floors, self.round_to)
-        by = plan.by_rank if self.ranking == "global" else plan.by_share
-        low, high = 0, plan.places if self.ranking == "global" else 1000
-        reached = plan.cost(by(high), budget.unit, start)
-        if reached > budget.keep + 1e-9:
-            if self.allow_partial:
-                return by(high)
+        return Plan(channels, groups, scores, floors, self._multiple(context))
+
+    def _choose(
+        self,
+        candidate: Candidate,
+        channels: Channels,
+        groups: Sequence[Group],
+        budget: Budget,
+        start: Start,
+        context: Context,
+    ) -> np.ndarray:
+        """Return which units stay: [units]."""
+        plan = self._plan(channels, groups, context)
+        if budget.unit not in MEASURED:
+            stay = plan.meet(budget, start.size, self.ranking)
+            reached = plan.cost(stay, budget.unit, start.size)
+        else:
+            proxy = MEASURED[budget.unit]
+
+            def measured(share: float) -> float:
+                left = plan.meet(Budget(proxy, share), start.size, self.ranking)
+                return start.share_of(remove_channels(channels, left), candidate, context, budget.unit)
+
+            share, reached = largest_share(measured, budget.keep)
+            stay = plan.meet(Budget(proxy, share), start.size, self.ranking)
+        if reached > budget.keep + 1e-9 and not self.allow_partial:
             raise self._out_of_reach(context, budget, reached, [group.name for group in groups])
-        while high - low > 1:
-            middle = (low + high) // 2
-            if plan.cost(by(middle), budget.unit, start) <= budget.keep + 1e-9:
-                high = middle
-            else:
-                low = middle
-        return by(high)
+        return stay
+
+    def _regularise(
+        self,
+        candidate: Candidate,
+        channels: Channels,
+        groups: Sequence[Group],
+        budget: Budget,
+        start: Start,
+        recovering: Context,
+    ) -> Candidate:
+        """Return the candidate after the training that drives units to zero, if there is to be one."""
+        if self.regularisation == "none":
+            return candidate
+        model = copy_model(candidate.model)
+        may = np.zeros(channels.count, bool)
+        may[np.concatenate([group.units for group in groups])] = True
+        may &= ~channels.pinned
+        sparsity: GroupSparsity
+        if self.regularisation == "growing":
+            may &= ~self._choose(candidate, channels, groups, budget, start, recovering)
+            sparsity = GrowingDecay(channels, model, may, self.strength or 7.0)
+        else:
+            sparsity = GroupLasso(channels, model, may, self.strength or 0.5)
+        return recovering.recover(candidate.evolve(model=model), projections=[sparsity])
+
+    def _drop_blocks(
+        self, candidate: Candidate, budget: Budget, start: Start, context: Context
+    ) -> tuple[Candidate, float]:
+        """Return the candidate without the residual blocks that score lowest, and what the oracle says."""
+        names, model = context.selection.names(candidate.model), candidate.model
+        channels = Channels(model)
+        weighted = {kernel.layer.name for kernel in kernels(model)}
+        blocks = [b for b in residual_blocks(model) if set(b.layers) & weighted <= names]
+        groups = [group for group in channels.groups if _may_go(group, names)]
+        if not blocks or not groups:
+            return candidate, 0.0
+        proxy = Budget(MEASURED.get(budget.unit, budget.unit), budget.keep)
+        shares = branch_shares(model, blocks, context.calibration_samples(self.images))
+        gone = lowest_blocks(self._plan(channels, groups, context), blocks, shares, proxy, start.size)
+        if not gone:
+            return candidate, 0.0
+        smaller, samples = without_blocks(model, gone), _samples(context, model)
+        difference = oracle_difference(without_branches(model, gone), smaller, samples)
+        _require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context)
+        lost = frozenset(name for block in gone for name in (*block.layers, block.add))
+        guarantees = (g.without(lost) if g.layers & lost else g for g in candidate.guarantees)
+        left = tuple(g for g, old in zip(guarantees, candidate.guarantees, strict=True) if g.layers or not old.layers)
+        return candidate.evolve(model=smaller, guarantees=left), difference
 
     def _reconstruct(
-        self, candidate: Candidate, budget: Budget, start: _Size, context: Context
+        self, candidate: Candidate, budget: Budget, start: Start, context: Context
     ) -> tuple[Candidate, np.ndarray]:
         """Return the candidate with a repaired model of the same structure, and which units stay: [units]."""
         names = context.selection.names(candidate.model)
@@ -162,31 +250,57 @@ class PruneChannels(Strategy):
         if not work.cuttable:
             raise context.nothing_done("a group of channels with one writer and one linear reader", ())
         groups = [item.group for item in work.cuttable]
+        sizes = [len(group) for group in groups]
+        floors = [self._floor(size) for size in sizes]
+        plan = Plan(work.channels, groups, [np.arange(size, dtype=float) for size in sizes], [1] * len(sizes), 1)
         # Costs are counted on the folded network, which has fewer parameters.
-        now, folded = _Size.of(candidate.model), _Size.of(repair.folded)
-        goal = budget.keep
-        if budget.unit != "channels":
-            goal *= getattr(start, budget.unit) / getattr(now, budget.unit)
-        plan = _Plan(work.channels, groups, [np.arange(len(g), dtype=float) for g in groups], [1] * len(groups), 1)
+        now, folded = Size.of(candidate.model), Size.of(repair.folded)
+        multiple = self._multiple(context)
 
-        def cost(keep: Sequence[int]) -> float:
+        def without(keep: Sequence[int]) -> np.ndarray:
             stay = np.ones(work.channels.count, bool)
             for group, count in zip(groups, keep, strict=True):
                 stay[group.units[count:]] = False
-            return plan.cost(stay, budget.unit, folded)
+            return stay
 
-        floors = [self._floor(len(group)) for group in groups]
-        if cost(floors) > goal + 1e-9 and not self.allow_partial:
-            raise self._out_of_reach(context, budget, cost(floors), [group.name for group in groups])
+        def allocated(unit: str, share: float, curves: Sequence[Curve]) -> list[int]:
+            if unit != "channels":
+                share *= getattr(start.size, unit) / getattr(now, unit)
+
+            def cost(keep: Sequence[int]) -> float:
+                return plan.cost(without(keep), unit, folded)
+
+            if cost(floors) > share + 1e-9:
+                if not self.allow_partial and unit == budget.unit:
+                    raise self._out_of_reach(context, budget, cost(floors), [group.name for group in groups])
+                return floors
+            keep = allocate(curves, sizes, cost, share, floors)
+            return [
+                max(count // multiple * multiple, min(multiple, size)) for count, size in zip(keep, sizes, strict=True)
+            ]
+
+        flat = [Curve(np.zeros(size)) for size in sizes]
+        if budget.unit not in MEASURED:
+            # Before the measuring, which takes minutes.
+            allocated(budget.unit, budget.keep, flat)
         work.prepare()
-        keep = allocate(work.curves(), [len(g) for g in groups], cost, goal, floors)
-        keep = [
-            max(count // self.round_to * self.round_to, min(self.round_to, len(group)))
-            for group, count in zip(groups, keep, strict=True)
-        ]
-        model, stay = work.run(keep)
+        curves = work.curves()
+        if budget.unit in MEASURED:
+            proxy = MEASURED[budget.unit]
+
+            def measured(share: float) -> float:
+                cut = remove_channels(work.channels, without(allocated(proxy, share, curves)))
+                return start.share_of(cut, candidate, context, budget.unit)
+
+            share, reached = largest_share(measured, budget.keep)
+            if reached > budget.keep and not self.allow_partial:
+                raise self._out_of_reach(context, budget, reached, [group.name for group in groups])
+            keep = allocated(proxy, share, curves)
+        else:
+            keep = allocated(budget.unit, budget.keep, curves)
+        model, folded_stay = work.run(keep)
         restore(model, candidate.guarantees)
-        return candidate.evolve(model=model), stay
+        return candidate.evolve(model=model), transferred(work.channels, folded_stay, groups, Channels(model))
 
     def _out_of_reach(self, context: Context, budget: Budget, reached: float, clamped: Sequence[str]) -> CompressError:
         names = f"{', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''}"
@@ -197,71 +311,12 @@ class PruneChannels(Strategy):
             fix=f"Raise strategy.{context.stage}.{budget.unit} or .most, or write allow_partial=true.",
         )
 
+    def _multiple(self, context: Context) -> int:
+        return context.channel_multiple if self.round_to is None else self.round_to
+
     def _floor(self, units: int) -> int:
         """Return how many units a group keeps at least."""
         return max(1, int(np.ceil((1 - self.most) * units - 1e-9)))
-
-
-class _Size:
-    """Multiply-adds and parameters of a whole model."""
-
-    def __init__(self, macs: float, params: float) -> None:
-        self.macs, self.params = macs, params
-
-    @classmethod
-    def of(cls, model: tf_keras.Model) -> _Size:
-        return cls(float(sum(k.macs for k in kernels(model))), float(count_params(model)))
-
-
-class _Plan:
-    """All units that may go in one order, and what is left after some of them."""
-
-    def __init__(
-        self, channels: Channels, groups: list[Group], scores: list[np.ndarray], floors: list[int], round_to: int
-    ) -> None:
-        self.channels, self.groups, self.scores, self.floors, self.round_to = channels, groups, scores, floors, round_to
-        self._ranks = [np.argsort(np.argsort(score, kind="stable")) for score in scores]
-        self._preference = np.zeros(channels.count)
-        for group, score in zip(groups, scores, strict=True):
-            self._preference[group.units] = score
-        order = np.argsort(np.concatenate(scores), kind="stable")
-        self._global = np.empty_like(order)
-        self._global[order] = np.arange(order.size)
-        self.places = int(np.isfinite(np.concatenate(scores)).sum())
-        whole = _Size.of(channels.model)
-        known = channels.costs(np.ones(channels.count, bool))
-        self._outside = (whole.macs - known[0], whole.params - known[1])
-
-    def by_rank(self, count: int) -> np.ndarray:
-        """Return what stays when the ``count`` lowest scores go, as far as each group may be cut."""
-        gone = np.split(self._global < count, np.cumsum([len(group) for group in self.groups])[:-1])
-        return self._stay([int(g.sum()) for g in gone])
-
-    def by_share(self, thousandths: int) -> np.ndarray:
-        """Return what stays when this share of every group goes."""
-        return self._stay([int(thousandths / 1000 * len(group)) for group in self.groups])
-
-    def _stay(self, counts: Sequence[int]) -> np.ndarray:
-        stay = np.ones(self.channels.count, bool)
-        for group, score, rank, floor, gone in zip(
-            self.groups, self.scores, self._ranks, self.floors, counts, strict=True
-        ):
-            may = int(np.isfinite(score).sum())
-            left = max(len(group) - min(gone, may), floor)
-            left = min(len(group), -(-left // self.round_to) * self.round_to)
-            stay[group.units[rank < len(group) - left]] = False
-        # A layer may read a part of a group only.
-        return self.channels.viable(stay, self._preference)
-
-    def cost(self, stay: np.ndarray, unit: str, start: _Size) -> float:
-        """Return the share of ``start`` that is left."""
-        if unit == "channels":
-            mine = np.concatenate([group.units for group in self.groups])
-            return float(stay[mine].mean())
-        macs, params = self.channels.costs(stay)
-        if unit == "macs":
-            return (macs + self._outside[0]) / start.macs
-        return (params + self._outside[1]) / start.params
 
 
 def _cut(
@@ -275,16 +330,20 @@ def _cut(
     """Return the candidate without the channels that go, and how far it is from the oracle: all channels, unread."""
     model = remove_channels(channels, stay)
     difference = oracle_difference(oracle, model, _samples(context, model))
+    _require_equal(difference, _lost(groups, stay), context)
+    kept = channels.kept(stay | channels.pinned)
+    guarantees = [g.cut(lambda name, value: channels.cut(name, value, kept)) for g in candidate.guarantees]
+    return candidate.evolve(model=model, guarantees=tuple(guarantees)), difference
+
+
+def _require_equal(difference: float, done: str, context: Context) -> None:
     if not difference <= _ORACLE_TOLERANCE:
         raise CompressError(
             f"stage {context.stage}",
             expected=f"the outputs of the masked original, within {_ORACLE_TOLERANCE:g}",
-            received=f"a difference of {difference:.2g} after {_lost(groups, stay)}",
+            received=f"a difference of {difference:.2g} after {done}",
             fix=f"Leave the layers out with strategy.{context.stage}.skip, and report this model.",
         )
-    kept = channels.kept(stay | channels.pinned)
-    guarantees = [g.cut(lambda name, value: channels.cut(name, value, kept)) for g in candidate.guarantees]
-    return candidate.evolve(model=model, guarantees=tuple(guarantees)), difference
 
 
 def _may_go(group: Group, names: frozenset[str]) -> bool:

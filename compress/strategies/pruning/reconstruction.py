@@ -155,15 +155,18 @@ def allocate(
     keep = at(high)
     while True:
         # What is left of the budget goes where it helps most.
-        gains = []
-        for number, count in enumerate(keep):
-            more = [c + (i == number) for i, c in enumerate(keep)]
-            if count < sizes[number] and slopes[number] > 0 and cost(more) <= budget:
-                errors = curves[number].errors
-                gains.append(((errors[count - 1] - errors[count]) / slopes[number], number))
-        if not gains:
+        gains = [
+            ((curves[i].errors[count - 1] - curves[i].errors[count]) / slopes[i], i)
+            for i, count in enumerate(keep)
+            if count < sizes[i] and slopes[i] > 0
+        ]
+        for _, number in sorted(gains, reverse=True):
+            more = [count + (i == number) for i, count in enumerate(keep)]
+            if cost(more) <= budget:
+                keep = more
+                break
+        else:
             return keep
-        keep[max(gains)[1]] += 1
 
 
 def _curve(points: dict[int, float], size: int) -> Curve:

@@ -1,0 +1,73 @@
+"""Depth pruning: whole residual blocks go where the branch adds least to the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from compress.graph.residual import ResidualBlock
+from compress.strategies.budget import Budget
+from compress.strategies.pruning.plan import Plan, Size
+
+_BATCH = 128
+
+
+def branch_shares(model: tf_keras.Model, blocks: Sequence[ResidualBlock], samples: np.ndarray) -> np.ndarray:
+    """Return, for each block, the share of the squares of its sum that its branch makes up: [blocks], 0 to 1.
+
+    A branch of zeros has none, and its block does nothing. ``samples``: unlabelled inputs. The measure is that of block
+    influence (Men et al., ShortGPT, arXiv 2403.03853): how much a block changes what passes it.
+    """
+    pairs = []
+    for block in blocks:
+        inputs = model.get_layer(block.add).inbound_nodes[0].keras_inputs
+        pairs.append([inputs[block.shortcut], inputs[1 - block.shortcut]])
+    look = tf_keras.Model(model.inputs, pairs)
+
+    def squares(x: tf.Tensor) -> tf.Tensor:
+        return tf.stack([[tf.reduce_sum(tf.square(t)) for t in pair] for pair in look(x, training=False)])
+
+    compiled, total = tf.function(squares, reduce_retracing=True), np.zeros((len(blocks), 2))
+    for start in range(0, len(samples), _BATCH):
+        total += compiled(tf.constant(samples[start : start + _BATCH])).numpy()
+    return total[:, 1] / np.maximum(total.sum(1), 1e-30)
+
+
+def lowest_blocks(
+    plan: Plan, blocks: Sequence[ResidualBlock], shares: np.ndarray, budget: Budget, start: Size
+) -> tuple[ResidualBlock, ...]:
+    """Return the blocks that go when blocks and single units are ranked together and the budget is met.
+
+    A block's score is its share divided by the mean of all blocks' shares, as the units' scores are divided by the mean
+    of their group.
+    """
+    scores = shares / max(float(shares.mean()), 1e-30)
+    inside = [_units_inside(plan, block) for block in blocks]
+
+    def stay(threshold: float) -> np.ndarray:
+        left = plan.below(threshold)
+        for units, score in zip(inside, scores, strict=True):
+            if score < threshold:
+                left[units] = False
+        return left
+
+    every = np.concatenate([*plan.scores, scores])
+    thresholds = np.append(np.unique(every[np.isfinite(every)]), np.inf)
+    low, high = 0, len(thresholds) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan.cost(stay(thresholds[middle]), budget.unit, start) <= budget.keep + 1e-9:
+            high = middle
+        else:
+            low = middle
+    return tuple(block for block, score in zip(blocks, scores, strict=True) if score < thresholds[high])
+
+
+def _units_inside(plan: Plan, block: ResidualBlock) -> np.ndarray:
+    """Return the units of the groups that only layers of the block write."""
+    names = set(block.layers)
+    own = [group.units for group in plan.channels.groups if group.writers and set(group.writers) <= names]
+    return np.concatenate([np.zeros(0, np.int64), *own])
