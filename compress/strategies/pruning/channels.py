@@ -28,7 +28,7 @@ from compress.strategies.pruning.depth import branch_shares, lowest_blocks
 from compress.strategies.pruning.group_sparsity import GroupLasso, GroupSparsity, GrowingDecay
 from compress.strategies.pruning.measured import MEASURED, Start, largest_share
 from compress.strategies.pruning.plan import Plan, Ranking, Size
-from compress.strategies.pruning.reconstruction import Curve, Reconstruction, allocate
+from compress.strategies.pruning.reconstruction import Allocation, Reconstruction
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import Widths
 from compress.strategies.repair import Repair
@@ -250,54 +250,31 @@ class PruneChannels(Strategy):
         if not work.cuttable:
             raise context.nothing_done("a group of channels with one writer and one linear reader", ())
         groups = [item.group for item in work.cuttable]
-        sizes = [len(group) for group in groups]
-        floors = [self._floor(size) for size in sizes]
-        plan = Plan(work.channels, groups, [np.arange(size, dtype=float) for size in sizes], [1] * len(sizes), 1)
+        names_of = [group.name for group in groups]
+        floors = [self._floor(len(group)) for group in groups]
         # Costs are counted on the folded network, which has fewer parameters.
-        now, folded = Size.of(candidate.model), Size.of(repair.folded)
-        multiple = self._multiple(context)
-
-        def without(keep: Sequence[int]) -> np.ndarray:
-            stay = np.ones(work.channels.count, bool)
-            for group, count in zip(groups, keep, strict=True):
-                stay[group.units[count:]] = False
-            return stay
-
-        def allocated(unit: str, share: float, curves: Sequence[Curve]) -> list[int]:
-            if unit != "channels":
-                share *= getattr(start.size, unit) / getattr(now, unit)
-
-            def cost(keep: Sequence[int]) -> float:
-                return plan.cost(without(keep), unit, folded)
-
-            if cost(floors) > share + 1e-9:
-                if not self.allow_partial and unit == budget.unit:
-                    raise self._out_of_reach(context, budget, cost(floors), [group.name for group in groups])
-                return floors
-            keep = allocate(curves, sizes, cost, share, floors)
-            return [
-                max(count // multiple * multiple, min(multiple, size)) for count, size in zip(keep, sizes, strict=True)
-            ]
-
-        flat = [Curve(np.zeros(size)) for size in sizes]
-        if budget.unit not in MEASURED:
-            # Before the measuring, which takes minutes.
-            allocated(budget.unit, budget.keep, flat)
+        now = Size.of(candidate.model)
+        whole = {unit: getattr(now, unit) / getattr(start.size, unit) for unit in ("macs", "params")} | {
+            "channels": 1.0
+        }
+        allocation = Allocation(work, whole, floors, self._multiple(context))
+        proxy = MEASURED.get(budget.unit, budget.unit)
+        reached = allocation.cost(floors, proxy)
+        if proxy == budget.unit and reached > budget.keep + 1e-9 and not self.allow_partial:
+            raise self._out_of_reach(context, budget, reached, names_of)
         work.prepare()
         curves = work.curves()
-        if budget.unit in MEASURED:
-            proxy = MEASURED[budget.unit]
+        share = budget.keep
+        if proxy != budget.unit:
 
             def measured(share: float) -> float:
-                cut = remove_channels(work.channels, without(allocated(proxy, share, curves)))
+                cut = remove_channels(work.channels, allocation.stay(allocation.keep(curves, proxy, share)))
                 return start.share_of(cut, candidate, context, budget.unit)
 
             share, reached = largest_share(measured, budget.keep)
             if reached > budget.keep and not self.allow_partial:
-                raise self._out_of_reach(context, budget, reached, [group.name for group in groups])
-            keep = allocated(proxy, share, curves)
-        else:
-            keep = allocated(budget.unit, budget.keep, curves)
+                raise self._out_of_reach(context, budget, reached, names_of)
+        keep = allocation.keep(curves, proxy, share)
         model, folded_stay = work.run(keep)
         restore(model, candidate.guarantees)
         return candidate.evolve(model=model), transferred(work.channels, folded_stay, groups, Channels(model))

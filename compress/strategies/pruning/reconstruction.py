@@ -9,7 +9,7 @@ measured change of the logits per multiply-add saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.least_squares import Moments, assign_matrix, eliminate, is_linear, matrix_of, solve
+from compress.strategies.pruning.plan import Plan, Size
 from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
 
 _LEVELS = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
@@ -119,6 +120,46 @@ class Reconstruction:
         left = np.zeros(len(before) - 1, bool)
         left[item.rows[kept].ravel()] = True
         return solve(known, np.where(np.append(left, True)[:, None], before, 0.0), RIDGE, left)
+
+
+class Allocation:
+    """How many units each cuttable group of ``work`` keeps under a budget.
+
+    Args:
+        work: the groups.
+        whole: unit -> what share of the start the network of ``work`` still is.
+        floors: what each group keeps at least.
+        multiple: each group keeps a multiple of so many units, where it has that many.
+    """
+
+    def __init__(self, work: Reconstruction, whole: Mapping[str, float], floors: Sequence[int], multiple: int) -> None:
+        self._groups = [item.group for item in work.cuttable]
+        self._sizes = [len(group) for group in self._groups]
+        self._channels, self._whole, self._floors, self._multiple = work.channels, whole, floors, multiple
+        self._now = Size.of(work.channels.model)
+        ranks = [np.arange(size, dtype=float) for size in self._sizes]
+        self._plan = Plan(work.channels, self._groups, ranks, [1] * len(ranks), 1)
+
+    def stay(self, keep: Sequence[int]) -> np.ndarray:
+        """Return units [count] of which each group keeps so many, whichever."""
+        stay = np.ones(self._channels.count, bool)
+        for group, count in zip(self._groups, keep, strict=True):
+            stay[group.units[count:]] = False
+        return stay
+
+    def cost(self, keep: Sequence[int], unit: str) -> float:
+        """Return the share of the start that is left."""
+        return self._plan.cost(self.stay(keep), unit, self._now) * self._whole[unit]
+
+    def keep(self, curves: Sequence[Curve], unit: str, share: float) -> list[int]:
+        """Return how many units each group keeps; the fewest that it may if the budget is out of reach."""
+        if self.cost(self._floors, unit) > share + 1e-9:
+            return list(self._floors)
+        keep = allocate(curves, self._sizes, lambda counts: self.cost(counts, unit), share, self._floors)
+        return [
+            max(count // self._multiple * self._multiple, min(self._multiple, size))
+            for count, size in zip(keep, self._sizes, strict=True)
+        ]
 
 
 def allocate(
