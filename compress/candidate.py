@@ -201,6 +201,8 @@ class Numbers:
     peak_memory_bytes: int
     latency_ms: Latency | None
     latency_failure: str | None = None
+    sparse_kernels: int = 0
+    """Kernels that the ``.tflite`` stores without their zeros."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Numbers:

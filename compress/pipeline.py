@@ -253,6 +253,7 @@ class Pipeline:
             peak_memory_bytes=file.peak_memory_bytes(),
             latency_ms=measurement.latency_ms,
             latency_failure=measurement.failure,
+            sparse_kernels=file.sparse_kernels,
         )
 
 

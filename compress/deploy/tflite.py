@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +14,20 @@ import tensorflow as tf
 
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
+from compress.deploy.sparse import store_sparsely
 from compress.errors import CompressError
+from compress.metrics.accuracy import file_outputs
 from compress.quiet import stderr_aside
+
+_LOG = logging.getLogger("compress")
+_COMPARED_IMAGES = 8
 
 
 def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
     """Write ``path`` and return it as an artifact.
 
     The file reads and writes float32 and is made for one sample at a time; its input is the model's raw input.
+    Kernels of many zeros are stored sparsely if the file gets smaller by it and LiteRT gives the same outputs.
     Written to a temporary name and renamed.
 
     Args:
@@ -67,10 +75,31 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
             if storage.scheme == "float32"
             else "Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
         ) from error
+    sparse = store_sparsely(content)
+    if sparse is not None and _agree(content, sparse, candidate, data):
+        content = sparse
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)
     return Artifact(path, storage)
+
+
+def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> bool:
+    """Run both files in LiteRT on a few calibration images and compare their outputs."""
+    images = np.concatenate([image for (image,) in _calibration(data, _COMPARED_IMAGES)])
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        outputs = []
+        for name, content in (("dense.tflite", dense), ("sparse.tflite", sparse)):
+            file = Path(folder, name)
+            file.write_bytes(content)
+            try:
+                outputs.append(file_outputs(file, images))
+            except CompressError as error:
+                _LOG.warning("weights are not stored sparsely: %s", error.received)
+                return False
+    # Other kernels of the runtime may sum in another order; of integers, round to the neighbour.
+    tolerance = 0.02 if candidate.storage.scheme == "int8" else 1e-4
+    return bool(np.abs(outputs[1] - outputs[0]).max() <= tolerance * np.abs(outputs[0]).max())
 
 
 def _reason(error: Exception) -> str:

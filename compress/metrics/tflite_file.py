@@ -11,6 +11,7 @@ import numpy as np
 from tensorflow.lite.python import schema_py_generated as schema
 
 from compress.errors import CompressError
+from compress.metrics.sparse_tensor import expand
 
 _DTYPES: dict[int, np.dtype] = {
     schema.TensorType.FLOAT32: np.dtype(np.float32),
@@ -25,6 +26,7 @@ _DTYPES: dict[int, np.dtype] = {
 }
 _OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _WEIGHT_OPERATORS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "CONV_3D"}
+_EXPANSIONS = ("DENSIFY", "DEQUANTIZE")
 _KERNEL_SUFFIXES = (
     "Conv2D",
     "Conv1D",
@@ -40,13 +42,17 @@ _KERNEL_SUFFIXES = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file. ``data`` is None for activations; ``scales`` is empty for floats."""
+    """A tensor of the file. ``data`` is None for activations; ``scales`` is empty for floats.
+
+    ``sparse``: the file holds its values other than zero only; ``data`` has all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     data: np.ndarray | None
     scales: np.ndarray
+    sparse: bool = False
 
     @property
     def bytes(self) -> int:
@@ -102,12 +108,15 @@ class TFLiteFile:
         shape = tuple(int(v) for v in raw.ShapeAsNumpy()) if raw.ShapeLength() else ()
         buffer = self._model.Buffers(raw.Buffer())
         data = None
-        if buffer.DataLength():
-            flat = buffer.DataAsNumpy().view(dtype)
+        sparsity = raw.Sparsity()
+        flat = buffer.DataAsNumpy().view(dtype) if buffer.DataLength() else np.zeros(0, dtype)
+        if sparsity is not None:
+            data = expand(sparsity, flat, shape)
+        elif flat.size:
             data = flat.reshape(shape) if flat.size == np.prod(shape, dtype=np.int64) else flat
         quantization = raw.Quantization()
         scales = quantization.ScaleAsNumpy() if quantization is not None and quantization.ScaleLength() else np.zeros(0)
-        return Tensor(raw.Name().decode(), shape, dtype, data, scales)
+        return Tensor(raw.Name().decode(), shape, dtype, data, scales, sparse=sparsity is not None)
 
     def _operator(self, raw: schema.Operator) -> Operator:
         code = self._model.OperatorCodes(raw.OpcodeIndex())
@@ -123,18 +132,24 @@ class TFLiteFile:
         return {tensor: op for op in self.operators for tensor in op.outputs}
 
     def _stored(self, index: int) -> Tensor:
-        """Return the tensor as stored: what a DEQUANTIZE of a constant reads."""
-        tensor = self.tensors[index]
-        op = self._producer.get(index)
-        if tensor.data is None and op is not None and op.name == "DEQUANTIZE":
-            return self.tensors[op.inputs[0]]
-        return tensor
+        """Return the tensor as stored: what a DEQUANTIZE or DENSIFY of a constant reads."""
+        for _ in _EXPANSIONS:
+            op = self._producer.get(index)
+            if self.tensors[index].data is not None or op is None or op.name not in _EXPANSIONS:
+                break
+            index = op.inputs[0]
+        return self.tensors[index]
 
     @cached_property
     def weighted(self) -> list[tuple[Operator, Tensor]]:
         """The operators that multiply by constant weights, each with the weight tensor as stored."""
         pairs = ((op, self._stored(op.inputs[1])) for op in self.operators if op.name in _WEIGHT_OPERATORS)
         return [(op, tensor) for op, tensor in pairs if tensor.data is not None]
+
+    @property
+    def sparse_kernels(self) -> int:
+        """Number of kernels that are stored sparsely."""
+        return len({id(tensor) for _, tensor in self.weighted if tensor.sparse})
 
     def kernel_of(self, layer: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """Return the stored kernel of a Keras layer in the layout of its Keras kernel.
@@ -218,7 +233,7 @@ class TFLiteFile:
         constant_outputs = {
             t
             for op in self.operators
-            if op.name == "DEQUANTIZE" and self.tensors[op.inputs[0]].data is not None
+            if op.name in _EXPANSIONS and self._stored(op.outputs[0]).data is not None
             for t in op.outputs
         }
         for step, op in enumerate(self.operators):

@@ -86,6 +86,9 @@ def notes(result: Result) -> list[str]:
             found.append(f"{stage.name}: the board gave no latency: {stage.numbers.latency_failure}.")
     if not result.stages:
         return found
+    for before, stage in zip((result.baseline, *result.stages), result.stages, strict=False):
+        if stage.numbers.sparse_kernels and not before.numbers.sparse_kernels:
+            found.append(_sparse_note(stage.name, before.numbers, stage.numbers))
     if baseline.latency_ms and final.latency_ms and final.latency_ms.p50 > 0.97 * baseline.latency_ms.p50:
         reasons = [text for kind, text in _SLOW_REASONS.items() if kind in kinds]
         found.append(
@@ -95,7 +98,8 @@ def notes(result: Result) -> list[str]:
         )
     if final.tflite_bytes >= baseline.tflite_bytes:
         reason = (
-            "TFLite stores zeros and repeated values like any others; gzip_bytes shows what a download would save"
+            "TFLite stores repeated values like any others, and so zeros where they are too few for its sparse form "
+            "or LiteRT cannot run it; gzip_bytes shows what a download would save"
             if kinds & {"Zeros", "Codebook"}
             else "no stage removed weights or stored them in fewer bits"
         )
@@ -103,6 +107,17 @@ def notes(result: Result) -> list[str]:
     for text in result.candidate.released:
         found.append(f"Given up on purpose: {text}.")
     return found
+
+
+def _sparse_note(stage: str, before: Numbers, after: Numbers) -> str:
+    """Say that the stage's file is stored sparsely, and whether the board's runtime got faster with it."""
+    found = f"{stage}: {after.sparse_kernels} kernels are stored sparsely; "
+    if before.latency_ms is None or after.latency_ms is None:
+        return found + "whether the runtime gets faster by it is not known without a latency."
+    times = f"p50 {before.latency_ms.p50:.3f} to {after.latency_ms.p50:.3f} ms"
+    if after.latency_ms.p50 > 0.97 * before.latency_ms.p50:
+        return found + f"the runtime expands them when it loads the file and gets no faster ({times})."
+    return found + f"the runtime got faster in this stage ({times})."
 
 
 _SLOW_REASONS = {

@@ -238,7 +238,29 @@ def test_a_file_that_did_not_shrink_is_said_with_the_reason(model):
     assert "did not shrink" in note
     assert "no stage removed weights" in note
     (note,) = notes(finished(model, same, guarantees=(Zeros("prune", {}),)))
-    assert "TFLite stores zeros" in note
+    assert "too few for its sparse form" in note
+
+
+@pytest.mark.parametrize(
+    ("p50", "said"),
+    [
+        (2.0, "expands them when it loads the file and gets no faster (p50 2.000 to 2.000 ms)"),
+        (1.0, "got faster in this stage (p50 2.000 to 1.000 ms)"),
+        (None, "not known without a latency"),
+    ],
+)
+def test_sparse_storage_is_said_once_with_what_the_runtime_makes_of_it(p50, said, model):
+    latency = None if p50 is None else replace(BASELINE.latency_ms, p50=p50)
+    pruned = replace(BASELINE, sparse_kernels=14, tflite_bytes=3000, latency_ms=latency)
+    result = replace(
+        finished(model, SMALLER), stages=(stage("prune", pruned), stage("tune", replace(SMALLER, sparse_kernels=14)))
+    )
+    (note,) = notes(result)
+    assert note.startswith("prune: 14 kernels are stored sparsely; ")
+    assert said in note
+    report = make_report(result, CONFIG, seconds=1.0)
+    jsonschema.validate(json.loads(json.dumps(report)), SCHEMA, jsonschema.Draft202012Validator)
+    assert [entry["sparse_kernels"] for entry in (report["baseline"], *report["stages"])] == [0, 14, 14]
 
 
 def test_what_was_given_up_is_said(model):
