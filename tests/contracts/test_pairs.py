@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from compress.cli.places import conf_dir
 from compress.errors import CompressError
@@ -23,15 +23,22 @@ SETTINGS = {"share": f"clusters={CLUSTERS}", "prune": f"sparsity={SPARSITY}"}
 
 def weights_in(file: Path) -> list[np.ndarray]:
     """The constant weight tensors of the file: those with two axes or more that hold numbers of a layer."""
-    interpreter = Interpreter(model_path=str(file), experimental_preserve_all_tensors=True)
+    # The operators of LiteRT itself: what a delegate takes over leaves no tensor to read.
+    interpreter = Interpreter(
+        model_path=str(file),
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
     interpreter.allocate_tensors()
-    produced = {i for op in interpreter._get_ops_details() for i in op["outputs"]}
-    produced |= {d["index"] for d in interpreter.get_input_details()}
+    interpreter.invoke()
+    # Weights that are stored sparsely are constants once DENSIFY has run.
+    operators = [op for op in interpreter._get_ops_details() if op["op_name"] != "DENSIFY"]
+    constant = {i for op in operators for i in op["inputs"]} - {i for op in operators for i in op["outputs"]}
+    constant -= {d["index"] for d in interpreter.get_input_details()}
     found = []
     for detail in interpreter.get_tensor_details():
-        if detail["index"] in produced or len(detail["shape"]) < 2 or detail["dtype"] == np.int32:
-            continue
-        found.append(interpreter.get_tensor(detail["index"]))
+        if detail["index"] in constant and len(detail["shape"]) > 1 and detail["dtype"] != np.int32:
+            found.append(interpreter.get_tensor(detail["index"]))
     return found
 
 
