@@ -87,8 +87,14 @@ def notes(result: Result) -> list[str]:
     if not result.stages:
         return found
     for before, stage in zip((result.baseline, *result.stages), result.stages, strict=False):
-        if stage.numbers.sparse_kernels and not before.numbers.sparse_kernels:
+        had, has = before.numbers.sparse_kernels, stage.numbers.sparse_kernels
+        if has and not had:
             found.append(_sparse_note(stage.name, before.numbers, stage.numbers))
+        if has < had:
+            found.append(
+                f"{stage.name}: {has} kernels are stored sparsely, {had} before: the others get no smaller by it, or "
+                "LiteRT does not run them so (int8 weights of a dense layer, or beside float activations)."
+            )
     if baseline.latency_ms and final.latency_ms and final.latency_ms.p50 > 0.97 * baseline.latency_ms.p50:
         reasons = [text for kind, text in _SLOW_REASONS.items() if kind in kinds]
         found.append(

@@ -263,6 +263,13 @@ def test_sparse_storage_is_said_once_with_what_the_runtime_makes_of_it(p50, said
     assert [entry["sparse_kernels"] for entry in (report["baseline"], *report["stages"])] == [0, 14, 14]
 
 
+def test_kernels_that_are_no_longer_stored_sparsely_are_said(model):
+    stages = tuple(stage(f"stage{i}", replace(SMALLER, sparse_kernels=i)) for i in (5, 4))
+    first, second = notes(replace(finished(model, SMALLER), stages=stages))
+    assert first.startswith("stage5: 5 kernels")
+    assert second.startswith("stage4: 4 kernels are stored sparsely, 5 before: ")
+
+
 def test_what_was_given_up_is_said(model):
     (note,) = notes(finished(model, SMALLER, released=("prune: half is zero (released by lowrank)",)))
     assert "half is zero" in note
