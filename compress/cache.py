@@ -27,6 +27,7 @@ import tf_keras
 
 from compress.candidate import Candidate, Guarantee, Skipped, Storage
 from compress.errors import CompressError
+from compress.graph.saved_graph import SavedGraph
 
 _LOG = logging.getLogger("compress")
 _FORMAT = 1
@@ -171,7 +172,9 @@ def _read(folder: Path) -> Entry:
     with np.load(folder / "guarantees.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     candidate = Candidate(
-        model=tf_keras.models.load_model(str(folder / "model.keras"), compile=False, safe_mode=True),
+        model=tf_keras.models.load_model(
+            str(folder / "model.keras"), compile=False, safe_mode=True, custom_objects={"SavedGraph": SavedGraph}
+        ),
         guarantees=tuple(_guarantee_from_json(value, arrays) for value in record["guarantees"]),
         storage=Storage(**record["storage"]),
         lineage=tuple(record["lineage"]),

@@ -191,7 +191,8 @@ class Numbers:
 
     accuracy: float
     """Of the exported file, run by LiteRT, percent."""
-    accuracy_keras: float
+    accuracy_keras: float | None
+    """Of the model before its export; None if it came as an exported file."""
     params: int
     nonzero_params: int
     macs: int

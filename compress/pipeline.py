@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +20,11 @@ from compress.boards.board import Board
 from compress.cache import Entry, StageCache, code_digest
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Numbers, Skipped, Storage, Violation
 from compress.data.source import Data
+from compress.deploy.measure import measure
 from compress.deploy.tflite import export
 from compress.errors import CompressError
+from compress.graph.saved_graph import has_layers
 from compress.graph.selection import Selection
-from compress.metrics.accuracy import file_accuracy, keras_accuracy
-from compress.metrics.counts import count_macs, count_nonzero_params, count_params
-from compress.metrics.size import file_bytes, gzip_bytes
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
 from compress.reference import make_reference
@@ -100,8 +100,14 @@ class Result:
 
     baseline: StageResult
     stages: tuple[StageResult, ...]
-    candidate: Candidate
+    candidate: Candidate | None
+    """None if the model came as an exported file."""
     artifact: Artifact
+
+    @property
+    def keras_model(self) -> tf_keras.Model | None:
+        """The compressed Keras model; None if what was given has no Keras layers."""
+        return self.candidate.model if self.candidate is not None and has_layers(self.candidate.model) else None
 
     @property
     def final(self) -> Numbers:
@@ -128,15 +134,45 @@ class Pipeline:
         Raises:
             CompressError: naming the stage. Stages finished before stay in the cache.
         """
+        given = self.model.exported()
+        if given is not None:
+            return self._measure_given(given, folder)
         self.cache.open()
         if self.stages:
-            refuse_clashes(self.stages, self.model.build(self.data, self.seed))
+            model = self.model.build(self.data, self.seed)
+            refuse_without_layers(self.stages, model)
+            refuse_clashes(self.stages, model)
         # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
         with tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work:
             result = self._run(Path(work))
             final = folder / "model.tflite"
             result.artifact.path.replace(final)
         return dataclasses.replace(result, artifact=Artifact(final, result.artifact.storage))
+
+    def _measure_given(self, path: Path, folder: Path) -> Result:
+        """Measure a model that is exported already, as it is."""
+        if self.stages:
+            raise CompressError(
+                f"stage {self.stages[0].name}",
+                expected="a model that can be changed and exported",
+                received=f"{path.name}, which is exported already: it can be measured and nothing else",
+                fix="Measure it with strategy=none, or bring what it was made from: a .keras file, or a SavedModel "
+                "for strategy=quantize.",
+            )
+        started = time.perf_counter()
+        file = TFLiteFile.read(path)
+        inputs, outputs = ([file.tensors[i].shape for i in indices] for indices in (file.inputs, file.outputs))
+        data = self.data.fitted_to_shapes(inputs, outputs, f"model.path {path}")
+        numbers = measure(Artifact(path, Storage()), file, None, data, self.board)
+        final = folder / "model.tflite"
+        if not (final.exists() and final.samefile(path)):
+            partial = folder / ".model.tflite.partial"
+            shutil.copyfile(path, partial)
+            partial.replace(final)
+        seconds = time.perf_counter() - started
+        baseline = StageResult("baseline", {}, numbers, seconds, (), (), (), _whole(path.stem, numbers))
+        self.on_stage(baseline)
+        return Result(baseline, (), None, Artifact(final, Storage()))
 
     def _run(self, folder: Path) -> Result:
         reference, baseline, artifact, key = self._reference(folder)
@@ -177,7 +213,7 @@ class Pipeline:
                 "reference",
                 type(self.model).__qualname__,
                 dataclasses.asdict(self.model),  # type: ignore[call-overload]
-                None if origin.file is None else hashlib.sha256(origin.file.read_bytes()).hexdigest(),
+                origin.digest(),
                 code_digest(type(self.model)),
                 self.data.identity,
                 # A file's weights do not depend on the seed, so neither does the baseline.
@@ -222,7 +258,7 @@ class Pipeline:
         file = TFLiteFile.read(artifact.path)
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
-        numbers = self._numbers(candidate, artifact, file, data)
+        numbers = measure(artifact, file, candidate.model, data, self.board)
         seconds = time.perf_counter() - started
         _LOG.info("%s: accuracy %.2f %%, %d bytes, %.1f s", name, numbers.accuracy, numbers.tflite_bytes, seconds)
         return candidate, StageResult(
@@ -233,28 +269,27 @@ class Pipeline:
             candidate.skipped,
             tuple(f"{g.stage}: {g.describe()}" for g in candidate.guarantees),
             candidate.released,
-            layer_table(candidate.model),
+            layer_table(candidate.model) if has_layers(candidate.model) else _whole(candidate.model.name, numbers),
             measured=dict(candidate.measured),
         )
 
-    def _numbers(self, candidate: Candidate, artifact: Artifact, file: TFLiteFile, data: Data) -> Numbers:
-        measurement = self.board.measure(artifact)
-        if measurement.failure is not None:
-            _LOG.warning("board %s gave no latency: %s", measurement.board, measurement.failure)
-        return Numbers(
-            accuracy=file_accuracy(artifact.path, data.test),
-            accuracy_keras=keras_accuracy(candidate.model, data.test),
-            params=count_params(candidate.model),
-            nonzero_params=count_nonzero_params(candidate.model),
-            macs=count_macs(candidate.model),
-            tflite_bytes=file_bytes(artifact.path),
-            gzip_bytes=gzip_bytes(artifact.path),
-            packed_bytes=None,
-            peak_memory_bytes=file.peak_memory_bytes(),
-            latency_ms=measurement.latency_ms,
-            latency_failure=measurement.failure,
-            sparse_kernels=file.sparse_kernels,
-        )
+
+def refuse_without_layers(stages: Sequence[Stage], model: tf_keras.Model) -> None:
+    """Refuse stages that change layers or weights of a model that came as a graph without Keras layers.
+
+    Raises:
+        CompressError: naming the first such stage.
+    """
+    for stage in stages:
+        changes = sorted(effect.value for effect in stage.strategy.effects - {Effect.STORE})
+        if changes and not has_layers(model):
+            raise CompressError(
+                f"stage {stage.name}",
+                expected=f"a model with Keras layers (of each, {stage.name} {' and '.join(changes)})",
+                received=f"the SavedModel {model.name}, a graph without Keras layers",
+                fix="Save the model with model.save('model.keras') and bring that file. A SavedModel can be quantized "
+                "(strategy=quantize) and measured (strategy=none).",
+            )
 
 
 def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
@@ -323,6 +358,10 @@ def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
         row["nonzero"] += int((kernel.value != 0).sum())
         row["macs"] += kernel.macs
     return table
+
+
+def _whole(name: str, numbers: Numbers) -> dict[str, dict[str, int]]:
+    return {name: {"params": numbers.params, "nonzero": numbers.nonzero_params, "macs": numbers.macs}}
 
 
 def _few(names: frozenset[str]) -> str:

@@ -36,7 +36,10 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:]) as recorder:
         pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result))
         result = pipeline.run(folder)
-        plan.model.save(result.candidate.model, folder / "model.keras")
+        keras_file = folder / "model.keras"
+        keras_file.unlink(missing_ok=True)
+        if result.keras_model is not None:
+            plan.model.save(result.keras_model, keras_file)
         report = make_report(result, plain, seconds=time.perf_counter() - started)
         last = (result.stages or (result.baseline,))[-1]
         layers_picture(result.baseline.layers, last.layers, str(report["strategy"]), folder / "layers.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,19 +63,25 @@ class Data:
     identity: str
 
     def fitted_to(self, model: tf_keras.Model, where: str) -> Data:
-        """Return the data in the shape that ``model`` reads: a missing channel axis of 1 is added.
+        """Return the data in the shape that ``model`` reads, as :meth:`fitted_to_shapes` does."""
+        return self.fitted_to_shapes([t.shape for t in model.inputs], [t.shape for t in model.outputs], where)
+
+    def fitted_to_shapes(
+        self, inputs: Sequence[Sequence[int | None]], outputs: Sequence[Sequence[int | None]], where: str
+    ) -> Data:
+        """Return the data in the shape that a model with these shapes reads: a missing channel axis of 1 is added.
 
         Raises:
-            CompressError: if the samples do not fit the model's input, or the labels its output.
+            CompressError: if the samples do not fit the model's one input, or the labels its one output.
         """
-        if len(model.inputs) != 1 or len(model.outputs) != 1:
+        if len(inputs) != 1 or len(outputs) != 1:
             raise CompressError(
                 where,
                 expected="a model with one input and one output",
-                received=f"{len(model.inputs)} inputs and {len(model.outputs)} outputs",
+                received=f"{len(inputs)} inputs and {len(outputs)} outputs",
                 fix="Cut the model down to the part that classifies.",
             )
-        wanted, given = tuple(model.inputs[0].shape[1:]), self.train.x.shape[1:]
+        wanted, given, scores = tuple(inputs[0][1:]), self.train.x.shape[1:], tuple(outputs[0][1:])
         fitted = self
         if _fits((*given, 1), wanted) and not _fits(given, wanted):
             parts = (Split(part.x[..., None], part.y) for part in (self.train, self.validation, self.test))
@@ -87,12 +94,11 @@ class Data:
                 received=f"samples of shape {given} from data {self.name}",
                 fix="Choose the data that the model was trained on, or another model.",
             )
-        outputs = tuple(model.outputs[0].shape[1:])
-        if len(outputs) != 1 or outputs[0] is None or outputs[0] < self.classes:
+        if len(scores) != 1 or scores[0] is None or scores[0] < self.classes:
             raise CompressError(
                 where,
                 expected=f"a model that scores the {self.classes} classes of data {self.name}",
-                received=f"an output of shape {_plain(outputs)}",
+                received=f"an output of shape {_plain(scores)}",
                 fix="Choose the data that the model was trained on, or another model.",
             )
         return fitted

@@ -85,8 +85,8 @@ def from_keras3(path: Path, *, allow_code: bool = False) -> tf_keras.Model:
     _use_full_precision(functional)
     replay = _Replay()
     try:
-        inputs = [tf_keras.Input(batch_shape=x.shape, dtype=x.dtype, name=_legal(x.name)) for x in functional.inputs]
-        model = tf_keras.Model(inputs, replay.inline(functional, inputs), name=_legal(source.name))
+        inputs = [tf_keras.Input(batch_shape=x.shape, dtype=x.dtype, name=tf_name(x.name)) for x in functional.inputs]
+        model = tf_keras.Model(inputs, replay.inline(functional, inputs), name=tf_name(source.name))
         for ours, theirs in replay.pending:
             _copy_weights(ours, theirs)
         _compare(path, functional, model)
@@ -110,12 +110,19 @@ def import_keras() -> Any:
     """Return the module ``keras`` 3 with its TensorFlow backend.
 
     Raises:
-        CompressError: if another one is already imported.
+        CompressError: if it is not installed, or another one is already imported.
     """
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "tensorflow"
-    import keras
-
+    try:
+        import keras
+    except ImportError as error:
+        raise CompressError(
+            "Keras 3",
+            expected="the package keras 3, to read or write files of Keras 3",
+            received=f"none that can be imported ({error})",
+            fix="Install it: pip install 'compress[keras3]'. Files of tf_keras work without it.",
+        ) from error
     backend = keras.backend.backend()
     if not keras.__version__.startswith("3.") or backend != "tensorflow":
         raise CompressError(
@@ -152,7 +159,7 @@ def _use_full_precision(model: Any) -> None:
             layer.dtype_policy = layer.variable_dtype
 
 
-def _legal(name: str) -> str:
+def tf_name(name: str) -> str:
     """Return a name that TensorFlow takes as a scope."""
     legal = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
     return legal if re.match(r"[A-Za-z0-9.]", legal) else f"layer{legal}"
@@ -213,7 +220,7 @@ class _Replay:
         return result if activation is None else self._activate(activation, result, f"{layer.name}_")
 
     def _unused(self, prefix: str, name: str) -> str:
-        base = _legal(name if _legal(name) not in self._names else prefix + name)
+        base = tf_name(name if tf_name(name) not in self._names else prefix + name)
         chosen = next(
             n for n in itertools.chain([base], map(f"{base}_{{}}".format, itertools.count(1))) if n not in self._names
         )
@@ -308,10 +315,10 @@ def _counterpart(layer: Any, name: str) -> tf_keras.layers.Layer:
         given = {"axis": layer.axis, "invert": layer.invert}
         return layers.Normalization(mean=np.asarray(layer.mean), variance=np.asarray(layer.variance), **given, **common)
     if kind == "TimeDistributed" and _replayed_activation(layer.layer) is None:
-        return layers.TimeDistributed(_counterpart(layer.layer, _legal(layer.layer.name)), **common)
+        return layers.TimeDistributed(_counterpart(layer.layer, tf_name(layer.layer.name)), **common)
     if kind == "Bidirectional":
-        forward = _counterpart(layer.forward_layer, _legal(layer.forward_layer.name.removeprefix("forward_")))
-        backward = _counterpart(layer.backward_layer, _legal(layer.backward_layer.name.removeprefix("backward_")))
+        forward = _counterpart(layer.forward_layer, tf_name(layer.forward_layer.name.removeprefix("forward_")))
+        backward = _counterpart(layer.backward_layer, tf_name(layer.backward_layer.name.removeprefix("backward_")))
         return layers.Bidirectional(forward, merge_mode=layer.merge_mode, backward_layer=backward, **common)
     if kind in (*_NOT_REBUILT, "TimeDistributed") or not hasattr(layers, kind):
         raise _unsupported(layer)

@@ -52,6 +52,8 @@ class Tensor:
     dtype: np.dtype
     data: np.ndarray | None
     scales: np.ndarray
+    zero_point: int = 0
+    """The integer that stands for zero, if there is one scale for the whole tensor."""
     sparse: bool = False
 
     @property
@@ -116,7 +118,8 @@ class TFLiteFile:
             data = flat.reshape(shape) if flat.size == np.prod(shape, dtype=np.int64) else flat
         quantization = raw.Quantization()
         scales = quantization.ScaleAsNumpy() if quantization is not None and quantization.ScaleLength() else np.zeros(0)
-        return Tensor(raw.Name().decode(), shape, dtype, data, scales, sparse=sparsity is not None)
+        zero_point = int(quantization.ZeroPoint(0)) if quantization is not None and len(scales) == 1 else 0
+        return Tensor(raw.Name().decode(), shape, dtype, data, scales, zero_point, sparse=sparsity is not None)
 
     def _operator(self, raw: schema.Operator) -> Operator:
         code = self._model.OperatorCodes(raw.OpcodeIndex())
@@ -203,6 +206,20 @@ class TFLiteFile:
         """Return how many channels the layer's operator writes; None if the file does not name it."""
         found = self._matches(layer)
         return self.tensors[found[0][0].outputs[0]].shape[-1] if found else None
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        """The weights, biases and other numbers that are stored, without single numbers, shapes and indices."""
+        stored = (tensor for tensor in self.tensors if tensor.data is not None and tensor.shape)
+        return [tensor for tensor in stored if tensor.dtype.kind == "f" or tensor.scales.size]
+
+    def count_params(self) -> int:
+        """Return how many numbers the parameters have."""
+        return int(sum(np.prod(tensor.shape) for tensor in self.parameters))
+
+    def count_nonzero_params(self) -> int:
+        """Return how many of these do not stand for zero."""
+        return int(sum(np.count_nonzero(np.asarray(t.data) != t.zero_point) for t in self.parameters))
 
     def macs(self) -> int:
         """Return the multiply-adds of one run, counted on the operators of the file."""

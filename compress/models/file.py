@@ -1,4 +1,4 @@
-"""A user's own model, from a ``.keras`` or ``.h5`` file that is looked through before it is loaded."""
+"""A user's own model, from a file or folder that is looked through before it is loaded."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from compress.errors import CompressError, did_you_mean
 from compress.graph.keras3 import from_keras3, is_keras3_file, short
 from compress.graph.keras3_export import to_keras3
 from compress.graph.rewrite import rewrite
+from compress.models.saved_model import is_saved_model, load_saved_model
 from compress.models.source import ModelSource, Origin, check_finite
 
 layers = tf_keras.layers
@@ -28,6 +29,8 @@ layers = tf_keras.layers
 _SUFFIXES = (".keras", ".h5", ".hdf5")
 _MOST_BYTES = 16 * 2**30
 """Largest size of a file's content, unpacked."""
+_MOST_TFLITE_BYTES = 2**31
+"""Where offsets in such a file end."""
 _MOST_CONFIG_BYTES = 2**28
 _CODE = ("Lambda", "__lambda__", "ResidualWrapper", "DropoutWrapper", "DeviceWrapper")
 """Classes that can carry Python code in their configuration."""
@@ -50,7 +53,10 @@ _SAVE = "Save the whole model with model.save('model.keras')."
 
 @dataclass(frozen=True, config=STRICT)
 class FileModel(ModelSource):
-    """A trained model of the user's: any ``.keras`` or ``.h5`` file with Keras' own layers."""
+    """A trained model of the user's: any ``.keras`` or ``.h5`` file with Keras' own layers.
+
+    A SavedModel comes as one layer that cannot be changed; a ``.tflite`` file can only be measured.
+    """
 
     path: str | None = None
     allow_code: bool = False
@@ -60,13 +66,23 @@ class FileModel(ModelSource):
         if self.path is None:
             raise CompressError(
                 "model.path",
-                expected="the path of a .keras or .h5 file",
+                expected="the path of a .keras or .h5 file, a SavedModel or a .tflite file",
                 received="nothing",
                 fix="Write model=file model.path=/path/to/model.keras.",
             )
         file = Path(self.path).expanduser()
-        _check_place(file)
+        if self.exported() is None:
+            _check_place(file)
+        elif not file.is_file() or file.stat().st_size > _MOST_TFLITE_BYTES:
+            received = f"{file.stat().st_size:,} bytes" if file.is_file() else "no such file"
+            expected = f"a .tflite file of at most {_MOST_TFLITE_BYTES / 2**30:.0f} GiB"
+            raise CompressError(_where(file), expected=expected, received=received, fix="Check the path.")
         return Origin(file, None)
+
+    def exported(self) -> Path | None:
+        """Return the path of a ``.tflite`` file."""
+        file = Path(str(self.path)).expanduser()
+        return file if file.suffix == ".tflite" and not is_saved_model(file) else None
 
     def build(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the model of the file; ``data`` and ``seed`` do not change it."""
@@ -83,6 +99,8 @@ class FileModel(ModelSource):
 def load_model_file(path: Path, *, allow_code: bool) -> tf_keras.Model:
     """Return the model of a ``.keras`` or ``.h5`` file, by ``tf_keras`` or Keras 3, as a flat functional one.
 
+    The graph of a SavedModel comes as a single layer.
+
     ``allow_code``: load Lambda layers too, which runs code of the file.
 
     Raises:
@@ -90,6 +108,10 @@ def load_model_file(path: Path, *, allow_code: bool) -> tf_keras.Model:
             classes that are not Keras's, has no graph of layers, or its weights are not finite.
     """
     _check_place(path)
+    if path.is_dir():
+        model = load_saved_model(path, _where(path))
+        check_finite(model)
+        return model
     config = _read_config(path)
     _check_config(path, config, allow_code)
     try:
@@ -118,9 +140,7 @@ def _check_place(path: Path) -> None:
     """Refuse what can be told from the path and the first bytes."""
     received, fix = "", _SAVE
     if path.is_dir():
-        is_saved_model = (path / "saved_model.pb").is_file()
-        received = "a SavedModel folder, which holds no Keras layers" if is_saved_model else "a folder"
-        fix = f"{_SAVE} It needs the model as a Keras object, not its exported graph." if is_saved_model else fix
+        received = "" if is_saved_model(path) else "a folder without saved_model.pb"
     elif not path.is_file():
         received, fix = "no such file", "Check the path."
     elif path.suffix == ".tflite":
@@ -138,7 +158,7 @@ def _check_place(path: Path) -> None:
         elif not is_zip and not is_hdf5:
             received = f"a file that is neither (it begins with {start!r})"
     if received:
-        expected = "a Keras model: a .keras file (zip archive) or .h5 file (HDF5)"
+        expected = "a Keras model: a .keras file (zip archive), a .h5 file (HDF5), or a SavedModel folder"
         raise CompressError(_where(path), expected=expected, received=received, fix=fix)
 
 

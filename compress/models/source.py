@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,19 @@ class Origin:
     """Where the reference weights come from: a file, or training with these settings."""
 
     file: Path | None
+    """A SavedModel is a folder."""
     schedule: Schedule | None
+
+    def digest(self) -> str | None:
+        """Return a digest of the file, or of all files of the folder."""
+        if self.file is None:
+            return None
+        if not self.file.is_dir():
+            return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for file in sorted(path for path in self.file.rglob("*") if path.is_file()):
+            digest.update(f"{file.relative_to(self.file)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        return digest.hexdigest()
 
 
 class ModelSource(ABC):
@@ -46,6 +59,10 @@ class ModelSource(ABC):
         Raises:
             CompressError: if a file that is asked for is not there.
         """
+
+    def exported(self) -> Path | None:
+        """Return the file of a model that is exported already: it can be measured, and nothing else."""
+        return None
 
     @abstractmethod
     def build(self, data: Data, seed: int) -> tf_keras.Model:

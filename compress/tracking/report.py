@@ -36,7 +36,7 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
     return {
         "schema": 1,
         "strategy": "+".join(stage.name for stage in result.stages) or "none",
-        "model": result.candidate.model.name,
+        "model": Path(config["model"]["path"]).stem if result.candidate is None else result.candidate.model.name,
         "data": _choice(config["data"]),
         "seed": config["seed"],
         "board": _choice(config["board"]),
@@ -47,7 +47,12 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
         "final": numbers_to_json(final),
         "ratios": ratios(baseline, final),
         "notes": notes(result),
-        "artifacts": {"keras": "model.keras", "tflite": "model.tflite", "packed": None, "card": None},
+        "artifacts": {
+            "keras": None if result.keras_model is None else "model.keras",
+            "tflite": "model.tflite",
+            "packed": None,
+            "card": None,
+        },
     }
 
 
@@ -73,10 +78,12 @@ def ratios(baseline: Numbers, final: Numbers) -> dict[str, float | None]:
 def notes(result: Result) -> list[str]:
     """Say what did not get better and why, and what a reader must know to trust the numbers."""
     baseline, final = result.baseline.numbers, result.final
-    kinds = {type(g).__name__ for g in result.candidate.guarantees}
+    guarantees, released = (result.candidate.guarantees, result.candidate.released) if result.candidate else ((), ())
+    kinds = {type(guarantee).__name__ for guarantee in guarantees}
     found: list[str] = []
     for stage in (result.baseline, *result.stages):
-        gap = stage.numbers.accuracy - stage.numbers.accuracy_keras
+        before = stage.numbers.accuracy_keras
+        gap = 0.0 if before is None else stage.numbers.accuracy - before
         if abs(gap) > ACCURACY_GAP_LIMIT:
             found.append(
                 f"{stage.name}: the exported file's accuracy differs from the Keras model's by {gap:+.2f} points "
@@ -84,6 +91,8 @@ def notes(result: Result) -> list[str]:
             )
         if stage.numbers.latency_failure is not None:
             found.append(f"{stage.name}: the board gave no latency: {stage.numbers.latency_failure}.")
+    if result.keras_model is None:
+        found.append(_A_FILE if result.candidate is None else _A_GRAPH)
     if not result.stages:
         return found
     for before, stage in zip((result.baseline, *result.stages), result.stages, strict=False):
@@ -110,7 +119,7 @@ def notes(result: Result) -> list[str]:
             else "no stage removed weights or stored them in fewer bits"
         )
         found.append(f"The .tflite file did not shrink: {reason}.")
-    for text in result.candidate.released:
+    for text in released:
         found.append(f"Given up on purpose: {text}.")
     return found
 
@@ -126,6 +135,14 @@ def _sparse_note(stage: str, before: Numbers, after: Numbers) -> str:
     return found + f"the runtime got faster in this stage ({times})."
 
 
+_A_FILE = (
+    "The model came as a .tflite file: params and macs are counted on the numbers and operators in it, and there is "
+    "no model.keras."
+)
+_A_GRAPH = (
+    "The model came as a SavedModel, a graph without Keras layers: macs are counted on the operators of the .tflite "
+    "file, and there is no model.keras."
+)
 _SLOW_REASONS = {
     "Zeros": "the runtime multiplies by zeros like by any other weight",
     "Codebook": "the runtime sees no codebook, only floats or integers",

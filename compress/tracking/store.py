@@ -102,7 +102,8 @@ def metrics_of(numbers: Numbers) -> dict[str, float]:
     latency = plain.pop("latency_ms") or {}
     metrics = {key: float(value) for key, value in plain.items() if value is not None}
     metrics.update({f"latency_{key}": float(latency[key]) for key in ("p50", "p90", "p99", "mean") if key in latency})
-    metrics["accuracy_gap"] = metrics["accuracy"] - metrics["accuracy_keras"]
+    if "accuracy_keras" in metrics:
+        metrics["accuracy_gap"] = metrics["accuracy"] - metrics["accuracy_keras"]
     return metrics
 
 

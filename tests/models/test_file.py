@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -106,12 +107,7 @@ def test_missing_file(tmp_path: Path):
 
 def test_folder(tmp_path: Path):
     (tmp_path / "model.keras").mkdir()
-    assert refused(tmp_path / "model.keras").received == "a folder"
-
-
-def test_saved_model_folder(tmp_path: Path):
-    tf_keras.Sequential([tf_keras.Input((2,)), layers.Dense(1)]).save(tmp_path / "saved", save_format="tf")
-    assert "SavedModel" in refused(tmp_path / "saved").received
+    assert refused(tmp_path / "model.keras").received == "a folder without saved_model.pb"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -267,6 +263,42 @@ def test_weights_in_another_file(tmp_path: Path):
         del file["model_weights/conv"]
         file["model_weights/conv"] = h5py.ExternalLink("/etc/other.h5", "/secret")
     assert "points to another file" in refused(path).received
+
+
+# Keras 3 is optional.
+
+
+@pytest.fixture
+def without_keras_3(monkeypatch: pytest.MonkeyPatch):
+    """Nothing can import ``keras``."""
+    monkeypatch.setitem(sys.modules, "keras", None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keras_3_file_without_keras_3(name: str, tmp_path: Path, request: pytest.FixtureRequest):
+    keras = pytest.importorskip("keras", minversion="3")
+    path = saved(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]), tmp_path / name)
+    source = FileModel(path=str(path))
+    model = source.build(None, 0)
+    request.getfixturevalue("without_keras_3")
+    for call in (lambda: source.build(None, 0), lambda: source.save(model, tmp_path / "out.keras")):
+        with pytest.raises(CompressError, match=r"pip install 'compress\[keras3\]'"):
+            call()
+    assert not (tmp_path / "out.keras").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("without_keras_3")
+def test_tf_keras_files_need_no_keras_3(name: str, tmp_path: Path):
+    source = FileModel(path=str(saved(small(), tmp_path / name)))
+    source.save(source.build(None, 0), tmp_path / "out.keras")
+    assert load_model_file(tmp_path / "out.keras", allow_code=False).name == "small"
+
+
+@pytest.mark.usefixtures("without_keras_3")
+def test_saved_models_need_no_keras_3(tmp_path: Path):
+    small().export(tmp_path / "exported")
+    assert load_model_file(tmp_path / "exported", allow_code=False).output_shape == (None, 3)
 
 
 # Nothing in a file runs by itself.

@@ -1,0 +1,51 @@
+"""Measures an exported file, beside the Keras model that it was made from if there is one."""
+
+from __future__ import annotations
+
+import logging
+
+import tf_keras
+
+from compress.boards.board import Board
+from compress.candidate import Artifact, Numbers
+from compress.data.source import Data
+from compress.graph.saved_graph import has_layers
+from compress.metrics.accuracy import file_accuracy, keras_accuracy
+from compress.metrics.counts import count_macs, count_nonzero_params, count_params
+from compress.metrics.size import file_bytes, gzip_bytes
+from compress.metrics.tflite_file import TFLiteFile
+
+_LOG = logging.getLogger("compress")
+
+
+def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, data: Data, board: Board) -> Numbers:
+    """Return everything that is known about an exported file.
+
+    Args:
+        artifact: the file on disk.
+        file: the same, read.
+        model: what it was made from. Without it, or without Keras layers in it, the file itself is counted.
+        data: its test part is what the accuracy is measured on.
+        board: where the latency is measured.
+
+    Raises:
+        CompressError: if the runtime rejects the file.
+    """
+    accuracy = file_accuracy(artifact.path, data.test)
+    measurement = board.measure(artifact)
+    if measurement.failure is not None:
+        _LOG.warning("board %s gave no latency: %s", measurement.board, measurement.failure)
+    return Numbers(
+        accuracy=accuracy,
+        accuracy_keras=None if model is None else keras_accuracy(model, data.test),
+        params=file.count_params() if model is None else count_params(model),
+        nonzero_params=file.count_nonzero_params() if model is None else count_nonzero_params(model),
+        macs=count_macs(model) if model is not None and has_layers(model) else file.macs(),
+        tflite_bytes=file_bytes(artifact.path),
+        gzip_bytes=gzip_bytes(artifact.path),
+        packed_bytes=None,
+        peak_memory_bytes=file.peak_memory_bytes(),
+        latency_ms=measurement.latency_ms,
+        latency_failure=measurement.failure,
+        sparse_kernels=file.sparse_kernels,
+    )
