@@ -6,10 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 
 from compress.cache import StageCache
 from compress.candidate import Candidate, Storage
+from compress.data.source import Split
 from compress.errors import CompressError
 from compress.pipeline import Stage, refuse_clashes
 from compress.strategies.distillation.finetune import Finetune
@@ -112,13 +114,40 @@ def context(pipeline) -> Context:
     return Context("stage", data, recurrent(), Recovery(method="none"), 0)
 
 
-@pytest.mark.parametrize("name", ["prune", "share"])
-def test_layers_whose_weights_a_stage_cannot_handle_are_listed(name, pipeline, context):
+UNSUPPORTED = {
+    "prune": {"memory", "other"},
+    "share": {"memory", "other"},
+    "lowrank": {"memory", "other", "line"},
+    "compact": {"line"},
+    "prune_channels": {"tf.math.cumsum"},
+}
+
+
+def of_many_kinds() -> tf_keras.Model:
+    """Something to do for every strategy, and something that it cannot handle."""
+    tf_keras.backend.reset_uids()
+    image = tf_keras.Input((8, 8, 8))
+    x = layers.Conv2D(16, 3, name="second")(layers.Conv2D(16, 3, name="first")(image))
+    x = layers.Conv1D(8, 3, name="line")(tf.math.cumsum(layers.Reshape((16, 16))(x), axis=-1))
+    x = layers.LSTM(16, name="other")(layers.LSTM(16, return_sequences=True, name="memory")(x))
+    return tf_keras.Model(image, layers.Dense(3, name="dense")(x))
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_what_a_stage_cannot_handle_is_listed_and_an_error_in_strict_mode(name, pipeline, context):
     stage = stages(pipeline, f"strategy={name}", "recovery=none")[0]
-    result = stage.apply(Candidate(recurrent()), context)
-    assert [item.layer for item in result.skipped if "LSTM" in item.reason] == ["memory"]
-    with pytest.raises(CompressError, match="memory"):
-        stage.apply(Candidate(recurrent()), dataclasses.replace(context, strict=True))
+    model, data = of_many_kinds(), context.data
+    images = Split(np.random.default_rng(0).normal(size=(20, 8, 8, 8)).astype(np.float32), np.arange(20) % 3)
+    context = dataclasses.replace(context, data=dataclasses.replace(data, train=images, test=images))
+    result = stage.apply(Candidate(model), context)
+    assert {item.layer for item in result.skipped if not item.by_choice} == UNSUPPORTED[name]
+    assert all(item.reason for item in result.skipped)
+    with pytest.raises(CompressError) as caught:
+        stage.apply(Candidate(model), dataclasses.replace(context, strict=True))
+    assert caught.value.where.startswith(f"stage {name}, layer ")
+    for layer in UNSUPPORTED[name]:
+        assert layer in caught.value.received
+    assert "strict=false" in caught.value.fix
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("lowrank", "reduce"), ("compact", "depthwise")])

@@ -113,11 +113,11 @@ class Context:
         """
         unsupported = [item for item in skipped if not item.by_choice]
         if self.strict and unsupported:
-            first = unsupported[0]
+            more = f" and {len(unsupported) - 6} more" if len(unsupported) > 6 else ""
             raise CompressError(
-                f"stage {self.stage}, layer {first.layer}",
-                expected="a layer that the strategy can handle (strict=true)",
-                received=first.reason,
+                f"stage {self.stage}, layer {unsupported[0].layer}",
+                expected="layers that the strategy can handle (strict=true)",
+                received="; ".join(f"{item.layer}: {item.reason}" for item in unsupported[:6]) + more,
                 fix=f"Leave it out with strategy.{self.stage}.skip, or write strict=false.",
             )
         return tuple(skipped)

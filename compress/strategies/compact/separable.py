@@ -57,6 +57,8 @@ class Compact(Strategy):
         options: list[_Option] = []
         for kernel in kernels(model):
             layer = kernel.layer
+            if layer.name in names and isinstance(layer, (tf_keras.layers.Conv1D, tf_keras.layers.Conv3D)):
+                skipped.append(Skipped(layer.name, f"{type(layer).__name__} layers are not made separable"))
             if layer.name not in names or not isinstance(layer, tf_keras.layers.Conv2D):
                 continue
             if isinstance(layer, tf_keras.layers.DepthwiseConv2D) or layer.name in done:

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
-from compress.graph.kernels import kernels
+from compress.graph.kernels import kernels, without_kernel
 from compress.graph.rewrite import NewLayer, calls, rewrite
 from compress.graph.selection import Selection
 from compress.metrics.counts import count_params
@@ -93,7 +93,11 @@ class LowRank(Strategy):
         by_layer = {k.layer.name: k for k in kernels(model)}
         reduced = {first_factor(name) for name in pairs}
         units: list[Unit] = []
-        skipped: list[Skipped] = []
+        skipped = [
+            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not factorized")
+            for layer in without_kernel(model)
+            if layer.name in names
+        ]
         for name, kernel in by_layer.items():
             if name not in names or name in reduced:
                 continue
