@@ -10,7 +10,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ _ACTIVATIONS = {**{name: name for name in (*_SAME, "swish", "tanh")}, "silu": "s
 """Activations that both libraries compute alike, with their names in ``tf_keras``."""
 _REPLAYED_ACTIVATIONS = ("hard_sigmoid", "hard_silu", "hard_swish", "leaky_relu", "relu6")
 """Activations that ``tf_keras`` lacks or computes otherwise; layers take their place."""
+_TENSOR_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "Absolute": lambda _, x: tf.abs(x),
+    "Max": lambda op, x: tf.reduce_max(x, op.axis, op.keepdims),
+    "Mean": lambda op, x: tf.reduce_mean(x, op.axis, op.keepdims),
+    "Pad": lambda op, x: tf.pad(x, op.pad_width, op.mode),
+    "Split": lambda op, x: tf.split(x, _sizes(op.indices_or_sections, x.shape[op.axis]), op.axis),
+    "Sum": lambda op, x: tf.reduce_sum(x, op.axis, op.keepdims),
+    "Transpose": lambda op, x: tf.transpose(x, op.axes),
+}
+"""Functions of ``keras.ops`` that have an equal in TensorFlow."""
 _PLAIN = {"alpha": 1.0, "approximate": False, "negative_slope": 0.2, "axis": -1}
 """The parameters that the name of an activation stands for."""
 _FIX = "Save the model with layers that tf_keras has too, or cut this part off."
@@ -262,7 +272,14 @@ class _Replay:
             return layers.Concatenate(axis=operation.axis, name=name)(list(args[0]))
         elif kind == "GetItem":
             return args[0][args[1]]
+        elif kind in _TENSOR_FUNCTIONS and len(args) == 1:
+            return _TENSOR_FUNCTIONS[kind](operation, args[0])
         raise _unsupported(operation)
+
+
+def _sizes(split: Any, whole: int) -> Any:
+    """Return the parts of a split as TensorFlow counts them: how many, or the size of each."""
+    return split if isinstance(split, int) else np.diff([0, *split, whole]).tolist()
 
 
 def _is_tensor(value: Any) -> bool:

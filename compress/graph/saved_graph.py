@@ -27,12 +27,12 @@ GatherV2 Greater GreaterEqual Identity IdentityN If Imag InvertPermutation IsFin
 Less LessEqual LinSpace Log Log1p LogSoftmax LogicalAnd LogicalNot LogicalOr MatMul MatrixBandPart MatrixDiagV3
 MatrixSetDiagV3 Max MaxPool MaxPool3D Maximum Mean Min Minimum MirrorPad Mul MulNoNan Neg NoOp NotEqual OneHot
 OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod Range Rank
-ReadVariableOp Real RealDiv Reciprocal Relu Relu6 Reshape ResizeBilinear ResizeNearestNeighbor ReverseV2 Rint Round
-Rsqrt ScatterNd Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign
-SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall StatelessIf
-StatelessWhile StopGradient StridedSlice Sub Sum Tan Tanh TensorListElementShape TensorListFromTensor
-TensorListGetItem TensorListLength TensorListReserve TensorListSetItem TensorListStack TensorScatterUpdate Tile TopKV2
-Transpose TruncateDiv Unpack Where While Xlogy ZerosLike
+ReadVariableOp Real RealDiv Reciprocal Relu Relu6 Reshape ResizeBilinear ResizeNearestNeighbor ResourceGather
+ResourceGatherNd ReverseV2 Rint Round Rsqrt ScatterNd Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Sinh Size
+Slice Softmax Softplus Softsign SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
+StatefulPartitionedCall StatelessIf StatelessWhile StopGradient StridedSlice Sub Sum Tan Tanh TensorListElementShape
+TensorListFromTensor TensorListGetItem TensorListLength TensorListReserve TensorListSetItem TensorListStack
+TensorScatterUpdate Tile TopKV2 Transpose TruncateDiv Unpack Where While Xlogy ZerosLike
 """
 """Operations that compute tensors from tensors; all others (files, Python, tables, random numbers) are refused."""
 
