@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda
 
 from compress.errors import CompressError
 
@@ -143,6 +144,8 @@ class _Builder:
                 continue
             arguments = list(tf.nest.map_structure(mapped, node.call_args))
             keywords = {k: tf.nest.map_structure(mapped, v) for k, v in node.call_kwargs.items()}
+            if isinstance(node.layer, SlicingOpLambda):
+                arguments[1:] = [_without_ellipsis(spec, len(arguments[0].shape)) for spec in arguments[1:]]
             key = (prefix + node.layer.name, self._times.get(prefix + node.layer.name, 0))
             self._times[key[0]] = key[1] + 1
             if key in self.edits:
@@ -196,6 +199,17 @@ class _Builder:
             chosen, count = f"{prefix}{name}_{count}", count + 1
         self._names.add(chosen)
         return chosen
+
+
+def _without_ellipsis(spec: Any, rank: int) -> Any:
+    """Return the slices with ``...`` written out, which Keras cannot save."""
+    items = spec if isinstance(spec, (tuple, list)) else (spec,)
+    if not any(item is Ellipsis for item in items):
+        return spec
+    place = next(index for index, item in enumerate(items) if item is Ellipsis)
+    whole = {"start": None, "stop": None, "step": None}
+    missing = rank - sum(item is not Ellipsis and item is not None for item in items)
+    return (*items[:place], *[dict(whole) for _ in range(missing)], *items[place + 1 :])
 
 
 def nodes(model: tf_keras.Model) -> Iterable[Any]:

@@ -15,6 +15,16 @@ from compress.graph.rewrite import NewLayer, copy_model, rewrite
 layers = tf_keras.layers
 
 
+@pytest.mark.parametrize("cut", [lambda x: x[..., :2], lambda x: x[:, ..., 1:, :], lambda x: x[..., tf.newaxis, 1]])
+def test_an_ellipsis_is_written_out_so_that_the_copy_can_be_saved(cut, tmp_path):
+    image = tf_keras.Input((4, 5, 3))
+    model = tf_keras.Model(image, layers.Flatten()(cut(image)))
+    rewrite(model).save(tmp_path / "copy.keras")
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype(np.float32)
+    copy = tf_keras.models.load_model(tmp_path / "copy.keras")
+    np.testing.assert_array_equal(copy(x), model(x))
+
+
 def random_weights(model: tf_keras.Model) -> tf_keras.Model:
     rng = np.random.default_rng(0)
     model.set_weights([rng.uniform(0.2, 1.0, w.shape).astype(np.float32) for w in model.get_weights()])
