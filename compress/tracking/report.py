@@ -82,8 +82,8 @@ def notes(result: Result) -> list[str]:
     kinds = {type(guarantee).__name__ for guarantee in guarantees}
     found: list[str] = []
     for stage in (result.baseline, *result.stages):
-        before = stage.numbers.accuracy_keras
-        gap = 0.0 if before is None else stage.numbers.accuracy - before
+        in_keras = stage.numbers.accuracy_keras
+        gap = 0.0 if in_keras is None else stage.numbers.accuracy - in_keras
         if abs(gap) > ACCURACY_GAP_LIMIT:
             found.append(
                 f"{stage.name}: the exported file's accuracy differs from the Keras model's by {gap:+.2f} points "
