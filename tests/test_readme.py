@@ -34,8 +34,8 @@ def test_reproduce_commands_name_experiments(command):
 @pytest.mark.parametrize("group", ["strategy", "model", "data", "recovery", "board", "tracking", "cache"])
 def test_every_choice_is_named(group):
     for file in (conf_dir() / group).glob("*.yaml"):
-        # The table writes resnet20/32/44/56.
-        name = re.sub(r"^resnet(?=(32|44|56)$)", "/", file.stem)
+        # The table writes resnet20/32/44/56/110.
+        name = re.sub(r"^resnet(?=(32|44|56|110)$)", "/", file.stem)
         assert re.search(rf"{re.escape(name)}(?!\w)", TEXT), f"{group}={file.stem} is not in the README"
 
 

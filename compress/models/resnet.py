@@ -1,4 +1,4 @@
-"""Residual networks for CIFAR-10: ResNet-20/32/44/56 (He et al., arXiv 1512.03385) and MLPerf Tiny's ResNet-8."""
+"""Residual networks for CIFAR-10: ResNet-20/32/44/56/110 (He et al., arXiv 1512.03385) and MLPerf Tiny's ResNet-8."""
 
 from __future__ import annotations
 

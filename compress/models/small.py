@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from pathlib import Path
-
 import tf_keras
 from pydantic.dataclasses import dataclass
 
-from compress.data.source import STRICT, Data
-from compress.errors import CompressError
-from compress.models.source import TrainableSource
+from compress.data.source import STRICT
+from compress.models.classifier import Classifier
 
 layers = tf_keras.layers
 
 
 @dataclass(frozen=True, config=STRICT)
-class _Small(TrainableSource):
-    """Shared by the small models: a Keras weights file, if any, is loaded into the architecture."""
-
-    def build(self, data: Data, seed: int) -> tf_keras.Model:
-        """Return the architecture for the data's shape, with weights from a file if one is named."""
-        tf_keras.utils.set_random_seed(seed)
-        shape = data.train.x.shape[1:]
-        if len(shape) not in (2, 3):
-            raise CompressError(
-                "model",
-                expected=f"images of shape [h, w] or [h, w, c], which {type(self).__name__} reads",
-                received=f"samples of shape {shape} from data {data.name}",
-                fix="Reshape the samples to images, or bring your own model with model=file.",
-            )
-        try:
-            model = self.architecture(shape if len(shape) == 3 else (*shape, 1), data.classes)
-        except ValueError as error:
-            # Keras finds no room left for a convolution or a pooling.
-            raise CompressError(
-                "model",
-                expected=f"images large enough for {type(self).__name__}",
-                received=f"images of shape {shape} from data {data.name}",
-                fix="Choose larger images, or another model.",
-            ) from error
-        file = self.origin().file
-        if file is not None:
-            _load_weights(model, file)
-        return model
-
-    @abstractmethod
-    def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
-        """Return the untrained model for images of ``shape`` [h, w, c]."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class DigitsCnn(_Small):
+class DigitsCnn(Classifier):
     """Three 3x3 convolutions with batch norm and two Dense layers, for 8x8 images with values 0 to 16."""
 
     def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
@@ -70,7 +31,7 @@ class DigitsCnn(_Small):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Lenet300100(_Small):
+class Lenet300100(Classifier):
     """LeNet-300-100 (LeCun et al. 1998): 266,610 parameters on MNIST."""
 
     def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
@@ -84,7 +45,7 @@ class Lenet300100(_Small):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Lenet5(_Small):
+class Lenet5(Classifier):
     """LeNet-5 as Caffe defines it (no activation after the convolutions): 431,080 parameters on MNIST."""
 
     def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
@@ -98,15 +59,3 @@ class Lenet5(_Small):
         x = layers.Flatten(name="flatten")(x)
         x = layers.Dense(500, activation="relu", name="fc1")(x)
         return tf_keras.Model(image, layers.Dense(classes, name="fc2")(x), name="lenet5")
-
-
-def _load_weights(model: tf_keras.Model, file: Path) -> None:
-    try:
-        model.load_weights(str(file))
-    except (ValueError, OSError, KeyError) as error:
-        raise CompressError(
-            f"model.weights {file}",
-            expected=f"weights saved by Keras for {model.name}",
-            received=str(error)[:200],
-            fix="Save them with model.save_weights('x.weights.h5'), or write model.weights=scratch.",
-        ) from error

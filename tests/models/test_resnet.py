@@ -18,8 +18,8 @@ from compress.models.small import DigitsCnn, Lenet5, Lenet300100
 from compress.reference import make_reference
 
 # He et al. (arXiv 1512.03385), table 6, to the digit as counted by its well-known PyTorch port (option A shortcuts).
-PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018}
-MULTIPLY_ADDS = {20: 40_551_040, 32: 68_862_592, 44: 97_174_144, 56: 125_485_696}
+PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}
+MULTIPLY_ADDS = {20: 40_551_040, 32: 68_862_592, 44: 97_174_144, 56: 125_485_696, 110: 252_887_680}
 
 
 @pytest.mark.parametrize("depth", PARAMETERS)
