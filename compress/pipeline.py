@@ -88,7 +88,7 @@ class StageResult:
     guarantees: tuple[str, ...]
     released: tuple[str, ...]
     layers: dict[str, dict[str, int]]
-    """Layer -> parameters, non-zero parameters and multiply-adds; for the picture."""
+    """The :func:`layer_table` of the stage's model."""
     cached: bool = False
     measured: dict[str, float] = field(default_factory=dict)
     """What the stage has measured of its own work."""
@@ -103,6 +103,13 @@ class Result:
     candidate: Candidate | None
     """None if the model came as an exported file."""
     artifact: Artifact
+    untrained: bool = False
+    """The reference model has the weights that it was initialised with: accuracies mean nothing."""
+
+    @property
+    def last(self) -> StageResult:
+        """The last stage; the baseline if there is none."""
+        return (self.stages or (self.baseline,))[-1]
 
     @property
     def keras_model(self) -> tf_keras.Model | None:
@@ -112,7 +119,7 @@ class Result:
     @property
     def final(self) -> Numbers:
         """Numbers of the last stage."""
-        return (self.stages or (self.baseline,))[-1].numbers
+        return self.last.numbers
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ class Pipeline:
             candidate, result, artifact = self._cached(key, make, folder)
             results.append(result)
             self.on_stage(result)
-        return Result(baseline, tuple(results), candidate, artifact)
+        return Result(baseline, tuple(results), candidate, artifact, self.model.origin().untrained)
 
     def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
         origin = self.model.origin()
@@ -348,12 +355,15 @@ def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: s
 
 
 def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
-    """Return parameters, non-zero parameters and multiply-adds of every layer with a kernel."""
-    from compress.graph.kernels import kernels
+    """Return for every layer with kernels: output channels, weights (no biases), non-zero weights, multiply-adds."""
+    from compress.graph.kernels import kernel_attributes, kernels
+    from compress.graph.rewrite import positions
 
+    channels = {layer.name: int(shape[-1]) for layer, _, shape in positions(model) if kernel_attributes(layer)}
     table: dict[str, dict[str, int]] = {}
     for kernel in kernels(model):
-        row = table.setdefault(kernel.layer.name, {"params": 0, "nonzero": 0, "macs": 0})
+        name = kernel.layer.name
+        row = table.setdefault(name, {"channels": channels[name], "params": 0, "nonzero": 0, "macs": 0})
         row["params"] += kernel.size
         row["nonzero"] += int((kernel.value != 0).sum())
         row["macs"] += kernel.macs

@@ -14,7 +14,7 @@ from compress.training import Recovery, train
 
 
 def make_reference(source: ModelSource, data: Data, seed: int) -> tf_keras.Model:
-    """Return the model of ``source`` with its weights; trained on ``data`` if there are none for it.
+    """Return the model of ``source`` with its weights; trained on ``data``, as scheduled, if there are none for it.
 
     Raises:
         CompressError: if the model does not fit the data, or its weights are not finite.
@@ -23,8 +23,9 @@ def make_reference(source: ModelSource, data: Data, seed: int) -> tf_keras.Model
     tf_keras.backend.reset_uids()
     model = copy_model(source.build(data, seed))
     fitted = data.fitted_to(model, f"model {model.name}")
-    schedule = source.origin().schedule
-    if schedule is not None:
+    origin = source.origin()
+    schedule = origin.schedule
+    if schedule is not None and not origin.untrained:
         with progress(f"training {model.name} from scratch") as shown:
             train(
                 model,

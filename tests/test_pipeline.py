@@ -17,6 +17,7 @@ from compress.pipeline import Stage, refuse_clashes
 from compress.strategies.distillation.finetune import Finetune
 from compress.strategies.quantization.stored import Stored
 from compress.strategies.strategy import Context, Strategy
+from compress.tracking.report import notes
 from compress.training import Recovery
 
 layers = tf_keras.layers
@@ -77,6 +78,17 @@ def test_a_stage_has_a_seed_of_its_own_whatever_was_cached(pipeline, tmp_path):
             file.unlink()
         entry.rmdir()
     assert seeds(cache) == first
+
+
+def test_a_model_of_no_epochs_stays_as_initialised_and_it_is_said(pipeline, tmp_path):
+    whole = pipeline("strategy=none", "model.train.epochs=0")
+    result = whole.run(tmp_path)
+    for found, initial in zip(
+        result.candidate.model.get_weights(), whole.model.build(whole.data, whole.seed).get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(found, initial)
+    assert result.untrained
+    assert any("untrained" in note for note in notes(result))
 
 
 def stages(pipeline, *overrides: str) -> tuple[Stage, ...]:

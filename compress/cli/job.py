@@ -41,8 +41,7 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
         if result.keras_model is not None:
             plan.model.save(result.keras_model, keras_file)
         report = make_report(result, plain, seconds=time.perf_counter() - started)
-        last = (result.stages or (result.baseline,))[-1]
-        layers_picture(result.baseline.layers, last.layers, str(report["strategy"]), folder / "layers.png")
+        layers_picture(result.baseline.layers, result.last.layers, str(report["strategy"]), folder / "layers.png")
         write_report(report, folder / "report.json")
         recorder.finish(report, result, folder)
     print_table(report)

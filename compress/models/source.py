@@ -21,7 +21,7 @@ SCRATCH = "scratch"
 
 @checked_dataclass(frozen=True, config=STRICT)
 class Schedule:
-    """How a model is trained from scratch when there are no weights for it."""
+    """How a model is trained from scratch when there are no weights for it; for 0 epochs it stays as initialised."""
 
     epochs: Annotated[float, Ge(0), Le(1e6)] = 30.0
     learning_rate: Annotated[float, Gt(0), Lt(float("inf"))] = 0.05
@@ -47,6 +47,11 @@ class Origin:
         for file in sorted(path for path in self.file.rglob("*") if path.is_file()):
             digest.update(f"{file.relative_to(self.file)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
         return digest.hexdigest()
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights stay as they were initialised: good for counting, not for accuracies."""
+        return self.schedule is not None and self.schedule.epochs == 0
 
 
 class ModelSource(ABC):

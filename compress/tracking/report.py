@@ -37,6 +37,7 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
         "schema": 1,
         "strategy": "+".join(stage.name for stage in result.stages) or "none",
         "model": Path(config["model"]["path"]).stem if result.candidate is None else result.candidate.model.name,
+        "trained": not result.untrained,
         "data": _choice(config["data"]),
         "seed": config["seed"],
         "board": _choice(config["board"]),
@@ -46,6 +47,7 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
         "stages": [_stage(stage) for stage in result.stages],
         "final": numbers_to_json(final),
         "ratios": ratios(baseline, final),
+        "layers": {"baseline": result.baseline.layers, "final": result.last.layers},
         "notes": notes(result),
         "artifacts": {
             "keras": None if result.keras_model is None else "model.keras",
@@ -81,6 +83,8 @@ def notes(result: Result) -> list[str]:
     guarantees, released = (result.candidate.guarantees, result.candidate.released) if result.candidate else ((), ())
     kinds = {type(guarantee).__name__ for guarantee in guarantees}
     found: list[str] = []
+    if result.untrained:
+        found.append("The reference model is untrained (model.train.epochs=0): its accuracies mean nothing.")
     for stage in (result.baseline, *result.stages):
         in_keras = stage.numbers.accuracy_keras
         gap = 0.0 if in_keras is None else stage.numbers.accuracy - in_keras

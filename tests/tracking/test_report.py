@@ -71,7 +71,7 @@ def stage(name: str, numbers: Numbers, **changes) -> StageResult:
         skipped=(),
         guarantees=(),
         released=(),
-        layers={"dense": {"params": 3, "nonzero": 2, "macs": 4}},
+        layers={"dense": {"channels": 1, "params": 3, "nonzero": 2, "macs": 4}},
     )
     return replace(plain, **changes)
 
@@ -121,6 +121,7 @@ def test_the_schema_is_a_schema_and_bites(result):
         ("stages", 1, "macs"),
         ("ratios", "accuracy_delta"),
         ("artifacts", "packed"),
+        ("layers", "final", "dense", "channels"),
     ):
         wrong = copy.deepcopy(good)
         place = wrong
@@ -148,6 +149,9 @@ def test_what_the_report_says(result):
     assert second["config"] == {"scheme": "int8"}
     assert second["latency_ms"]["p50"] == 0.5
     assert [(item["layer"], item["reason"]) for item in second["skipped"]] == [("conv", "too small")]
+    assert report["layers"]["final"] == {"dense": {"channels": 1, "params": 3, "nonzero": 2, "macs": 4}}
+    assert report["trained"] is True
+    assert make_report(replace(result, untrained=True), CONFIG, seconds=1.0)["trained"] is False
     assert second["guarantees"] == ["quantize: weights are stored as int8"]
 
 

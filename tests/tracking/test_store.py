@@ -132,7 +132,7 @@ def in_own_folder(tmp_path, monkeypatch):
 def finished(folder: Path, **changes) -> tuple[dict, Result]:
     values = tf_keras.Input((2,))
     numbers = Numbers(**{**vars(NUMBERS), **changes})
-    layers = {"dense": {"params": 4, "nonzero": 2, "macs": 8}}
+    layers = {"dense": {"channels": 2, "params": 4, "nonzero": 2, "macs": 8}}
     baseline = StageResult("baseline", {}, NUMBERS, 1.0, (), (), (), layers)
     last = StageResult("prune", {}, numbers, 2.5, (), (), (), layers)
     candidate = Candidate(tf_keras.Model(values, values, name="tiny"))
