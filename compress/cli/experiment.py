@@ -6,10 +6,11 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -29,24 +30,46 @@ class Column:
     """A column of the rendered table.
 
     ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
-    absent. With a ``tolerance`` the difference is judged; with ``at_least`` only ours being lower counts.
+    absent. In a path ``{layer}`` stands for the row's layer, and ``*`` sums over all keys of its place. With
+    ``removed_from``, another path, ours is the percentage of that number that is gone. With a ``tolerance`` the
+    difference is judged (``printed``: half a unit of the last digit that was published); with ``at_least`` only ours
+    being lower counts.
     """
 
     name: str
     ours: str | None = None
     published: str | None = None
-    tolerance: float | None = None
+    removed_from: str | None = None
+    tolerance: float | Literal["printed"] | None = None
     at_least: bool = False
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Grid:
-    """``grid.yaml``: row name -> overrides of its run, on top of the common ``overrides``."""
+    """``grid.yaml``: row name -> overrides of its run, on top of the common ``overrides``.
+
+    With ``layers``, row name -> layer (``*``: all), the rows are the layers of the one run.
+    """
 
     runs: dict[str, list[str]]
     columns: list[Column]
     overrides: list[str]
     seeds: list[int]
+    layers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse the layers of several runs."""
+        if self.layers and len(self.runs) != 1:
+            raise ValueError("one run, when rows are layers")
+
+    @property
+    def rows(self) -> list[str]:
+        """Names of the rows that have a side of ours."""
+        return list(self.layers or self.runs)
+
+    def run_of(self, row: str) -> str | None:
+        """Return the name of the run that the row is about, None if there is none."""
+        return next(iter(self.runs)) if row in self.layers else row if row in self.rows else None
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -118,20 +141,21 @@ def render(
     lines = [f"# {table.title}", "", f"Published: {table.source}", "", "| " + " | ".join(headings) + " |"]
     lines.append("|" + "---|" * len(headings))
     misses = []
-    others = [str(cells[0]) for cells in table.rows if cells[0] not in grid.runs]
-    for row in [*grid.runs, *others]:
-        reports = rows.get(row)
+    others = [str(cells[0]) for cells in table.rows if cells[0] not in grid.rows]
+    for row in [*grid.rows, *others]:
+        run = grid.run_of(row)
+        reports = rows.get(run) if run else None
         cells = [row]
         for column in grid.columns:
             published = table.value(row, column.published) if column.published else None
-            ours = [_number(report, column.ours) for report in reports] if reports and column.ours else []
+            ours = [_number(report, column, grid.layers.get(row, "")) for report in reports or ()]
             if "published" in _sides(column):
                 cells.append(_cell(published))
             if "ours" in _sides(column):
-                cells.append(_ours(ours) if reports else "not run yet" if row in grid.runs else "")
+                cells.append(_ours(ours) if reports else "not run yet" if run else "")
             if "agrees" in _sides(column):
                 verdict = _agrees(ours, published, column)
-                cells.append({True: "yes", False: "**no**", None: "-" if row in grid.runs else ""}[verdict])
+                cells.append({True: "yes", False: "**no**", None: "-" if run else ""}[verdict])
                 if verdict is False:
                     misses.append(f"{row}, {column.name}: {_ours(ours)} against {_cell(published)}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -205,11 +229,26 @@ def _sides(column: Column) -> list[str]:
     return [*sides, "agrees"] if column.tolerance is not None else sides
 
 
-def _number(report: Mapping[str, Any], path: str) -> float | None:
-    value: Any = report
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else float(value)
+def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | None:
+    if column.ours is None:
+        return None
+    # The accuracy of random weights must not stand beside a published one.
+    if not report.get("trained", True) and column.ours.rpartition(".")[2].startswith("accuracy"):
+        return None
+    value = _at(report, column.ours.replace("{layer}", layer).split("."))
+    if column.removed_from is None or value is None:
+        return value
+    whole = _at(report, column.removed_from.replace("{layer}", layer).split("."))
+    return 100 * (1 - value / whole) if whole else None
+
+
+def _at(value: Any, path: Sequence[str]) -> float | None:
+    if not path or not isinstance(value, Mapping):
+        return None if path else value
+    if path[0] != "*":
+        return _at(value.get(path[0]), path[1:])
+    found = [_at(each, path[1:]) for each in value.values()]
+    return sum(number for number in found if number is not None) if found else None
 
 
 def _ours(values: Sequence[float | None]) -> str:
@@ -224,17 +263,24 @@ def _ours(values: Sequence[float | None]) -> str:
 def _cell(value: str | int | float | None) -> str:
     if value is None or isinstance(value, str):
         return value or "-"
-    if float(value).is_integer() and abs(value) >= 1000:
+    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
         return f"{int(value):,}"
     return f"{value:.3f}".rstrip("0").rstrip(".") if abs(value) < 10 else f"{value:.2f}"
 
 
 def _agrees(ours: Sequence[float | None], published: Any, column: Column) -> bool | None:
     known = [value for value in ours if value is not None]
-    if not known or column.tolerance is None or not isinstance(published, (int, float)):
+    if not known or column.tolerance is None or published is None:
         return None
-    difference = float(np.mean(known)) - published
-    return difference >= -column.tolerance - 1e-9 and (column.at_least or difference <= column.tolerance + 1e-9)
+    try:
+        theirs = Decimal(str(published))
+    except InvalidOperation:
+        return None
+    tolerance = column.tolerance
+    if tolerance == "printed":
+        tolerance = 0.5 * 10.0 ** int(theirs.as_tuple().exponent)
+    difference = float(np.mean(known)) - float(theirs)
+    return difference >= -tolerance - 1e-9 and (column.at_least or difference <= tolerance + 1e-9)
 
 
 def _write(target: Path, text: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from compress.cli.experiment import load_experiment, render
+from compress.cli.experiment import Column, Experiment, Grid, PublishedTable, load_experiment, render
 from compress.cli.places import experiments_dir
+from compress.errors import CompressError
 from compress.reproduce import main, names
 
 
@@ -13,7 +14,7 @@ def test_every_experiment_can_be_read():
     assert "resnet_cifar10" in names()
     for name in names():
         experiment = load_experiment(experiments_dir() / name, name)
-        for row in experiment.grid.runs:
+        for row in experiment.grid.rows:
             assert experiment.table.value(row, experiment.table.columns[0]) == row
         for column in experiment.grid.columns:
             assert column.published is None or column.published in experiment.table.columns
@@ -47,6 +48,47 @@ def test_a_floor_is_met_from_above_only():
 
     assert "Outside" not in page(91.5)
     assert "Outside" in page(90.9)
+
+
+def page_of(column: Column, published: str | float, report: dict) -> str:
+    table = PublishedTable("title", "source", ["row", "theirs"], [["all", published]])
+    return render(Experiment("mine", table, Grid({"all": []}, [column], [], [0])), {"all": [report]}, [0], [])
+
+
+@pytest.mark.parametrize(
+    ("published", "ours", "agrees"),
+    [
+        ("1.8E+06", 1_769_472, True),
+        ("1.8E+06", 1_750_000, True),
+        ("1.8E+06", 1_749_999, False),
+        ("64.0", 64.04, True),
+        ("64.0", 64.06, False),
+        (34, 34.5, True),
+        (34, 33.4, False),
+    ],
+)
+def test_half_a_unit_of_the_last_digit_printed_may_differ(published, ours, agrees):
+    page = page_of(
+        Column("number", "final.number", "theirs", tolerance="printed"), published, {"final": {"number": ours}}
+    )
+    assert ("Outside" not in page) == agrees
+
+
+def test_paths_may_sum_and_compare():
+    layers = {"baseline": {"a": {"macs": 30}, "b": {"macs": 70}}, "final": {"a": {"macs": 30}, "b": {"macs": 7.5}}}
+    column = Column("gone %", "layers.final.*.macs", removed_from="layers.baseline.*.macs")
+    assert "| all | 62.50 |" in page_of(column, 0, {"layers": layers})
+    assert "| all | - |" in page_of(column, 0, {"layers": {"final": layers["final"]}})
+    assert "| all | - |" in page_of(column, 0, {})
+
+
+def test_rows_that_are_layers_belong_to_one_run(tmp_path):
+    (tmp_path / "table.yaml").write_text("{title: t, source: s, columns: [layer], rows: []}")
+    (tmp_path / "grid.yaml").write_text(
+        "{runs: {a: [], b: []}, columns: [], overrides: [], seeds: [0], layers: {c: d}}"
+    )
+    with pytest.raises(CompressError, match="one run, when rows are layers"):
+        load_experiment(tmp_path, "mine")
 
 
 @pytest.mark.data
