@@ -20,8 +20,8 @@ from compress.graph.rewrite import rewrite
 from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_params
 from compress.strategies.pruning.channels import PruneChannels
-from compress.strategies.pruning.magnitude import Prune
 from compress.strategies.pruning.measured import largest_share
+from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context

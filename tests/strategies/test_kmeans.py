@@ -18,7 +18,7 @@ from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
 from compress.metrics.tflite_file import TFLiteFile
-from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.prune import Prune
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.sharing.kmeans import Share, cluster
 from compress.strategies.strategy import Context

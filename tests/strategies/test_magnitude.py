@@ -17,7 +17,8 @@ from compress.data.source import Data, Split, make_data
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
 from compress.graph.selection import Rule, Selection
-from compress.strategies.pruning.magnitude import Prune, magnitude_mask
+from compress.strategies.pruning.masks import Axes, Masking, Pattern
+from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
@@ -59,7 +60,8 @@ def zeros_of(model: tf_keras.Model) -> dict[str, tuple[int, int]]:
 
 @given(weights=WEIGHTS, sparsity=st.floats(0, 1))
 def test_the_mask_drops_exactly_so_many_and_keeps_the_largest(weights, sparsity):
-    mask = magnitude_mask(weights, sparsity)
+    layer = Masking([Axes(-1, (-1,))], Pattern(), "layer", [1.0])
+    (mask,) = layer.masks([np.abs(weights)], sparsity)
     assert mask.shape == weights.shape
     assert mask.dtype == bool
     # At least one weight is left, so that a layer never dies.

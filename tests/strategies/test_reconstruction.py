@@ -18,7 +18,7 @@ from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
 from compress.strategies.pruning.channels import PruneChannels
-from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.reconstruction import Curve, Reconstruction, allocate
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import Context

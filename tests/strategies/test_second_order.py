@@ -16,7 +16,7 @@ from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
 from compress.strategies.least_squares import Moments
-from compress.strategies.pruning.magnitude import Prune
+from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.second_order import eliminate_each, solve_each
 from compress.strategies.strategy import Context
 from compress.training import Recovery
