@@ -202,14 +202,16 @@ class SynFlow(Criterion):
         ones = tf.ones([1, *(size or 1 for size in network.inputs[0].shape[1:])], tf.float64)
         masks = [value != 0 for value in evidence.values]
         for step in range(1, _ROUNDS + 1):
-            scores = [np.where(m, s, GONE) for m, s in zip(masks, compiled(ones), strict=True)]
-            if not all(np.isfinite(score[mask]).all() for score, mask in zip(scores, masks, strict=True)):
+            found = [np.asarray(score) for score in compiled(ones)]
+            if not all(np.isfinite(score).all() for score in found):
                 raise CompressError(
                     f"strategy.{evidence.stage}.criterion",
                     expected="a flow that is a finite number",
                     received="synflow on a model so deep that it overflows",
                     fix=f"Write strategy.{evidence.stage}.criterion=snip or magnitude.",
                 )
+            # A weight that nothing flows through, as nothing reads its output any more, is as good as gone.
+            scores = [np.where(mask & (score > 0), score, GONE) for mask, score in zip(masks, found, strict=True)]
             left = evidence.masking.masks(scores, 1 - (1 - evidence.sparsity) ** (step / _ROUNDS))
             masks = [mask & kept for mask, kept in zip(masks, left, strict=True)]
             for variable, mask in zip(variables, masks, strict=True):

@@ -16,6 +16,8 @@ import tf_keras
 from compress.graph.kernels import Kernel
 
 GONE = -np.inf
+_BEST_OF_OUTPUT, _OF_PATTERN, _BEST_OF_KERNEL = 1, 2, 3
+"""Ranks of units: a lower one goes first, whatever the scores; all others have rank 0."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Masking:
         axes: of each kernel.
         pattern: what goes together.
         ranking: ``layer`` takes the same share of every kernel; ``global`` compares all kernels with each other, and
-            leaves, as long as the share allows it, every output of every kernel its best unit.
+            leaves every output of every kernel its best unit, if the share leaves so many.
         costs: of one weight of each kernel; with unequal ones the share of ``global`` is one of costs.
     """
 
@@ -156,8 +158,7 @@ class Masking:
         ]
 
     def _ranks(self, units: np.ndarray, axes: Axes) -> np.ndarray:
-        """Return who goes before whom, whatever the scores: 0 goes first, 4 last."""
-        ranks = np.where(self.pattern.stays(units, axes), 3, 0)
+        ranks = np.where(self.pattern.stays(units, axes), _OF_PATTERN, 0)
         if self.ranking == "global":
             last = tuple(range(-len(axes.outputs), 0))
             moved = np.moveaxis(units, axes.outputs, last)
@@ -165,25 +166,34 @@ class Masking:
             best = np.zeros(flat.shape, bool)
             best[flat.argmax(0), np.arange(flat.shape[1])] = True
             best &= flat > GONE
-            ranks = np.maximum(ranks, np.moveaxis(best.reshape(moved.shape), last, axes.outputs))
+            ranks = np.maximum(ranks, np.moveaxis(best.reshape(moved.shape), last, axes.outputs) * _BEST_OF_OUTPUT)
             top = np.flatnonzero(ranks == ranks.max())
-            ranks.flat[top[units.flat[top].argmax()]] = 4
+            ranks.flat[top[units.flat[top].argmax()]] = _BEST_OF_KERNEL
         return ranks
 
     def _global(self, units: Sequence[np.ndarray], ranks: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
         scores, order = (np.concatenate([part.ravel() for part in parts]) for parts in (units, ranks))
+        costs = np.concatenate([np.full(unit.size, cost) for unit, cost in zip(units, self.costs, strict=True)])
         most = scores.size - len(units)
-        if len(set(self.costs)) == 1:
-            gone = _lowest(scores, order, min(round(share * scores.size), most))
-        else:
-            costs = np.concatenate([np.full(unit.size, cost) for unit, cost in zip(units, self.costs, strict=True)])
-            first = np.lexsort((scores, order))
-            spent = np.cumsum(costs[first])
-            # The one that reaches the budget goes, too.
-            count = int(np.searchsorted(spent, share * spent[-1] * (1 - 1e-9))) + 1 if share > 0 else 0
-            gone = np.zeros(scores.size, bool)
-            gone[first[: min(count, most)]] = True
+        gone = _cheapest(scores, order, costs, share, most)
+        if gone[order == _BEST_OF_OUTPUT].any():
+            # Too few are left for all outputs: the scores decide which ones lose everything.
+            order[order == _BEST_OF_OUTPUT] = 0
+            gone = _cheapest(scores, order, costs, share, most)
         return np.split(~gone, np.cumsum([unit.size for unit in units])[:-1])
+
+
+def _cheapest(scores: np.ndarray, ranks: np.ndarray, costs: np.ndarray, share: float, most: int) -> np.ndarray:
+    """Return which of the scores [n] go, at most ``most``, so that ``share`` of all costs does."""
+    if costs.min() == costs.max():
+        return _lowest(scores, ranks, min(round(share * scores.size), most))
+    first = np.lexsort((scores, ranks))
+    spent = np.cumsum(costs[first])
+    # The one that reaches the budget goes, too.
+    count = int(np.searchsorted(spent, share * spent[-1] * (1 - 1e-9))) + 1 if share > 0 else 0
+    gone = np.zeros(scores.size, bool)
+    gone[first[: min(count, most)]] = True
+    return gone
 
 
 def _lowest(scores: np.ndarray, ranks: np.ndarray, count: int) -> np.ndarray:
