@@ -153,6 +153,8 @@ class Regrowth(Schedule):
     ) -> None:
         super().__init__(variables, masking, sparsity, _REGROWTH_ENDS, masks)
         self._share = share
+        for variable, mask in zip(self._variables, masks, strict=True):
+            variable.assign(tf.where(mask, variable, 0.0))
         self._before = [tf.Variable(v, trainable=False) for v in variables]
 
     def _observe(self) -> list[tf.Tensor]:
