@@ -112,7 +112,8 @@ class Movement(Gradual):
 
     The score of a weight is the sum of w_old (w_new - w_old) over all steps; with plain gradient descent that is
     -rate w dL/dw. A pruned weight keeps its last value aside, and its score goes on by the gradient that it would have
-    (the paper's straight-through estimate); so it can come back, with that value.
+    (the paper's straight-through estimate); so it can come back, with that value. Where training hardly moves a
+    converged network the scores are noise: it is meant for new data, or for training from the start.
     """
 
     def __init__(
