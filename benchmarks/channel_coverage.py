@@ -48,7 +48,7 @@ ARCHITECTURES = (
 SIZES = {"InceptionV3": 96, "InceptionResNetV2": 96, "Xception": 96, "NASNetMobile": 96, "NASNetLarge": 96}
 KEEP = 0.5
 FILE = Path("results/channel_coverage.jsonl")
-MINUTES = 20
+MINUTES = 30
 
 
 def build(name: str) -> tf_keras.Model:
@@ -153,7 +153,11 @@ def main() -> None:
             continue
         print(f"{name} ...", flush=True)
         command = [sys.executable, __file__, "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: no result within {MINUTES} minutes; the same command tries again", flush=True)
+            continue
         found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
         if not found:
             print(f"{name}: no result (exit {done.returncode}): {done.stderr[-400:]}", flush=True)
