@@ -84,7 +84,7 @@ class Context:
         samples = self.data.train.x[chosen].astype(np.float32)
         if self.data.augmentation:
             seed = tf.constant([self.seed, 0], tf.int64)
-            samples = np.asarray(augment(tf.constant(samples), self.data.augmentation, seed))
+            samples = augment(tf.constant(samples), self.data.augmentation, seed).numpy()
             mixed = rng.permutation(len(samples))[: len(samples) // 2]
             ratio = rng.uniform(size=(len(mixed), *[1] * (samples.ndim - 1))).astype(np.float32)
             samples[mixed] = ratio * samples[mixed] + (1 - ratio) * samples[rng.permutation(len(samples))[: len(mixed)]]
