@@ -20,6 +20,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.errors import CompressError
+from compress.graph.nesting import Nests
 
 layers = tf_keras.layers
 
@@ -72,7 +73,12 @@ def is_keras3_file(path: Path) -> bool:
 
 
 def from_keras3(path: Path, *, allow_code: bool = False) -> tf_keras.Model:
-    """Return the model of a Keras 3 file as a flat functional ``tf_keras`` model with equal outputs.
+    """Return the model of :func:`read_keras3`."""
+    return read_keras3(path, allow_code=allow_code)[0]
+
+
+def read_keras3(path: Path, *, allow_code: bool = False) -> tuple[tf_keras.Model, Nests]:
+    """Return the model of a Keras 3 file as a flat functional ``tf_keras`` model with equal outputs; and its nests.
 
     ``allow_code``: load Lambda layers too, which runs code of the file.
 
@@ -107,7 +113,7 @@ def from_keras3(path: Path, *, allow_code: bool = False) -> tf_keras.Model:
             received=f"{short(error)} (at layer {replay.at})",
             fix=_FIX,
         ) from error
-    return model
+    return model, {name: frozenset(names) for name, names in replay.nests.items()}
 
 
 def short(error: BaseException) -> str:
@@ -192,6 +198,9 @@ class _Replay:
         self.at = "-"
         self._made: dict[int, tf_keras.layers.Layer] = {}
         self._names: set[str] = set()
+        self._path: tuple[str, ...] = ()
+        self.nests: dict[str, set[str]] = {}
+        """Path of a nested model -> names of the layers in it."""
 
     def inline(self, model: Any, inputs: Sequence[Any], prefix: str = "") -> list[Any]:
         """Replay ``model`` on ``inputs``; return the flat list of its outputs."""
@@ -215,7 +224,10 @@ class _Replay:
         self.at = f"{prefix}{operation.name}"
         if isinstance(operation, keras.Model):
             inner = _functional(operation, f"layer {operation.name}")
-            return self.inline(inner, keras.tree.flatten(args[0]), f"{prefix}{operation.name}_")
+            self._path = (*self._path, tf_name(operation.name))
+            outputs = self.inline(inner, keras.tree.flatten(args[0]), f"{prefix}{operation.name}_")
+            self._path = self._path[:-1]
+            return outputs
         if not isinstance(operation, keras.layers.Layer):
             if kwargs:
                 raise _unsupported(operation, f"arguments {', '.join(kwargs)}")
@@ -235,6 +247,8 @@ class _Replay:
             n for n in itertools.chain([base], map(f"{base}_{{}}".format, itertools.count(1))) if n not in self._names
         )
         self._names.add(chosen)
+        for depth in range(1, len(self._path) + 1):
+            self.nests.setdefault("/".join(self._path[:depth]), set()).add(chosen)
         return chosen
 
     def _activate(self, activation: str, x: Any, prefix: str) -> Any:

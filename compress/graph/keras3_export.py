@@ -1,4 +1,4 @@
-"""The bridge back: write a flat ``tf_keras`` model as a Keras 3 ``.keras`` file that needs nothing but Keras 3."""
+"""The bridge back: write a ``tf_keras`` model as a Keras 3 ``.keras`` file that needs nothing but Keras 3."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def to_keras3(model: tf_keras.Model, path: Path) -> None:
 
 
 def keras3_model(model: tf_keras.Model) -> Any:
-    """Return the Keras 3 model that computes what the flat ``tf_keras`` model computes.
+    """Return the Keras 3 model that computes what the ``tf_keras`` model computes; nested models stay nested.
 
     Raises:
         CompressError: as :func:`to_keras3`.
@@ -69,7 +69,8 @@ def keras3_model(model: tf_keras.Model) -> Any:
         [tensors[id(t)] for t in model.inputs], outputs if len(outputs) > 1 else outputs[0], name=model.name
     )
     for name, layer in layers.items():
-        layer.set_weights(model.get_layer(name).get_weights())
+        if not isinstance(layer, keras.Model):
+            layer.set_weights(model.get_layer(name).get_weights())
     _compare(model, rebuilt)
     return rebuilt
 
@@ -78,7 +79,8 @@ def _call(keras: Any, layer: tf_keras.layers.Layer, args: Any, kwargs: dict[str,
     if isinstance(layer, (TFOpLambda, SlicingOpLambda)):
         return _operation(keras, layer, list(args), {k: v for k, v in kwargs.items() if v is not None and k != "name"})
     if layer.name not in made:
-        made[layer.name] = _counterpart(keras, layer)
+        nested = isinstance(layer, tf_keras.Model)
+        made[layer.name] = keras3_model(layer) if nested else _counterpart(keras, layer)
     kwargs.pop("mask", None)
     return made[layer.name](*args, **{name: value for name, value in kwargs.items() if value is not None})
 

@@ -47,9 +47,20 @@ def rewrite(
         CompressError: if the model is not functional (a subclassed model has no graph to read), or a
             name in ``replacements`` is not a layer of it.
     """
+    return _rewritten(model, replacements or {}, arguments or {}, bypassed or {})[0]
+
+
+def flatten(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, frozenset[str]]]:
+    """Return a flat copy of the model, and for the path of each nested model the names of all layers in it."""
+    flat, builder = _rewritten(model, {}, {}, {})
+    return flat, {path: frozenset(names) for path, names in builder.nests.items()}
+
+
+def _rewritten(
+    model: tf_keras.Model, replacements: Replacements, arguments: ArgumentEdits, bypassed: Mapping[str, int]
+) -> tuple[tf_keras.Model, _Builder]:
     _require_functional(model)
-    names = frozenset(layer.name for layer in model.layers)
-    builder = _Builder(replacements or {}, arguments or {}, bypassed or {}, names)
+    builder = _Builder(replacements, arguments, bypassed, frozenset(layer.name for layer in model.layers))
     inputs = [tf_keras.Input(batch_shape=t.shape, dtype=_plain(t.dtype), name=_input_name(t)) for t in model.inputs]
     outputs = builder.inline(model, inputs)
     unknown = set(builder.replacements) - builder.replaced
@@ -63,7 +74,7 @@ def rewrite(
     copy = tf_keras.Model(inputs, outputs, name=model.name)
     for layer, weights in builder.pending:
         layer.set_weights(weights)
-    return copy
+    return copy, builder
 
 
 def in_float32(config: Any) -> None:
@@ -128,6 +139,9 @@ class _Builder:
         self.replaced: set[str] = set()
         self.pending: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = []
         self._fresh: dict[int, list[tf_keras.layers.Layer]] = {}
+        self._path: tuple[str, ...] = ()
+        self.nests: dict[str, set[str]] = {}
+        """Path of a nested model -> names of the layers in it."""
         self._names: set[str] = set()
         self._outer = outer
         """Names of the outermost layers: they are kept, and a layer of a nested model gives way."""
@@ -162,7 +176,9 @@ class _Builder:
         if isinstance(layer, tf_keras.Model):
             _require_functional(layer)
             keywords.pop("training", None), keywords.pop("mask", None)
+            self._path = (*self._path, layer.name)
             inner = self.inline(layer, tf.nest.flatten(arguments[0]), prefix=f"{prefix}{layer.name}_")
+            self._path = self._path[:-1]
             return inner[0] if len(inner) == 1 else inner
         fresh = self._fresh_layers(layer, prefix)
         if len(fresh) == 1:
@@ -188,6 +204,8 @@ class _Builder:
                 self.pending.extend((new.layer, list(new.weights)) for new in chain if new.weights)
             for item in fresh:
                 item.trainable = layer.trainable
+            for depth in range(1, len(self._path) + 1):
+                self.nests.setdefault("/".join(self._path[:depth]), set()).update(item.name for item in fresh)
             self._fresh[id(layer)] = fresh
         return self._fresh[id(layer)]
 

@@ -18,9 +18,10 @@ from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT, Data
 from compress.errors import CompressError, did_you_mean
-from compress.graph.keras3 import from_keras3, is_keras3_file, short
+from compress.graph.keras3 import is_keras3_file, read_keras3, short
 from compress.graph.keras3_export import to_keras3
-from compress.graph.rewrite import rewrite
+from compress.graph.nesting import Nests, nest
+from compress.graph.rewrite import flatten
 from compress.models.saved_model import is_saved_model, load_saved_model
 from compress.models.source import ModelSource, Origin, check_finite
 
@@ -89,15 +90,22 @@ class FileModel(ModelSource):
         return load_model_file(Path(str(self.path)).expanduser(), allow_code=self.allow_code)
 
     def save(self, model: tf_keras.Model, path: Path) -> None:
-        """Write ``path`` for Keras 3 if the file came from there, else for ``tf_keras``."""
-        if is_keras3_file(Path(str(self.path)).expanduser()):
-            to_keras3(model, path)
+        """Write ``path`` for Keras 3 if the file came from there, else for ``tf_keras``; nested again if it was."""
+        source = Path(str(self.path)).expanduser()
+        nested = nest(model, read_model_file(source, allow_code=self.allow_code)[1])
+        if is_keras3_file(source):
+            to_keras3(nested, path)
         else:
-            super().save(model, path)
+            super().save(nested, path)
 
 
 def load_model_file(path: Path, *, allow_code: bool) -> tf_keras.Model:
-    """Return the model of a ``.keras`` or ``.h5`` file, by ``tf_keras`` or Keras 3, as a flat functional one.
+    """Return the model of :func:`read_model_file`."""
+    return read_model_file(path, allow_code=allow_code)[0]
+
+
+def read_model_file(path: Path, *, allow_code: bool) -> tuple[tf_keras.Model, Nests]:
+    """Return the model of a ``.keras`` or ``.h5`` file, by ``tf_keras`` or Keras 3, as a flat one; and its nests.
 
     The graph of a SavedModel comes as a single layer.
 
@@ -111,16 +119,16 @@ def load_model_file(path: Path, *, allow_code: bool) -> tf_keras.Model:
     if path.is_dir():
         model = load_saved_model(path, _where(path))
         check_finite(model)
-        return model
+        return model, {}
     config = _read_config(path)
     _check_config(path, config, allow_code)
     try:
         if is_keras3_file(path):
-            model = from_keras3(path, allow_code=allow_code)
+            flat, nests = read_keras3(path, allow_code=allow_code)
         else:
             _check_known(path, config)
             model = tf_keras.models.load_model(str(path), compile=False, safe_mode=not allow_code)
-        flat = rewrite(model)
+            flat, nests = flatten(model)
     except (*_DAMAGED, TypeError, AttributeError, NameError, tf.errors.OpError) as error:
         raise CompressError(
             _where(path),
@@ -129,7 +137,7 @@ def load_model_file(path: Path, *, allow_code: bool) -> tf_keras.Model:
             fix=f"{_SAVE} Use Keras' own layers only, and take wrappers off (strip_pruning, strip_clustering).",
         ) from error
     check_finite(flat)
-    return flat
+    return flat, nests
 
 
 def _where(path: Path, layer: str | None = None) -> str:

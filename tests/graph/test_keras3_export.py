@@ -31,7 +31,9 @@ arrays = np.load(sys.argv[2])
 found = model(arrays["x"])
 found = found if isinstance(found, (list, tuple)) else [found]
 gaps = [float(np.abs(np.asarray(y) - arrays[f"y{i}"]).max()) for i, y in enumerate(found)]
-print(json.dumps({"gap": max(gaps), "params": model.count_params(), "compress": "compress" in sys.modules}))
+nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+known = "compress" in sys.modules
+print(json.dumps({"gap": max(gaps), "params": model.count_params(), "compress": known, "nested": nested}))
 """
 
 
@@ -114,6 +116,7 @@ def test_a_keras_3_file_with_a_nested_backbone_goes_through_the_command_line(cli
     rebuilt = from_keras3(written)
     found = in_plain_keras(written, rebuilt, tmp_path)
     assert found["gap"] < 1e-4
+    assert found["nested"] == ["backbone"]
     assert found["params"] < 0.75 * model.count_params()
     kernels = [layer.kernel.numpy() for layer in rebuilt.layers if hasattr(layer, "kernel")]
     assert 0.2 < np.mean(np.concatenate([kernel.ravel() for kernel in kernels]) == 0) < 0.6
