@@ -130,6 +130,7 @@ class PruneChannels(Strategy):
             skipped = _skipped(channels, names)
             if not groups:
                 raise context.nothing_done("a layer with channels that may go", skipped)
+            left_alone = context.skip(skipped)
             if self.criterion == RECONSTRUCTION:
                 candidate, stay = self._reconstruct(candidate, target, start, context)
                 channels = Channels(candidate.model)
@@ -149,7 +150,7 @@ class PruneChannels(Strategy):
                 left = {name: width for name, width in sorted(widths.items()) if name in present}
                 candidate = candidate.with_guarantee(Widths(context.stage, left))
             candidate = recovering.recover(candidate)
-        return candidate.evolve(skipped=context.skip(skipped), measured={"oracle_difference": worst})
+        return candidate.evolve(skipped=left_alone, measured={"oracle_difference": worst})
 
     def _plan(self, channels: Channels, groups: Sequence[Group], context: Context) -> Plan:
         evidence = Evidence(channels, context.data, context.seed)

@@ -127,6 +127,7 @@ class Prune(Strategy):
         masking = self._masking(chosen)
         if all(mask.all() for mask in masking.masks([np.abs(k.value) for k in chosen], sparsity)):
             raise context.nothing_done(f"a kernel of which a share of {sparsity:g} is at least one weight", skipped)
+        left_alone = context.skip(skipped)
         if self.criterion == "second_order":
             done = self._one_shot(candidate, context, masking, chosen, sparsity)
         else:
@@ -141,7 +142,7 @@ class Prune(Strategy):
                 regrow=self.regrow,
             )
             done = work.rewound(sparsity, self.rounds) if self.rewind else work.run(sparsity, self.rounds)
-        return done.evolve(skipped=context.skip(skipped))
+        return done.evolve(skipped=left_alone)
 
     def _one_shot(
         self, candidate: Candidate, context: Context, masking: Masking, chosen: list[Kernel], sparsity: float
