@@ -129,7 +129,7 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise _invalid(error, where) from error
+        raise _invalid(error, where, _defaults(kind)) from error
 
 
 def check(kind: Any, value: Any, where: str) -> Any:
@@ -141,7 +141,7 @@ def check(kind: Any, value: Any, where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise _invalid(error, where) from error
+        raise _invalid(error, where, {}) from error
 
 
 def _stage(name: str, values: Any) -> Stage:
@@ -181,7 +181,7 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
     try:
         return Recovery(**values)
     except ValidationError as error:
-        raise _invalid(error, where) from error
+        raise _invalid(error, where, {}) from error
 
 
 def _positive(value: Any, where: str) -> int:
@@ -245,7 +245,11 @@ def _unknown_key(where: str, name: str, known: set[str]) -> CompressError:
     return CompressError(where, expected="a key that exists", received=name, fix=did_you_mean(name, known))
 
 
-def _invalid(error: ValidationError, where: str) -> CompressError:
+def _defaults(kind: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+
+
+def _invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) -> CompressError:
     first = error.errors()[0]
     path = [part for part in first["loc"] if isinstance(part, str) and "[" not in part and part not in _UNION_TAGS]
     key = ".".join([where, *path])
@@ -257,11 +261,12 @@ def _invalid(error: ValidationError, where: str) -> CompressError:
     received = first["input"]
     if isinstance(received, ArgsKwargs):
         # The fields do not go together; each alone is valid.
+        set_ = {k: v for k, v in (received.kwargs or {}).items() if v != defaults.get(k)}
         return CompressError(
             key,
             expected=expected[:300],
-            received=", ".join(f"{k}={v}" for k, v in (received.kwargs or {}).items() if v is not None)[:300],
-            fix="Set the ones that you do not mean to null.",
+            received=", ".join(f"{k}={v}" for k, v in set_.items())[:300],
+            fix="Take back the ones that you do not mean.",
         )
     return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=f"Change it: {key}=<value>.")
 

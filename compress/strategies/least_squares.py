@@ -109,8 +109,15 @@ def solve(known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | N
         known: the moments.
         before: the matrix to be near to, [d + 1, outputs].
         ridge: how strongly, relative to the mean of the inputs' squares.
-        left: which of the d inputs there are, [d] booleans; the others' rows become zero.
+        left: which of the d inputs there are, [d] booleans, or for each output, [d, outputs]; the others become zero.
     """
+    if left is not None and left.ndim == 2:
+        start = np.where(np.vstack([left, np.ones((1, left.shape[1]), bool)]), before, 0.0)
+        parts = [
+            solve(Moments(known.inputs, known.cross[:, [o]]), start[:, [o]], ridge, left[:, o])
+            for o in range(left.shape[1])
+        ]
+        return np.concatenate(parts, 1)
     size = len(before)
     use = np.append(np.ones(size - 1, bool) if left is None else left, True)
     gram = known.inputs[np.ix_(use, use)]

@@ -6,18 +6,20 @@ what makes the sum that it is added to that of the original again; and the norms
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from compress.candidate import Guarantee
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, foldable_pairs
 from compress.graph.rewrite import consumers, copy_model, nodes
 from compress.graph.walk import Step, Walk
-from compress.strategies.least_squares import Moments, moments
+from compress.strategies.least_squares import Moments, moments, solve
+from compress.strategies.pruning.zeros import Zeros
 from compress.training import gives_probabilities, logits_of
 
 RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
@@ -35,11 +37,15 @@ class Importance:
 
 @dataclass
 class Repair:
-    """A model made ready: batch norms folded, sums found. ``samples`` are calibration inputs, unlabelled."""
+    """A model made ready: batch norms folded, sums found. ``samples`` are calibration inputs, unlabelled.
+
+    ``guarantees``: what is zero stays zero, and layers whose values are bound otherwise are left as they are.
+    """
 
     model: tf_keras.Model
     samples: np.ndarray
     seed: int
+    guarantees: Sequence[Guarantee] = ()
     folded: tf_keras.Model = field(init=False)
     importance: dict[str, Importance] = field(init=False, default_factory=dict)
 
@@ -47,6 +53,16 @@ class Repair:
         _require_walkable(self.model)
         self.folded = fold_batch_norm(self.model)
         self._sums = _sums(self.folded)
+        self.alive: dict[str, np.ndarray] = {}
+        """Layer -> which of its weights may be other than zero, [inputs, outputs]."""
+        self._fixed: set[str] = set()
+        for guarantee in self.guarantees:
+            if not isinstance(guarantee, Zeros):
+                self._fixed |= {name.rpartition("/")[0] for name in guarantee.weights()}
+                continue
+            for name, mask in guarantee.masks.items():
+                layer, matrix = name.rpartition("/")[0], mask.reshape(-1, mask.shape[-1])
+                self.alive[layer] = matrix & self.alive.get(layer, True)
 
     def measure_importance(self, layers: Iterable[str]) -> None:
         """Measure what errors of the layers' outputs mean for the logits; :meth:`moments` takes it into account."""
@@ -62,6 +78,22 @@ class Repair:
         weight = self.importance.get(step.layer.name)
         wanted = linear_output(step.node.layer, step.inputs[0]) if target is None else target
         return moments(step.layer, step.changed_inputs[0], wanted, None if weight is None else weight.places)
+
+    def solved(
+        self, layer: str, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the layer's matrix [d + 1, outputs], solved as far as the guarantees allow.
+
+        ``left``: as in :func:`~compress.strategies.least_squares.solve`; the others become zero.
+        """
+        alive = self.alive.get(layer)
+        if alive is not None:
+            left = alive if left is None else alive & (left if left.ndim == 2 else left[:, None])
+        if left is not None:
+            last = np.ones((1, *left.shape[1:]), bool)
+            whole = np.concatenate([left, last])
+            before = np.where(whole if left.ndim == 2 else whole[:, None], before, 0.0)
+        return before if layer in self._fixed else solve(known, before, ridge, left)
 
     def target(self, walk: Walk, step: Step) -> np.ndarray:
         """Return what the layer should give: so much that the sum it is added to is that of the original."""

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 from hypothesis import given
 from hypothesis import strategies as st
@@ -276,7 +277,7 @@ def test_regularisation_drives_units_to_zero_before_the_cut(regularisation, mode
 
 
 def test_regularisation_needs_training(model, context):
-    with pytest.raises(CompressError, match="some training"):
+    with pytest.raises(CompressError, match="a recovery that trains"):
         PruneChannels(regularisation="growing").apply(Candidate(model), context)
 
 
@@ -302,6 +303,7 @@ def test_the_block_whose_branch_adds_least_goes_as_a_whole(deep, context):
     assert {"inner0", "outer0"} <= names
     assert 0.7 <= macs(result.model) / macs(deep) <= 0.76
     assert result.measured["oracle_difference"] < 1e-5
+    assert result.measured["blocks_removed"] == 1
     assert all(guarantee.layers <= names for guarantee in result.guarantees)
     assert all(guarantee.check(result.model) == [] for guarantee in result.guarantees)
     kept = PruneChannels(macs=0.6, images=64).apply(pruned, context)
@@ -319,3 +321,59 @@ def test_what_does_not_go_together_is_refused():
         PruneChannels(criterion="reconstruction", blocks=True)
     with pytest.raises(ValueError, match="one of macs"):
         PruneChannels(bytes=0.5, macs=0.5)
+
+
+def test_fisher_is_the_mean_of_the_samples_squared_gradients(model, context):
+    evidence = Evidence(Channels(model), context.data, 0, images=40)
+    chosen = np.random.default_rng(0).permutation(len(context.data.train))[:40]
+    kernel, total = model.get_layer("inner").kernel, 0.0
+    for x, y in zip(context.data.train.x[chosen].astype(np.float32), context.data.train.y[chosen], strict=True):
+        with tf.GradientTape() as tape:
+            loss = tf_keras.losses.sparse_categorical_crossentropy([y], model(x[None]), from_logits=True)
+        total = total + np.asarray(tape.gradient(loss, kernel)) ** 2 / 40
+    own = next(m for m in group(model, "inner").members if m.weight.layer == "inner" and m.weight.attribute == "kernel")
+    np.testing.assert_allclose(evidence.squared_gradient(own), total.reshape(-1, 24).T, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_labels_or_gradients_that_say_nothing_are_refused(criterion, model, context):
+    same = dataclasses.replace(context.data.train, y=np.zeros_like(context.data.train.y))
+    flat = dataclasses.replace(context, data=dataclasses.replace(context.data, train=same))
+    with pytest.raises(CompressError, match="one and the same label"):
+        PruneChannels(criterion=criterion).apply(Candidate(model), flat)
+    dead = rewrite(model)
+    dead.get_layer("logits").kernel.assign(tf.zeros_like(dead.get_layer("logits").kernel))
+    dead.get_layer("logits").trainable = False
+    with pytest.raises(CompressError, match="all zero"):
+        PruneChannels(criterion=criterion).apply(Candidate(dead), context)
+
+
+def test_the_limit_of_a_group_holds_over_all_steps(model, context):
+    strategy = PruneChannels(macs=0.1, most=0.5, steps=3, allow_partial=True)
+    result = strategy.apply(Candidate(model), context)
+    assert result.model.get_layer("inner").output_shape[-1] == 12
+    assert result.model.get_layer("stem").output_shape[-1] == 8
+    assert result.measured["macs_kept"] == pytest.approx(macs(result.model) / macs(model))
+    with pytest.raises(CompressError, match="clamped"):
+        dataclasses.replace(strategy, allow_partial=False).apply(Candidate(model), context)
+
+
+def test_a_rounding_that_leaves_nothing_to_cut_is_named(model, context):
+    with pytest.raises(CompressError, match="multiples of 64"):
+        PruneChannels(macs=0.5, round_to=64).apply(Candidate(model), context)
+    with pytest.raises(CompressError, match="round_to"):
+        PruneChannels(macs=0.5, round_to=64, allow_partial=True).apply(Candidate(model), context)
+
+
+def test_blocks_where_there_are_none(model, context):
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, name="conv")(image)
+    plain = rewrite(tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x))))
+    with pytest.raises(CompressError, match="residual block"):
+        PruneChannels(blocks=True).apply(Candidate(plain), context)
+
+
+def test_a_pattern_clashes_with_a_cut():
+    assert PruneChannels().clashes_with(Prune()) is None
+    assert "channels" in PruneChannels().clashes_with(Prune(pattern="2:4"))
+    assert "channels" in PruneChannels().clashes_with(Prune(block=(4, 1)))

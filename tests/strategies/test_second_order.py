@@ -15,9 +15,10 @@ from compress.metrics.accuracy import keras_accuracy
 from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
-from compress.strategies.least_squares import Moments
+from compress.strategies.least_squares import Moments, solve
+from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.prune import Prune
-from compress.strategies.pruning.second_order import eliminate_each, solve_each
+from compress.strategies.pruning.second_order import eliminate_each
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -71,7 +72,7 @@ def test_masks_have_the_size_asked_for_and_solutions_keep_to_them(seed, keep):
     left = eliminate_each(known).left(keep)
     assert left.shape == (5, 4)
     assert left.sum() == keep
-    solved = solve_each(known, np.zeros((6, 4)), left, ridge=1e-9)
+    solved = solve(known, np.zeros((6, 4)), 1e-9, left)
     assert (solved[:-1][~left] == 0).all()
     for output in range(4):
         use = np.append(left[:, output], True)
@@ -97,3 +98,23 @@ def test_it_trains_on_with_its_zeros(model, context, data):
     training = Context("prune", data, model, Recovery(epochs=1), 0)
     result = Prune(sparsity=0.8, criterion="second_order", images=100).apply(Candidate(model), training)
     assert result.guarantees[0].check(result.model) == []
+
+
+def test_what_is_zero_already_costs_nothing_and_stays_zero(model, context):
+    """Twice in a row is hardly worse than at once, and the share asked for is the share of all."""
+    first = Prune(sparsity=0.6, criterion="second_order", images=300).apply(Candidate(model), context)
+    second = Prune(sparsity=0.8, criterion="second_order", images=300).apply(first, context)
+    once = Prune(sparsity=0.8, criterion="second_order", images=300).apply(Candidate(model), context)
+    (early, late), (zeros,) = second.guarantees, once.guarantees
+    assert all((early.masks[name] | ~mask).all() for name, mask in late.masks.items())
+    asked, found = (sum((~m).sum() for m in z.masks.values()) for z in (zeros, late))
+    assert found == pytest.approx(asked, rel=0.01)
+    assert keras_accuracy(second.model, context.data.test) >= keras_accuracy(once.model, context.data.test) - 5
+
+
+def test_channels_are_repaired_around_the_zeros(model, context):
+    sparse = Prune(sparsity=0.6, criterion="second_order", images=300).apply(Candidate(model), context)
+    cut = PruneChannels(macs=0.7, criterion="reconstruction", images=300).apply(sparse, context)
+    assert all(guarantee.check(cut.model) == [] for guarantee in cut.guarantees)
+    before, after = (keras_accuracy(c.model, context.data.test) for c in (sparse, cut))
+    assert after >= before - 10

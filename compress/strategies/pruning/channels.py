@@ -6,7 +6,8 @@ Coupled channels go together (DepGraph, arXiv 2301.12900); how important they ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ from compress.training import restore
 
 _ORACLE_TOLERANCE = 1e-4
 RECONSTRUCTION = "reconstruction"
+_LOG = logging.getLogger("compress")
 
 
 def _known(name: str) -> str:
@@ -111,19 +113,27 @@ class PruneChannels(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Rank, cut, compare with the masked original, recover; so many times."""
         if self.regularisation != "none" and not context.recovery.trains:
-            context.require_training()
+            where, recovery = f"strategy.{context.stage}", context.recovery
+            raise CompressError(
+                f"{where}.regularisation",
+                expected="a recovery that trains: half of it drives channels to zero before the cut",
+                received=f"{self.regularisation} with method={recovery.method} epochs={recovery.epochs:g}",
+                fix=f"Write {where}.recovery.epochs=1, or {where}.regularisation=none.",
+            )
         budget, start = self._budget(), Start.of(candidate, context, self._budget().unit)
         share = 1.0 if self.regularisation == "none" else 0.5
         recovering = context.for_stage(context.stage, recovery=context.recovery.part(share / self.steps))
         widths: dict[str, int] = {}
-        worst = 0.0
+        measured: dict[str, float] = {"oracle_difference": 0.0}
+        sizes: dict[str, int] = {}
         for step in range(1, self.steps + 1):
             # The share of channels is counted anew at every step, the others from the start.
             part = 1 if budget.unit == "channels" else step
             target = Budget(budget.unit, budget.keep ** (part / self.steps))
             if self.blocks:
-                candidate, difference = self._drop_blocks(candidate, target, start, context)
-                worst = max(worst, difference)
+                candidate, gone, difference = self._drop_blocks(candidate, target, start, context)
+                measured["oracle_difference"] = max(measured["oracle_difference"], difference)
+                measured["blocks_removed"] = measured.get("blocks_removed", 0.0) + gone
             names = context.selection.names(candidate.model)
             channels = Channels(candidate.model)
             groups = [group for group in channels.groups if _may_go(group, names)]
@@ -131,18 +141,22 @@ class PruneChannels(Strategy):
             if not groups:
                 raise context.nothing_done("a layer with channels that may go", skipped)
             left_alone = context.skip(skipped)
+            for group in groups:
+                sizes.setdefault(group.name, len(group))
             if self.criterion == RECONSTRUCTION:
-                candidate, stay = self._reconstruct(candidate, target, start, context)
+                candidate, stay = self._reconstruct(candidate, sizes, target, start, context)
                 channels = Channels(candidate.model)
                 # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
                 oracle = candidate.model
             else:
-                candidate = self._regularise(candidate, channels, groups, target, start, recovering)
+                candidate = self._regularise(candidate, channels, groups, sizes, target, start, recovering)
                 channels = Channels(candidate.model)
-                stay = self._choose(candidate, channels, groups, target, start, context)
+                stay = self._choose(candidate, channels, groups, sizes, target, start, context)
                 oracle = masked_model(channels, stay)
+            if stay.all() and self.steps == 1:
+                raise context.nothing_done("a channel that may go under most and round_to", skipped)
             candidate, difference = _cut(candidate, oracle, channels, stay, groups, context)
-            worst = max(worst, difference)
+            measured["oracle_difference"] = max(measured["oracle_difference"], difference)
             for name in {name for group in groups if not stay[group.units].all() for name in group.writers}:
                 widths[name] = int(candidate.model.get_layer(name).output_shape[-1])
             if step == self.steps:
@@ -150,10 +164,14 @@ class PruneChannels(Strategy):
                 left = {name: width for name, width in sorted(widths.items()) if name in present}
                 candidate = candidate.with_guarantee(Widths(context.stage, left))
             candidate = recovering.recover(candidate)
-        return candidate.evolve(skipped=left_alone, measured={"oracle_difference": worst})
+        if budget.unit != "channels":
+            # After the training: zeros that the file stores once are values of their own by now.
+            measured[f"{budget.unit}_kept"] = start.kept(candidate, context, budget.unit)
+        return candidate.evolve(skipped=left_alone, measured=measured)
 
-    def _plan(self, channels: Channels, groups: Sequence[Group], context: Context) -> Plan:
-        evidence = Evidence(channels, context.data, context.seed)
+    def _plan(self, channels: Channels, groups: Sequence[Group], sizes: Mapping[str, int], context: Context) -> Plan:
+        """Return the plan; ``sizes``: how large each group was when the stage began."""
+        evidence = Evidence(channels, context.data, context.seed, where=f"strategy.{context.stage}.criterion")
         criterion = criteria()[self.criterion]
         scores = []
         for group in groups:
@@ -163,7 +181,14 @@ class PruneChannels(Strategy):
             if not criterion.members(group) and not np.any(finite):
                 score = np.full(len(group), np.inf)
             scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
-        floors = [self._floor(len(group)) for group in groups]
+        if not any(np.any(score[np.isfinite(score)]) for score in scores):
+            raise CompressError(
+                f"strategy.{context.stage}.criterion",
+                expected="a criterion that tells channels apart",
+                received=f"{self.criterion}, whose scores are all zero",
+                fix="Choose another one (l2), or look whether the model's weights are what they should be.",
+            )
+        floors = [min(self._floor(sizes.get(group.name, len(group))), len(group)) for group in groups]
         return Plan(channels, groups, scores, floors, self._multiple(context))
 
     def _choose(
@@ -171,12 +196,13 @@ class PruneChannels(Strategy):
         candidate: Candidate,
         channels: Channels,
         groups: Sequence[Group],
+        sizes: Mapping[str, int],
         budget: Budget,
         start: Start,
         context: Context,
     ) -> np.ndarray:
         """Return which units stay: [units]."""
-        plan = self._plan(channels, groups, context)
+        plan = self._plan(channels, groups, sizes, context)
         if budget.unit not in MEASURED:
             stay = plan.meet(budget, start.size, self.ranking)
             reached = plan.cost(stay, budget.unit, start.size)
@@ -198,6 +224,7 @@ class PruneChannels(Strategy):
         candidate: Candidate,
         channels: Channels,
         groups: Sequence[Group],
+        sizes: Mapping[str, int],
         budget: Budget,
         start: Start,
         recovering: Context,
@@ -211,7 +238,7 @@ class PruneChannels(Strategy):
         may &= ~channels.pinned
         sparsity: GroupSparsity
         if self.regularisation == "growing":
-            may &= ~self._choose(candidate, channels, groups, budget, start, recovering)
+            may &= ~self._choose(candidate, channels, groups, sizes, budget, start, recovering)
             sparsity = GrowingDecay(channels, model, may, self.strength or 7.0)
         else:
             sparsity = GroupLasso(channels, model, may, self.strength or 0.5)
@@ -219,40 +246,46 @@ class PruneChannels(Strategy):
 
     def _drop_blocks(
         self, candidate: Candidate, budget: Budget, start: Start, context: Context
-    ) -> tuple[Candidate, float]:
-        """Return the candidate without the residual blocks that score lowest, and what the oracle says."""
+    ) -> tuple[Candidate, int, float]:
+        """Return the candidate without the residual blocks that score lowest, their number, what the oracle says."""
         names, model = context.selection.names(candidate.model), candidate.model
         channels = Channels(model)
         weighted = {kernel.layer.name for kernel in kernels(model)}
         blocks = [b for b in residual_blocks(model) if set(b.layers) & weighted <= names]
         groups = [group for group in channels.groups if _may_go(group, names)]
-        if not blocks or not groups:
-            return candidate, 0.0
+        if not blocks:
+            raise CompressError(
+                f"strategy.{context.stage}.blocks",
+                expected="a residual block, all of whose layers may go, beside a shortcut that changes nothing",
+                received=f"none in {model.name}",
+                fix=f"Write strategy.{context.stage}.blocks=false, or widen its only and skip.",
+            )
         proxy = Budget(MEASURED.get(budget.unit, budget.unit), budget.keep)
         shares = branch_shares(model, blocks, context.calibration_samples(self.images))
-        gone = lowest_blocks(self._plan(channels, groups, context), blocks, shares, proxy, start.size)
+        gone = lowest_blocks(self._plan(channels, groups, {}, context), blocks, shares, proxy, start.size)
         if not gone:
-            return candidate, 0.0
+            return candidate, 0, 0.0
+        _LOG.info("%s: residual blocks that go: %s", context.stage, ", ".join(block.add for block in gone))
         smaller, samples = without_blocks(model, gone), _samples(context, model)
         difference = oracle_difference(without_branches(model, gone), smaller, samples)
         _require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context)
         lost = frozenset(name for block in gone for name in (*block.layers, block.add))
         guarantees = (g.without(lost) if g.layers & lost else g for g in candidate.guarantees)
         left = tuple(g for g, old in zip(guarantees, candidate.guarantees, strict=True) if g.layers or not old.layers)
-        return candidate.evolve(model=smaller, guarantees=left), difference
+        return candidate.evolve(model=smaller, guarantees=left), len(gone), difference
 
     def _reconstruct(
-        self, candidate: Candidate, budget: Budget, start: Start, context: Context
+        self, candidate: Candidate, sizes: Mapping[str, int], budget: Budget, start: Start, context: Context
     ) -> tuple[Candidate, np.ndarray]:
         """Return the candidate with a repaired model of the same structure, and which units stay: [units]."""
         names = context.selection.names(candidate.model)
-        repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed)
+        repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees)
         work = Reconstruction(repair, names)
         if not work.cuttable:
             raise context.nothing_done("a group of channels with one writer and one linear reader", ())
         groups = [item.group for item in work.cuttable]
         names_of = [group.name for group in groups]
-        floors = [self._floor(len(group)) for group in groups]
+        floors = [min(self._floor(sizes.get(group.name, len(group))), len(group)) for group in groups]
         # Costs are counted on the folded network, which has fewer parameters.
         now = Size.of(candidate.model)
         whole = {unit: getattr(now, unit) / getattr(start.size, unit) for unit in ("macs", "params")} | {
@@ -282,11 +315,15 @@ class PruneChannels(Strategy):
 
     def _out_of_reach(self, context: Context, budget: Budget, reached: float, clamped: Sequence[str]) -> CompressError:
         names = f"{', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''}"
+        multiple = self._multiple(context)
+        rounded = f" in multiples of {multiple}" if multiple > 1 else ""
         return CompressError(
             f"strategy.{context.stage}.{budget.unit}",
-            expected=f"at least {reached:.3f}, what is left when every group loses all that it may",
+            expected=f"at least {reached:.4g}, what is left when every group loses all that it may{rounded}",
             received=f"{budget.keep:g} (clamped: {names})",
-            fix=f"Raise strategy.{context.stage}.{budget.unit} or .most, or write allow_partial=true.",
+            fix=f"Raise strategy.{context.stage}.{budget.unit} or .most, "
+            + ("lower .round_to, " if rounded else "")
+            + "or write allow_partial=true.",
         )
 
     def _multiple(self, context: Context) -> int:

@@ -19,6 +19,7 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.kernels import get_variable
 from compress.graph.rewrite import NewLayer, rewrite
+from compress.strategies.pruning.gradients import require_gradients, require_labels
 from compress.strategies.pruning.masks import GONE, Masking
 from compress.training import gives_probabilities, logits_of
 
@@ -60,7 +61,7 @@ class Evidence:
             CompressError: if the labels or the gradients say nothing.
         """
         found = self._mean(lambda x, y: self._loss(x, y, temperature))
-        self._require_gradients(found)
+        require_gradients(found, f"strategy.{self.stage}.criterion")
         return found
 
     def hessian_times(self, vectors: Sequence[np.ndarray], temperature: float = 1.0) -> list[np.ndarray]:
@@ -101,24 +102,9 @@ class Evidence:
     def _batches(self) -> Iterable[tuple[tf.Tensor, tf.Tensor]]:
         train = self.data.train
         chosen = np.random.default_rng(self.seed).permutation(len(train))[: self.images]
-        if len(np.unique(train.y[chosen])) < 2:
-            raise self._useless(f"{len(chosen)} samples with one and the same label")
+        require_labels(train.y[chosen], f"strategy.{self.stage}.criterion")
         samples = tf.data.Dataset.from_tensor_slices((train.x[chosen].astype(np.float32), train.y[chosen]))
         return samples.batch(_BATCH)
-
-    def _require_gradients(self, found: Sequence[np.ndarray]) -> None:
-        if not all(np.isfinite(g).all() for g in found):
-            raise self._useless("gradients that are not finite")
-        if not any(g.any() for g in found):
-            raise self._useless("gradients that are all zero")
-
-    def _useless(self, received: str) -> CompressError:
-        return CompressError(
-            f"strategy.{self.stage}.criterion",
-            expected="labelled samples and a model whose loss has gradients by its weights",
-            received=received,
-            fix=f"Bring labels, or write strategy.{self.stage}.criterion=magnitude or synflow, which need none.",
-        )
 
 
 class Criterion(ABC):

@@ -44,6 +44,12 @@ class Start:
         # What the guarantees say of the weights does not change how large or fast the file is.
         return _measure(candidate.evolve(model=model, guarantees=()), context, unit) / self.measured
 
+    def kept(self, candidate: Candidate, context: Context, unit: str) -> float:
+        """Return the share that the candidate is of the start, in any unit but channels."""
+        if unit in MEASURED:
+            return self.share_of(candidate.model, candidate, context, unit)
+        return float(getattr(Size.of(candidate.model), unit) / getattr(self.size, unit))
+
 
 def _measure(candidate: Candidate, context: Context, unit: str) -> float:
     with tempfile.TemporaryDirectory(prefix=".measured-") as folder:

@@ -26,7 +26,7 @@ from compress.strategies.pruning.criteria import criteria
 from compress.strategies.pruning.masks import Axes, Blocks, KeptOfEach, Masking, Pattern
 from compress.strategies.pruning.rounds import Rounds, apply_masks, zeros_of
 from compress.strategies.pruning.second_order import prune_second_order
-from compress.strategies.pruning.zeros import Zeros
+from compress.strategies.pruning.zeros import PatternedZeros, Zeros
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
@@ -83,7 +83,6 @@ class Prune(Strategy):
     images: Annotated[int, Ge(16), Le(1_000_000)] = 1000
 
     effects = frozenset({Effect.TRAIN, Effect.ZERO})
-    establishes = Zeros
 
     def __post_init__(self) -> None:
         """Refuse several budgets at once, and fields that do not go together."""
@@ -104,8 +103,16 @@ class Prune(Strategy):
         if self.regrow is not None:
             _refuse("regrow", repeated)
 
+    @property
+    def establishes(self) -> type[Zeros]:  # type: ignore[override]
+        """Zeros; in a pattern they are broken by more."""
+        return PatternedZeros if self.pattern or self.block else Zeros
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        """Prune and recover; the share asked for is exact to one weight, or block."""
+        """Prune and recover; the share asked for is exact to one weight, or block.
+
+        ``second_order`` meets it to a hundredth of each layer; a codebook of an earlier stage may add zeros.
+        """
         self._require_training(context)
         model = copy_model(candidate.model)
         names = context.selection.names(model)
@@ -140,6 +147,7 @@ class Prune(Strategy):
                 images=self.images,
                 ramp=self.ramp,
                 regrow=self.regrow,
+                guarantee=self.establishes,
             )
             done = work.rewound(sparsity, self.rounds) if self.rewind else work.run(sparsity, self.rounds)
         return done.evolve(skipped=left_alone)
@@ -148,7 +156,7 @@ class Prune(Strategy):
         self, candidate: Candidate, context: Context, masking: Masking, chosen: list[Kernel], sparsity: float
     ) -> Candidate:
         """Prune and repair in closed form, then recover; kernels that cannot be solved for are pruned by magnitude."""
-        repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed)
+        repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees)
         names = frozenset(kernel.layer.name for kernel in chosen)
         model, found = prune_second_order(repair, names, 1 - sparsity, by_macs=self._budget().unit == "macs")
         left = [kernel for kernel in kernels(model) if kernel.layer.name in names]

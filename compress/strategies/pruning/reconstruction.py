@@ -20,7 +20,7 @@ from compress.graph.channels.groups import Channels, Group
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
-from compress.strategies.least_squares import Moments, assign_matrix, eliminate, is_linear, matrix_of, solve
+from compress.strategies.least_squares import Moments, assign_matrix, eliminate, is_linear, matrix_of
 from compress.strategies.pruning.plan import Plan, Size
 from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
 
@@ -108,7 +108,7 @@ class Reconstruction:
                     continue
                 before, known = matrix_of(step.layer), repair.moments(step, repair.target(walk, step))
                 if chosen is None:
-                    assign_matrix(step.layer, solve(known, before, REPAIR_RIDGE))
+                    assign_matrix(step.layer, repair.solved(step.layer.name, known, before, REPAIR_RIDGE))
                     continue
                 item, count = chosen
                 order, _ = eliminate(known, item.rows, repair.metric(item.reader), RIDGE)
@@ -119,7 +119,7 @@ class Reconstruction:
     def _solved(self, known: Moments, before: np.ndarray, item: Cuttable, kept: np.ndarray) -> np.ndarray:
         left = np.zeros(len(before) - 1, bool)
         left[item.rows[kept].ravel()] = True
-        return solve(known, np.where(np.append(left, True)[:, None], before, 0.0), RIDGE, left)
+        return self.repair.solved(item.reader, known, before, RIDGE, left)
 
 
 class Allocation:

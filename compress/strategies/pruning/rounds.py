@@ -33,6 +33,7 @@ class Rounds:
     images: int
     ramp: float
     regrow: float | None
+    guarantee: type[Zeros] = Zeros
 
     def run(self, sparsity: float, rounds: int) -> Candidate:
         """Prune to ``sparsity`` in ``rounds`` steps that each keep the same share of what is left."""
@@ -95,9 +96,10 @@ class Rounds:
         # Earlier guarantees may turn a few more weights into zeros (a codebook that keeps its size).
         restore(model, self.candidate.guarantees)
         zeros = zeros_of(self.context.stage, model, self.names)
+        zeros = self.guarantee(zeros.stage, zeros.masks)
         if self.regrow is not None:
             # What has grown but not moved yet is zero, and alive.
-            zeros = Zeros(zeros.stage, {name: mask | alive[name] for name, mask in zeros.masks.items()})
+            zeros = self.guarantee(zeros.stage, {name: mask | alive[name] for name, mask in zeros.masks.items()})
         return self.candidate.with_guarantee(zeros)
 
     def _bound(self, masks: Mapping[str, np.ndarray]) -> Candidate:

@@ -7,10 +7,9 @@ weights of a group say about a unit is added up, as in DepGraph (arXiv 2301.1290
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,9 +18,11 @@ import tf_keras
 from compress.data.source import Data
 from compress.graph.channels.groups import Channels, Group, IndexMap
 from compress.graph.rewrite import nodes
-from compress.training import gives_probabilities, logits_of
+from compress.strategies.pruning.gradients import loss_gradients, squared_gradients
 
 _BATCH = 128
+_SINGLE_SAMPLES = 256
+"""Looked at one by one."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,20 @@ class Evidence:
     data: Data
     seed: int
     images: int = 1024
+    where: str = "strategy.prune_channels.criterion"
+    """The configuration key, for errors."""
 
     def weight(self, member: IndexMap) -> np.ndarray:
         """Return the weight of a member with its units along axis 0, flat behind: [places, rest]."""
         return _rows(np.asarray(self._variable(member)), member)
 
-    def gradients(self, member: IndexMap) -> tuple[np.ndarray, np.ndarray]:
-        """Return (mean of the gradient, mean of its square) over batches, laid out like :meth:`weight`."""
-        mean, square = self._gradients[self._variable(member).ref()]
-        return _rows(mean, member), _rows(square, member)
+    def gradient(self, member: IndexMap) -> np.ndarray:
+        """Return the gradient of the mean loss, laid out like :meth:`weight`."""
+        return _rows(self._gradients[self._variable(member).ref()], member)
+
+    def squared_gradient(self, member: IndexMap) -> np.ndarray:
+        """Return the mean of the samples' squared gradients, laid out like :meth:`weight`."""
+        return _rows(self._squares[self._variable(member).ref()], member)
 
     def activations(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
         """Return (mean absolute value, share of exact zeros) of each unit where it is read: [units], [units]."""
@@ -55,27 +61,22 @@ class Evidence:
         return self.data.train.x[chosen].astype(np.float32), self.data.train.y[chosen]
 
     @cached_property
-    def _gradients(self) -> Mapping[object, tuple[np.ndarray, np.ndarray]]:
+    def _variables(self) -> list[tf.Variable]:
         model = self.channels.model
         variables = [model.get_layer(w.layer).weights[w.index] for w in self.channels.trace.weights.values()]
-        variables = [variable for variable in variables if variable.trainable]
-        probabilities = gives_probabilities(model)
+        return [variable for variable in variables if variable.trainable]
 
-        def gradient(x: tf.Tensor, y: tf.Tensor) -> Any:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(variables)
-                logits = logits_of(model(x, training=False), probabilities)
-                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits))
-            found = tape.gradient(loss, variables, unconnected_gradients="zero")
-            return [tf.convert_to_tensor(value) for value in found]
+    @cached_property
+    def _gradients(self) -> dict[object, np.ndarray]:
+        x, y = self._sample()
+        found = loss_gradients(self.channels.model, self._variables, x, y, self.where)
+        return {v.ref(): value for v, value in zip(self._variables, found, strict=True)}
 
-        sums = [np.zeros((2, *v.shape)) for v in variables]
-        batches, compiled = 0, tf.function(gradient)
-        for x, y in tf.data.Dataset.from_tensor_slices(self._sample()).batch(_BATCH):
-            batches += 1
-            for total, value in zip(sums, compiled(x, y), strict=True):
-                total += np.stack([value, np.square(value)])
-        return {v.ref(): tuple(total / batches) for v, total in zip(variables, sums, strict=True)}
+    @cached_property
+    def _squares(self) -> dict[object, np.ndarray]:
+        x, y = (part[:_SINGLE_SAMPLES] for part in self._sample())
+        found = squared_gradients(self.channels.model, self._variables, x, y, self.where)
+        return {v.ref(): value for v, value in zip(self._variables, found, strict=True)}
 
     @cached_property
     def _activations(self) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +192,7 @@ class Taylor(Criterion):
     def score(self, group: Group, evidence: Evidence) -> np.ndarray:
         """Add up weight times gradient over a unit, then square."""
         members = self.members(group)
-        return per_unit(group, members, lambda m: (evidence.weight(m) * evidence.gradients(m)[0]).sum(1)) ** 2
+        return per_unit(group, members, lambda m: (evidence.weight(m) * evidence.gradient(m)).sum(1)) ** 2
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Fisher(Criterion):
     def score(self, group: Group, evidence: Evidence) -> np.ndarray:
         """Add up squared weight times squared gradient."""
         members = self.members(group)
-        return per_unit(group, members, lambda m: (evidence.weight(m) ** 2 * evidence.gradients(m)[1]).sum(1))
+        return per_unit(group, members, lambda m: (evidence.weight(m) ** 2 * evidence.squared_gradient(m)).sum(1))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from compress.graph.kernels import Kernel, kernels
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
-from compress.strategies.least_squares import Moments, assign_matrix, is_linear, matrix_of, solve
+from compress.strategies.least_squares import Moments, assign_matrix, is_linear, matrix_of
 from compress.strategies.pruning.reconstruction import Curve, allocate
 from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
 
@@ -40,9 +40,9 @@ class Elimination:
     added: np.ndarray
 
     def left(self, keep: int) -> np.ndarray:
-        """Return which weights are left, [weights, outputs], when ``keep`` of the layer's weights are."""
+        """Return which weights are left, [weights, outputs], when ``keep`` of the layer's weights are, or fewer."""
         outputs, weights = self.order.shape
-        gone = outputs * weights - keep
+        gone = max(outputs * weights - keep, int((self.added < 0).sum()))
         # Within an output a weight goes only after those before it: its price is the highest so far.
         prices = np.maximum.accumulate(self.added, axis=1)
         first = np.argsort(prices, axis=None, kind="stable")[:gone]
@@ -91,10 +91,10 @@ def prune_second_order(
                 continue
             before, known = matrix_of(step.layer), repair.moments(step, repair.target(walk, step))
             if name not in counts:
-                assign_matrix(step.layer, solve(known, before, REPAIR_RIDGE))
+                assign_matrix(step.layer, repair.solved(name, known, before, REPAIR_RIDGE))
                 continue
-            left = eliminate_each(known).left(counts[name])
-            assign_matrix(step.layer, solve_each(known, before, left))
+            left = eliminate_each(known, alive=repair.alive.get(name)).left(counts[name])
+            assign_matrix(step.layer, repair.solved(name, known, before, RIDGE, left))
             masks[name] = left.reshape(step.layer.kernel.shape)
     return repair.with_norms(changed), masks
 
@@ -117,12 +117,12 @@ def _curves(repair: Repair, chosen: Sequence[str]) -> list[Curve]:
             if name not in chosen:
                 continue
             known, before = repair.moments(step), matrix_of(step.layer)
-            elimination = eliminate_each(known)
+            elimination = eliminate_each(known, alive=repair.alive.get(name))
             size = elimination.order.size
             points = {_STEPS: 0.0}
             for level in _LEVELS:
                 left = elimination.left(max(1, int(level * size)))
-                assign_matrix(step.layer, solve_each(known, before, left))
+                assign_matrix(step.layer, repair.solved(name, known, before, RIDGE, left))
                 values = {key: value[:few] for key, value in walk.values.items()}
                 final = walk.rest(step.position, walk.run(step.node, step.layer, values), few)
                 points[round(level * _STEPS)] = change_of_logits(repair.folded, final, wanted)
@@ -137,8 +137,11 @@ def _curves(repair: Repair, chosen: Sequence[str]) -> list[Curve]:
     return [found[name] for name in chosen]
 
 
-def eliminate_each(known: Moments, ridge: float = RIDGE) -> Elimination:
-    """Eliminate the weights of every output one after the other; the bias (the last row) stays."""
+def eliminate_each(known: Moments, ridge: float = RIDGE, alive: np.ndarray | None = None) -> Elimination:
+    """Eliminate the weights of every output one after the other; the bias (the last row) stays.
+
+    ``alive`` [weights, outputs]: the others are gone already; they go first and cost nothing.
+    """
     size, outputs = known.cross.shape
     strength = ridge * max(float(np.mean(np.diag(known.inputs)[:-1])), 1e-12)
     # In double precision: hundreds of updates of a nearly singular inverse overflow in single.
@@ -151,24 +154,31 @@ def eliminate_each(known: Moments, ridge: float = RIDGE) -> Elimination:
     chunk = max(1, _CHUNK_BYTES // (inverse.itemsize * size * size))
     for start in range(0, outputs, chunk):
         part = slice(start, min(start + chunk, outputs))
-        order[part], added[part] = _eliminate_chunk(inverse, solution[part].copy(), least)
+        gone = np.zeros((0, 0), bool) if alive is None else ~alive.T[part]
+        order[part], added[part] = _eliminate_chunk(inverse, solution[part].copy(), least, gone)
     return Elimination(order, added)
 
 
-def _eliminate_chunk(inverse: np.ndarray, solution: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+def _eliminate_chunk(
+    inverse: np.ndarray, solution: np.ndarray, least: float, gone_before: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (order, added error) of a few outputs at once: [outputs, weights] each.
 
-    ``least``: what a diagonal element of the inverse cannot fall below but by rounding.
+    ``least``: what a diagonal element of the inverse cannot fall below but by rounding. ``gone_before`` [outputs,
+    weights]: these go first, for less than nothing; empty if there are none.
     """
     count, size = solution.shape
     every = np.arange(count)
     inverses = np.repeat(inverse[None], count, 0)
     alive = np.ones((count, size), bool)
     alive[:, -1] = False
+    first = np.zeros((count, size), bool)
+    if gone_before.size:
+        first[:, :-1] = gone_before
     order, added = np.empty((count, size - 1), np.int64), np.empty((count, size - 1))
     for step in range(size - 1):
         diagonal = np.maximum(np.einsum("oii->oi", inverses), least)
-        prices = np.where(alive, solution**2 / diagonal, np.inf)
+        prices = np.where(alive, np.where(first, -1.0, solution**2 / diagonal), np.inf)
         gone = prices.argmin(1)
         order[:, step], added[:, step] = gone, prices[every, gone]
         columns = inverses[every, :, gone]
@@ -178,14 +188,3 @@ def _eliminate_chunk(inverse: np.ndarray, solution: np.ndarray, least: float) ->
         solution[every, gone] = 0
         alive[every, gone] = False
     return order, added
-
-
-def solve_each(known: Moments, before: np.ndarray, left: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """Return the matrix [d + 1, outputs] with the least squared error whose weights outside ``left`` are zero."""
-    result = np.zeros_like(before)
-    for output in range(left.shape[1]):
-        mask = left[:, output]
-        start = np.where(np.append(mask, True)[:, None], before[:, [output]], 0.0)
-        one = Moments(known.inputs, known.cross[:, [output]])
-        result[:, [output]] = solve(one, start, ridge, mask)
-    return result

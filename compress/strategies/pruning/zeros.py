@@ -64,3 +64,10 @@ class Zeros(Guarantee):
             if wrong:
                 found.append(Violation(name, f"{wrong} pruned weights are not zero in the file"))
         return found
+
+
+@dataclass(frozen=True)
+class PatternedZeros(Zeros):
+    """Zeros in a pattern along the channels (N:M, blocks), which a cut would break."""
+
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.CUT})
