@@ -72,12 +72,13 @@ def moments(
     targets: np.ndarray,
     weights: np.ndarray | None = None,
     *,
+    known: Moments | None = None,
     batch: int = 64,
 ) -> Moments:
     """Stream the moments of a layer over samples ``x`` with ``targets`` [samples, ..., outputs].
 
     ``weights`` [samples, ...] says how much each place counts. Of large maps only the first samples are taken, so many
-    that there are enough places.
+    that there are enough places. ``known``: moments of the same inputs with other targets; the inputs' are taken over.
     """
     places = int(np.prod(targets.shape[1:-1], dtype=np.int64))
     samples = min(len(x), max(batch, _MOST_PLACES // max(places, 1)))
@@ -92,14 +93,15 @@ def moments(
         weighted = rows
         if weights is not None:
             weighted = rows * tf.reshape(tf.constant(weights[part], tf.float64), [-1, 1])
-        inputs += tf.matmul(weighted, rows, transpose_a=True).numpy()
+        if known is None:
+            inputs += tf.matmul(weighted, rows, transpose_a=True).numpy()
         cross += tf.matmul(weighted, wanted, transpose_a=True).numpy()
         total += float(rows.shape[0])
     if not layer.use_bias:
         # There is no bias to solve for: the constant is tied to nothing.
         inputs[-1], inputs[:, -1], cross[-1] = 0.0, 0.0, 0.0
         inputs[-1, -1] = total
-    return Moments(inputs / total, cross / total)
+    return Moments(inputs / total if known is None else known.inputs, cross / total)
 
 
 def solve(known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None) -> np.ndarray:

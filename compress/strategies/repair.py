@@ -6,7 +6,7 @@ what makes the sum that it is added to that of the original again; and the norms
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,13 +18,14 @@ from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, foldable_pairs
 from compress.graph.rewrite import consumers, copy_model, nodes
 from compress.graph.walk import Step, Walk
-from compress.strategies.least_squares import Moments, moments, solve
+from compress.strategies.least_squares import Moments, assign_matrix, moments, solve
 from compress.strategies.pruning.zeros import Zeros
 from compress.training import gives_probabilities, logits_of
 
 RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
 """Ridge of a layer that loses inputs, and of one that only makes up for others; relative to its inputs' squares."""
 _CLIP = (0.05, 20.0)
+_RECTIFIED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Repair:
         _require_walkable(self.model)
         self.folded = fold_batch_norm(self.model)
         self._sums = _sums(self.folded)
+        self._rectified = _rectified(self.folded, self._sums)
         self.alive: dict[str, np.ndarray] = {}
         """Layer -> which of its weights may be other than zero, [inputs, outputs]."""
         self._fixed: set[str] = set()
@@ -73,11 +75,34 @@ class Repair:
         known = self.importance.get(layer)
         return None if known is None else known.metric
 
-    def moments(self, step: Step, target: np.ndarray | None = None) -> Moments:
+    def moments(self, step: Step, target: np.ndarray | None = None, known: Moments | None = None) -> Moments:
         """Return the moments of a layer's changed inputs with its target, or with its original output."""
         weight = self.importance.get(step.layer.name)
         wanted = linear_output(step.node.layer, step.inputs[0]) if target is None else target
-        return moments(step.layer, step.changed_inputs[0], wanted, None if weight is None else weight.places)
+        places = None if weight is None else weight.places
+        return moments(step.layer, step.changed_inputs[0], wanted, places, known=known)
+
+    def put(
+        self, walk: Walk, step: Step, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
+    ) -> None:
+        """Write the solved matrix into the layer of this step; arguments as for :meth:`solved`.
+
+        Where a ReLU follows, what was negative before it may be anything negative: the layer is solved again for the
+        nearest such target, a few times; the error behind the ReLU falls each time. (Zhang et al., arXiv 1505.06798,
+        section 3.2, minimise the same error; here it is bounded from above by one that is quadratic.)
+        """
+        name = step.layer.name
+        assign_matrix(step.layer, self.solved(name, known, before, ridge, left))
+        if name not in self._rectified or name in self._fixed:
+            return
+        others = [tensor for tensor in self._sums.get(name, ()) if tensor in walk.values]
+        beside = sum((walk.changed_values[tensor] for tensor in others), np.float32(0))
+        wanted = linear_output(step.node.layer, step.inputs[0]) + sum((walk.values[t] for t in others), np.float32(0))
+        for _ in range(_RECTIFIED_ROUNDS):
+            now = linear_output(step.layer, step.changed_inputs[0]) + beside
+            target = np.where(wanted > 0, wanted, np.minimum(now, 0)) - beside
+            again = self.moments(step, target, known)
+            assign_matrix(step.layer, self.solved(name, again, before, ridge, left))
 
     def solved(
         self, layer: str, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
@@ -159,6 +184,27 @@ def _sums(model: tf_keras.Model) -> dict[str, tuple[int, ...]]:
         if not more and all(tensor.shape == readers[0].output.shape for tensor in node.keras_inputs):
             found[layer.name] = tuple(id(t) for t in node.keras_inputs if t.node.layer.name != layer.name)
     return found
+
+
+def _rectified(model: tf_keras.Model, sums: Collection[str]) -> frozenset[str]:
+    """Return the layers whose output, or the sum that it goes into, is read by ReLUs alone."""
+    following = consumers(model)
+
+    def is_relu(layer: tf_keras.layers.Layer) -> bool:
+        if isinstance(layer, tf_keras.layers.ReLU):
+            return layer.negative_slope == 0 and layer.max_value is None and layer.threshold == 0
+        return isinstance(layer, tf_keras.layers.Activation) and layer.activation is tf_keras.activations.relu
+
+    found = set()
+    for layer in model.layers:
+        own = getattr(layer, "activation", None)
+        last = following[layer.name][0].name if layer.name in sums else layer.name
+        linear = own is tf_keras.activations.linear and following[last] and all(map(is_relu, following[last]))
+        # A layer with a ReLU of its own is solved before it.
+        if linear or (layer.name not in sums and own is tf_keras.activations.relu):
+            found.add(layer.name)
+    ends = {tensor.node.layer.name for tensor in model.outputs}
+    return frozenset(name for name in found if name not in ends)
 
 
 def _require_walkable(model: tf_keras.Model) -> None:

@@ -10,13 +10,14 @@ from compress.candidate import Candidate
 from compress.data.digits import Digits
 from compress.graph.channels.groups import Channels
 from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
-from compress.graph.rewrite import copy_model
+from compress.graph.rewrite import consumers, copy_model
 from compress.graph.walk import Walk
 from compress.metrics.accuracy import keras_accuracy
 from compress.metrics.counts import count_macs
 from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
+from compress.strategies.least_squares import assign_matrix, matrix_of
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.reconstruction import Curve, Reconstruction, allocate
@@ -162,3 +163,33 @@ def test_allocation_takes_from_the_group_that_minds_least():
     # Twice as dear, the steep one still minds more for each cost saved.
     dear = lambda keep: (2 * keep[0] + keep[1]) / 12  # noqa: E731
     assert allocate([steep, flat], [4, 4], dear, 0.75, [1, 1])[0] == 4
+
+
+@pytest.mark.parametrize("name", ["inner1", "outer0"])
+def test_where_a_relu_follows_the_error_behind_it_is_what_counts(name, residual, data):
+    """``inner1`` is rectified by itself, ``outer0`` after the sum; half of the inputs are gone."""
+    x = data.train.x[:100].astype(np.float32)
+    repair = Repair(residual, x, 0)
+    errors = {}
+    for rectified in (False, True):
+        changed = copy_model(repair.folded)
+        for step in (walk := Walk(repair.folded, changed, x)):
+            if step.layer.name != name:
+                continue
+            before, known = matrix_of(step.layer), repair.moments(step, repair.target(walk, step))
+            left = np.arange(len(before) - 1) % 2 == 0
+            if rectified:
+                repair.put(walk, step, known, before, 1e-4, left)
+            else:
+                assign_matrix(step.layer, repair.solved(name, known, before, 1e-4, left))
+        relu = next(layer for layer in behind(repair.folded, name) if isinstance(layer, layers.ReLU))
+        one, other = (tf_keras.Model(m.inputs, m.get_layer(relu.name).output)(x) for m in (repair.folded, changed))
+        errors[rectified] = float(np.mean((one - other) ** 2))
+    assert 0 < errors[True] < 0.98 * errors[False]
+
+
+def behind(model: tf_keras.Model, name: str) -> list[tf_keras.layers.Layer]:
+    following, found = consumers(model), [model.get_layer(name)]
+    while not isinstance(found[-1], layers.ReLU):
+        found.append(following[found[-1].name][0])
+    return found

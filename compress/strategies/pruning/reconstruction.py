@@ -20,7 +20,7 @@ from compress.graph.channels.groups import Channels, Group
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
-from compress.strategies.least_squares import Moments, assign_matrix, eliminate, is_linear, matrix_of
+from compress.strategies.least_squares import assign_matrix, eliminate, is_linear, matrix_of
 from compress.strategies.pruning.plan import Plan, Size
 from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
 
@@ -78,7 +78,8 @@ class Reconstruction:
                     count = max(1, round(level * len(item.group)))
                     if count in points:
                         continue
-                    assign_matrix(step.layer, self._solved(known, before, item, order[len(order) - count :]))
+                    left = _left(item, order[len(order) - count :], before)
+                    assign_matrix(step.layer, repair.solved(item.reader, known, before, RIDGE, left))
                     outputs = walk.run(step.node, step.layer, _few(walk.values, few))
                     final = walk.rest(step.position, outputs, few)
                     points[count] = change_of_logits(repair.folded, final, wanted)
@@ -108,18 +109,13 @@ class Reconstruction:
                     continue
                 before, known = matrix_of(step.layer), repair.moments(step, repair.target(walk, step))
                 if chosen is None:
-                    assign_matrix(step.layer, repair.solved(step.layer.name, known, before, REPAIR_RIDGE))
+                    repair.put(walk, step, known, before, REPAIR_RIDGE)
                     continue
                 item, count = chosen
                 order, _ = eliminate(known, item.rows, repair.metric(item.reader), RIDGE)
                 stay[item.group.units[order[: len(order) - count]]] = False
-                assign_matrix(step.layer, self._solved(known, before, item, order[len(order) - count :]))
+                repair.put(walk, step, known, before, RIDGE, _left(item, order[len(order) - count :], before))
         return repair.with_norms(changed), stay
-
-    def _solved(self, known: Moments, before: np.ndarray, item: Cuttable, kept: np.ndarray) -> np.ndarray:
-        left = np.zeros(len(before) - 1, bool)
-        left[item.rows[kept].ravel()] = True
-        return self.repair.solved(item.reader, known, before, RIDGE, left)
 
 
 class Allocation:
@@ -240,6 +236,13 @@ def _cuttable(channels: Channels, group: Group, names: frozenset[str]) -> Cuttab
     places = member.places[np.argsort(member.units, kind="stable")].reshape(len(group), -1)
     rows = (np.arange(positions)[None, :, None] * width + places[:, None, :]).reshape(len(group), -1)
     return Cuttable(group, layer.name, rows)
+
+
+def _left(item: Cuttable, kept: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return which rows of the reader's matrix [d + 1, outputs] are read when these units are kept: [d]."""
+    left = np.zeros(len(matrix) - 1, bool)
+    left[item.rows[kept].ravel()] = True
+    return left
 
 
 def _few(values: dict[int, np.ndarray], count: int) -> dict[int, np.ndarray]:

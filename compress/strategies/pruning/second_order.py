@@ -91,10 +91,10 @@ def prune_second_order(
                 continue
             before, known = matrix_of(step.layer), repair.moments(step, repair.target(walk, step))
             if name not in counts:
-                assign_matrix(step.layer, repair.solved(name, known, before, REPAIR_RIDGE))
+                repair.put(walk, step, known, before, REPAIR_RIDGE)
                 continue
             left = eliminate_each(known, alive=repair.alive.get(name)).left(counts[name])
-            assign_matrix(step.layer, repair.solved(name, known, before, RIDGE, left))
+            repair.put(walk, step, known, before, RIDGE, left)
             masks[name] = left.reshape(step.layer.kernel.shape)
     return repair.with_norms(changed), masks
 
