@@ -203,9 +203,10 @@ class TFLiteFile:
         return operator.name == "DEPTHWISE_CONV_2D" or (operator.name == "CONV_2D" and weights.shape[-1] == 1)
 
     def output_channels_of(self, layer: str) -> int | None:
-        """Return how many channels the layer's operator writes; None if the file does not name it."""
+        """Return how many channels the layer's last operator writes; None if the file does not name it."""
+        # A separable convolution is two operators: what the second writes leaves the layer.
         found = self._matches(layer)
-        return self.tensors[found[0][0].outputs[0]].shape[-1] if found else None
+        return self.tensors[found[-1][0].outputs[0]].shape[-1] if found else None
 
     @cached_property
     def parameters(self) -> list[Tensor]:

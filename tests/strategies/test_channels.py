@@ -20,6 +20,7 @@ from compress.graph.kernels import kernels
 from compress.graph.rewrite import rewrite
 from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_params
+from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.measured import largest_share
 from compress.strategies.pruning.prune import Prune
@@ -377,3 +378,19 @@ def test_a_pattern_clashes_with_a_cut():
     assert PruneChannels().clashes_with(Prune()) is None
     assert "channels" in PruneChannels().clashes_with(Prune(pattern="2:4"))
     assert "channels" in PruneChannels().clashes_with(Prune(block=(4, 1)))
+
+
+def test_the_file_of_a_cut_separable_convolution_has_the_width_of_its_second_operator(data, tmp_path):
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.SeparableConv2D(32, 3, name="separable")(layers.Conv2D(24, 3, name="stem")(image))
+    model = rewrite(tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x))))
+    context = Context("prune_channels", data, model, Recovery(method="none"), 0)
+    selection = Selection(skip=(Rule(name="stem"),))
+    context = dataclasses.replace(context, selection=selection)
+    result = PruneChannels(channels=20 / 32, round_to=1).apply(Candidate(model), context)
+    file = TFLiteFile.read(export(result, data, tmp_path / "model.tflite").path)
+    (widths,) = result.guarantees
+    assert widths.channels == {"separable": 20}
+    assert file.output_channels_of("separable") == 20
+    assert widths.check_file(file) == []
+    assert dataclasses.replace(widths, channels={"separable": 19}).check_file(file) != []

@@ -27,7 +27,9 @@ _LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 _STEPS = 100
 """A layer keeps so many hundredths of its weights."""
 _SENSITIVITY_SAMPLES = 256
-_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = 2**21
+"""Of a few inverses: as much as a processor keeps at hand."""
+_COMPACT = 0.85
 _MOST_OPERATIONS = 2e11
 """Layers that would take more (many minutes) are left to magnitude."""
 
@@ -170,6 +172,8 @@ def _eliminate_chunk(
     count, size = solution.shape
     every = np.arange(count)
     inverses = np.repeat(inverse[None], count, 0)
+    outer = np.empty_like(inverses)
+    places = np.tile(np.arange(size), (count, 1))
     alive = np.ones((count, size), bool)
     alive[:, -1] = False
     first = np.zeros((count, size), bool)
@@ -177,14 +181,22 @@ def _eliminate_chunk(
         first[:, :-1] = gone_before
     order, added = np.empty((count, size - 1), np.int64), np.empty((count, size - 1))
     for step in range(size - 1):
+        if size - step < _COMPACT * places.shape[1]:
+            # Every output has lost as many weights; what has gone need not be carried along.
+            kept = np.nonzero(alive | (places == size - 1))[1].reshape(count, -1)
+            rows = every[:, None]
+            inverses = inverses[rows[:, :, None], kept[:, :, None], kept[:, None, :]]
+            outer = np.empty_like(inverses)
+            solution, places, first, alive = (part[rows, kept] for part in (solution, places, first, alive))
         diagonal = np.maximum(np.einsum("oii->oi", inverses), least)
         prices = np.where(alive, np.where(first, -1.0, solution**2 / diagonal), np.inf)
         gone = prices.argmin(1)
-        order[:, step], added[:, step] = gone, prices[every, gone]
+        order[:, step], added[:, step] = places[every, gone], prices[every, gone]
         columns = inverses[every, :, gone]
         pivot = np.maximum(columns[every, gone], least)
         solution -= columns * (solution[every, gone] / pivot)[:, None]
-        inverses -= columns[:, :, None] * (columns / pivot[:, None])[:, None, :]
+        np.multiply(columns[:, :, None], (columns / pivot[:, None])[:, None, :], out=outer)
+        inverses -= outer
         solution[every, gone] = 0
         alive[every, gone] = False
     return order, added
