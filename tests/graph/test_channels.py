@@ -60,6 +60,12 @@ def shared(x):
     return head(layer(layers.ReLU()(layer(conv(x, 8, "stem")))))
 
 
+def shared_at_two_sizes(x):
+    layer = layers.Conv2D(8, 3, padding="same", name="twice")
+    x = conv(x, 8, "stem")
+    return layers.Dense(3)(layers.Concatenate()([layers.GlobalMaxPooling2D()(layer(y)) for y in (x, x[:, ::2, ::2])]))
+
+
 def squeeze_and_excite(x):
     x = conv(x, name="stem")
     gate = layers.Reshape((1, 1, 8))(layers.GlobalAveragePooling2D()(x))
@@ -118,6 +124,13 @@ def recurrent(x):
     return layers.Dense(3, name="head")(layers.SimpleRNN(6, name="simple")(x))
 
 
+def states(x):
+    x = layers.Reshape((6, 48))(conv(x, 8, "stem"))
+    x, *state = layers.LSTM(8, return_sequences=True, return_state=True, name="lstm")(x)
+    x, last = layers.GRU(6, return_sequences=True, return_state=True, name="gru")(x)
+    return layers.Dense(3, name="head")(layers.Concatenate()([*state, last, layers.GlobalMaxPooling1D()(x)]))
+
+
 def normalised(x):
     x = layers.GroupNormalization(4, name="in_groups")(conv(x, 8, "stem"))
     x = layers.GroupNormalization(6, name="each")(conv(x, 6, "second"))
@@ -139,6 +152,7 @@ ZOO: dict[str, Build] = {
         (6, 6, 3), lambda x: head(layers.Conv2DTranspose(6, 3, strides=2, name="up")(conv(x, 8, "a")))
     ),
     "shared": functional((6, 6, 3), shared),
+    "shared at two sizes": functional((6, 6, 3), shared_at_two_sizes),
     "concat with itself": functional((6, 6, 3), lambda x: (lambda y: head(layers.Concatenate()([y, y])))(conv(x, 8))),
     "broadcast add": functional(
         (6, 6, 3), lambda x: (lambda y: head(y + layers.GlobalMaxPooling2D(keepdims=True)(conv(x, 8))))(conv(x, 8))
@@ -157,6 +171,7 @@ ZOO: dict[str, Build] = {
     "two outputs": functional((6, 6, 3), two_outputs),
     "nested": functional((6, 6, 3), nested_model),
     "recurrent": functional((6, 6, 3), recurrent),
+    "states": functional((6, 6, 3), states),
     "attention": functional((6, 6, 3), attention),
     "normalisations": functional((6, 6, 3), normalised),
     "pooling, padding, upsampling": functional(

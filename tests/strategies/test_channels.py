@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from compress.candidate import Artifact, Candidate, Latency, Measurement
 from compress.data.digits import Digits
+from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
@@ -25,9 +26,11 @@ from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.measured import largest_share
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.saliency import Evidence, criteria
+from compress.strategies.pruning.widths import written_channels
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
+from tests.graph.test_channels import ZOO
 
 layers = tf_keras.layers
 
@@ -394,3 +397,38 @@ def test_the_file_of_a_cut_separable_convolution_has_the_width_of_its_second_ope
     assert file.output_channels_of("separable") == 20
     assert widths.check_file(file) == []
     assert dataclasses.replace(widths, channels={"separable": 19}).check_file(file) != []
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_odd_network_is_cut_and_every_width_is_known(name):
+    model = rewrite(ZOO[name]())
+    x = np.random.default_rng(0).normal(size=(32, *[size or 6 for size in model.inputs[0].shape[1:]]))
+    part = Split(x.astype(np.float32), np.arange(32) % 2)
+    context = Context("prune_channels", make_data("random", part, part), model, Recovery(method="none"), 0)
+    result = PruneChannels(channels=0.6, round_to=1, allow_partial=True).apply(Candidate(model), context)
+    assert count_params(result.model) < count_params(model)
+    (widths,) = result.guarantees
+    assert widths.channels
+    assert widths.check(result.model) == []
+    wider = widths.check(model)
+    assert wider
+    assert {violation.layer for violation in wider} <= set(widths.channels)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "channels"),
+    [
+        (layers.Conv2D(7, 3, data_format="channels_first"), (3, 8, 9), 7),
+        (layers.Conv2DTranspose(7, 3), (8, 9, 3), 7),
+        (layers.DepthwiseConv2D(3, depth_multiplier=2), (8, 9, 3), 6),
+        (layers.SeparableConv1D(7, 3, depth_multiplier=2), (8, 3), 7),
+        (layers.GRU(7, return_sequences=True, return_state=True), (8, 3), 7),
+        (layers.Bidirectional(layers.LSTM(7)), (8, 3), 14),
+        (layers.TimeDistributed(layers.Dense(7)), (8, 3), 7),
+        (layers.Embedding(9, 7), (8,), 7),
+        (layers.ReLU(), (8, 3), None),
+    ],
+)
+def test_how_many_channels_a_layer_writes(layer, shape, channels):
+    layer.build((None, *shape))
+    assert written_channels(layer) == channels

@@ -31,7 +31,7 @@ from compress.strategies.pruning.measured import MEASURED, Start, largest_share
 from compress.strategies.pruning.plan import Plan, Ranking, Size
 from compress.strategies.pruning.reconstruction import Allocation, Reconstruction
 from compress.strategies.pruning.saliency import Evidence, criteria
-from compress.strategies.pruning.widths import Widths
+from compress.strategies.pruning.widths import Widths, written_channels
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
@@ -158,7 +158,8 @@ class PruneChannels(Strategy):
             candidate, difference = _cut(candidate, oracle, channels, stay, groups, context)
             measured["oracle_difference"] = max(measured["oracle_difference"], difference)
             for name in {name for group in groups if not stay[group.units].all() for name in group.writers}:
-                widths[name] = int(candidate.model.get_layer(name).output_shape[-1])
+                if (width := written_channels(candidate.model.get_layer(name))) is not None:
+                    widths[name] = width
             if step == self.steps:
                 present = {layer.name for layer in candidate.model.layers}
                 left = {name: width for name, width in sorted(widths.items()) if name in present}

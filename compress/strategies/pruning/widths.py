@@ -27,12 +27,12 @@ class Widths(Guarantee):
         return f"{len(self.channels)} layers have lost channels"
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
-        """Look at the shapes of the outputs."""
-        layers = {layer.name: layer for layer in model.layers}
+        """Look at what the layers say of themselves."""
+        widths = {layer.name: written_channels(layer) for layer in model.layers if layer.name in self.channels}
         return [
-            Violation(name, f"{layers[name].output_shape[-1]} channels, at most {count}")
-            for name, count in self.channels.items()
-            if name in layers and layers[name].output_shape[-1] > count
+            Violation(name, f"{width} channels, at most {self.channels[name]}")
+            for name, width in widths.items()
+            if width is not None and width > self.channels[name]
         ]
 
     def check_file(self, file: TFLiteFile) -> list[Violation]:
@@ -43,3 +43,22 @@ class Widths(Guarantee):
             for name, width in widths.items()
             if width is not None and width > self.channels[name]
         ]
+
+
+def written_channels(layer: tf_keras.layers.Layer) -> int | None:
+    """Return how many channels the layer writes, wherever its outputs hold them; None if its kind does not say.
+
+    Shapes do not tell: a layer may have several outputs, or be called on inputs of several sizes.
+    """
+    kinds = tf_keras.layers
+    if isinstance(layer, kinds.TimeDistributed):
+        return written_channels(layer.layer)
+    if isinstance(layer, kinds.Bidirectional):
+        return int(layer.forward_layer.units) * (2 if layer.merge_mode == "concat" else 1)
+    if isinstance(layer, kinds.MultiHeadAttention):
+        return int(layer._output_dense.kernel.shape[-1])
+    for name in ("filters", "units", "output_dim"):
+        if isinstance(count := getattr(layer, name, None), int):
+            return count
+    kernel = getattr(layer, "depthwise_kernel", None)
+    return None if kernel is None else int(kernel.shape[-2] * kernel.shape[-1])
