@@ -359,7 +359,9 @@ def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
     from compress.graph.kernels import kernel_attributes, kernels
     from compress.graph.rewrite import positions
 
-    channels = {layer.name: int(shape[-1]) for layer, _, shape in positions(model) if kernel_attributes(layer)}
+    channels = {
+        layer.name: int(shapes[0][-1] or 0) for layer, _, shapes in positions(model) if kernel_attributes(layer)
+    }
     table: dict[str, dict[str, int]] = {}
     for kernel in kernels(model):
         name = kernel.layer.name

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.graph.rewrite import positions
+from compress.graph.rewrite import Shape, positions
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def kernels(model: tf_keras.Model) -> list[Kernel]:
     """Return the kernels of the flat ``model`` in the order of its layers."""
     macs: dict[str, int] = {}
     layers: dict[str, tf_keras.layers.Layer] = {}
-    for layer, _, output_shape in positions(model):
+    for layer, inputs, outputs in positions(model):
         for attribute in kernel_attributes(layer):
             key = f"{layer.name}/{attribute}"
             layers[key] = layer
-            macs[key] = macs.get(key, 0) + _macs(layer, attribute, output_shape)
+            macs[key] = macs.get(key, 0) + _macs(layer, attribute, inputs[0], outputs[0])
     return [Kernel(layers[key], key.rpartition("/")[2], count) for key, count in macs.items()]
 
 
@@ -89,7 +89,7 @@ def get_variable(model: tf_keras.Model, name: str) -> tf.Variable:
     return getattr(model.get_layer(layer), attribute)
 
 
-def _macs(layer: tf_keras.layers.Layer, attribute: str, output_shape: Sequence[int | None]) -> int:
+def _macs(layer: tf_keras.layers.Layer, attribute: str, input_shape: Shape, output_shape: Shape) -> int:
     """Return the multiply-adds of one call: size of the kernel times the positions it is applied at."""
     shape = getattr(layer, attribute).shape
     size = int(np.prod(shape))
@@ -97,7 +97,7 @@ def _macs(layer: tf_keras.layers.Layer, attribute: str, output_shape: Sequence[i
         return size * _product(output_shape[1:-1])
     if isinstance(layer, (tf_keras.layers.Conv2DTranspose, tf_keras.layers.Conv1DTranspose)):
         # Every input position is multiplied by the whole kernel.
-        return size * _product(layer.input_shape[1:-1])
+        output_shape = input_shape
     spatial = output_shape[2:] if getattr(layer, "data_format", "") == "channels_first" else output_shape[1:-1]
     return size * _product(spatial)
 

@@ -25,6 +25,8 @@ class NewLayer:
 Replacements = Mapping[str, Sequence[NewLayer]]
 """Layer name -> the chain of layers that takes its place; an empty chain removes the layer."""
 
+Shape = tuple[int | None, ...]
+
 ArgumentEdits = Mapping[tuple[str, int], Callable[[list[Any], dict[str, Any]], None]]
 """(layer name, which of its calls) -> changes the arguments of that call in place."""
 
@@ -121,9 +123,16 @@ def calls(model: tf_keras.Model) -> dict[str, int]:
     return result
 
 
-def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, Any, Any]]:
-    """Return (layer, input shape, output shape) of every call in the flat ``model``, in order."""
-    return [(node.layer, node.input_shapes, node.output_shapes) for node in nodes(model) if not node.is_input]
+def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, list[Shape], list[Shape]]]:
+    """Return (layer, input shapes, output shapes) of every call in the flat ``model``, in order."""
+    return [
+        (
+            node.layer,
+            *([tuple(tensor.shape) for tensor in tf.nest.flatten(t)] for t in (node.keras_inputs, node.outputs)),
+        )
+        for node in nodes(model)
+        if not node.is_input
+    ]
 
 
 class _Builder:

@@ -162,3 +162,24 @@ def test_multiply_adds_of_kernels():
     by_name = {kernel.name: kernel.macs for kernel in kernels(residual())}
     assert by_name == {"conv1/kernel": 8 * 8 * 27 * 4, "depthwise/depthwise_kernel": 8 * 8 * 9 * 4, "dense/kernel": 20}
     assert [kernel.macs for kernel in kernels(shared())] == [2 * 64 * 81]
+
+
+def hand_written_attention() -> tf_keras.Model:
+    image = tf_keras.Input((6, 4))
+    query, key, value = (layers.Dense(4, name=name)(image) for name in ("query", "key", "value"))
+    weights = tf.nn.softmax(tf.einsum("bqd,bkd->bqk", query, key))
+    return random_weights(tf_keras.Model(image, layers.Dense(2)(tf.einsum("bqk,bkd->bqd", weights, value))))
+
+
+def test_multiply_adds_beside_calls_whose_first_argument_is_no_tensor():
+    model = hand_written_attention()
+    assert {kernel.macs for kernel in kernels(model)} == {6 * 16, 6 * 8}
+    assert_same(model, rewrite(model))
+    assert {kernel.macs for kernel in kernels(rewrite(model))} == {6 * 16, 6 * 8}
+
+
+def test_multiply_adds_of_a_transposed_convolution_shared_by_two_sizes():
+    layer = layers.Conv2DTranspose(3, 2, name="up")
+    small, large = tf_keras.Input((4, 5, 2)), tf_keras.Input((6, 7, 2))
+    (kernel,) = kernels(tf_keras.Model([small, large], [layer(small), layer(large)]))
+    assert kernel.macs == (4 * 5 + 6 * 7) * 2 * 2 * 2 * 3
