@@ -17,11 +17,16 @@ class CompressError(Exception):
         self.expected = expected
         self.received = received
         self.fix = fix
-        super().__init__(f"{where}: expected {expected}; received {received}. {fix}")
+        super().__init__(f"{where}: expected {_unended(expected)}; received {_unended(received)}. {fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Survive pickling, so that launchers in other processes report the same error."""
         return (_rebuild, (self.where, self.expected, self.received, self.fix))
+
+
+def _unended(part: str) -> str:
+    """Return a part of the paragraph without a full stop of its own, as quoted messages have one."""
+    return part if part.endswith("...") else part.removesuffix(".")
 
 
 def _rebuild(where: str, expected: str, received: str, fix: str) -> CompressError:
