@@ -64,10 +64,9 @@ def keras3_model(model: tf_keras.Model) -> Any:
             raise _unsupported(node.layer, short(error)) from error
         flat = tf.nest.flatten(results)
         tensors.update((id(old), new) for old, new in zip(tf.nest.flatten(node.outputs), flat, strict=True))
-    outputs = [tensors[id(tensor)] for tensor in model.outputs]
-    rebuilt = keras.Model(
-        [tensors[id(t)] for t in model.inputs], outputs if len(outputs) > 1 else outputs[0], name=model.name
-    )
+    # Keras 3 warns of a single input in a list when it is called with that input alone.
+    inputs, outputs = ([tensors[id(t)] for t in side] for side in (model.inputs, model.outputs))
+    rebuilt = keras.Model(*(side if len(side) > 1 else side[0] for side in (inputs, outputs)), name=model.name)
     for name, layer in layers.items():
         if not isinstance(layer, keras.Model):
             layer.set_weights(model.get_layer(name).get_weights())

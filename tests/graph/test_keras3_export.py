@@ -16,8 +16,9 @@ import tf_keras
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
 from compress.graph.channels.surgery import remove_channels
-from compress.graph.keras3 import from_keras3, is_keras3_file
+from compress.graph.keras3 import from_keras3, is_keras3_file, read_keras3
 from compress.graph.keras3_export import to_keras3
+from compress.graph.nesting import nest
 from compress.graph.rewrite import rewrite
 from tests.graph.test_channels import ZOO, half_gone
 
@@ -120,3 +121,33 @@ def test_a_keras_3_file_with_a_nested_backbone_goes_through_the_command_line(cli
     assert found["params"] < 0.75 * model.count_params()
     kernels = [layer.kernel.numpy() for layer in rebuilt.layers if hasattr(layer, "kernel")]
     assert 0.2 < np.mean(np.concatenate([kernel.ravel() for kernel in kernels]) == 0) < 0.6
+
+
+def towers(keras):
+    """A model nested in another, both with two inputs."""
+    k = keras.layers
+    left, right = keras.Input((4,)), keras.Input((4,))
+    inner = keras.Model([left, right], k.Add()([k.Dense(3)(left), k.Dense(3)(right)]), name="inner")
+    given = {name: keras.Input((4,), name=name) for name in ("left", "right")}
+    return keras.Model(given, k.Dense(2)(inner([given["left"], given["right"]])))
+
+
+def one_tower(keras):
+    k = keras.layers
+    image = keras.Input((6, 6, 3))
+    inner = keras.Sequential([keras.Input((6, 6, 3)), k.Conv2D(2, 3), k.Flatten()], name="inner")
+    return keras.Model(image, k.Dense(2)(inner(image)))
+
+
+@pytest.mark.parametrize("build", [one_tower, towers])
+def test_no_call_of_a_keras_3_model_warns_of_the_structure_of_its_inputs(build, tmp_path, recwarn):
+    import keras
+
+    build(keras).save(tmp_path / "model.keras")
+    flat, nests = read_keras3(tmp_path / "model.keras")
+    to_keras3(nest(flat, nests), tmp_path / "back.keras")
+    loaded = keras.models.load_model(tmp_path / "back.keras")
+    x = [np.zeros((2, *t.shape[1:]), np.float32) for t in loaded.inputs]
+    loaded(x if len(x) > 1 else x[0])
+    assert [layer.name for layer in loaded.layers if isinstance(layer, keras.Model)] == ["inner"]
+    assert [str(warning.message) for warning in recwarn if "structure" in str(warning.message)] == []
