@@ -271,6 +271,7 @@ def _check_size(path: Path, size: int) -> None:
 
 def _check_config(path: Path, config: dict[str, Any], allow_code: bool) -> None:
     """Refuse code and classes that are not Keras's, wherever they stand in the configuration."""
+    graph = isinstance(config["config"], list) or "layers" in config["config"]
     # How the model was compiled is never read.
     for item, layer in _objects({key: value for key, value in config.items() if key != "compile_config"}):
         inner = item["config"] if isinstance(item.get("config"), dict) else {}
@@ -283,6 +284,13 @@ def _check_config(path: Path, config: dict[str, Any], allow_code: bool) -> None:
                 fix="If you trust whoever made the file, write model.allow_code=true; else put a Keras layer there.",
             )
         foreign = _foreign(item)
+        if foreign and not graph:
+            raise CompressError(
+                _where(path),
+                expected="a functional or Sequential Keras model",
+                received=f"a subclassed model (class {config.get('class_name')}), which has no graph of layers to read",
+                fix="Rebuild it with the functional API, Model(inputs, outputs), copy its weights, and save that.",
+            )
         if foreign:
             raise CompressError(
                 _where(path, layer),
@@ -343,7 +351,8 @@ def _foreign(item: dict[str, Any]) -> str | None:
     if ">" in kind or ">" in str(registered):
         return f"the custom class {registered if '>' in str(registered) else kind}"
     if module is None:
-        return None
+        # Keras writes so what is no part of it; older files have no such entry.
+        return f"the custom class {kind}" if "module" in item and registered == kind != "function" else None
     if kind == "function":
         is_keras = module == "builtins" and not hasattr(builtins, str(item.get("config")))
         is_keras = is_keras or re.fullmatch(r"(tf_)?keras(\.src)?\.activations(\.\w+)*", str(module)) is not None

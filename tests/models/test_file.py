@@ -191,7 +191,13 @@ class OwnLayer(layers.Layer):
 def test_subclassed_model(tmp_path: Path):
     model = Subclassed()
     model(np.ones((1, 3), np.float32))
-    assert "Subclassed" in refused(saved(model, tmp_path / "model.keras")).received
+    error = refused(saved(model, tmp_path / "model.keras"))
+    assert error.received == "a subclassed model (class Subclassed), which has no graph of layers to read"
+    assert "functional API" in error.fix
+    # As it is written where the class is no part of a module.
+    config = {"module": None, "class_name": "Subclassed", "config": {}, "registered_name": "Subclassed"}
+    file = replaced(tmp_path / "model.keras", {"config.json": json.dumps(config).encode()})
+    assert refused(file).received == error.received
 
 
 @pytest.mark.parametrize("name", NAMES)
