@@ -63,7 +63,8 @@ def shared(x):
 def shared_at_two_sizes(x):
     layer = layers.Conv2D(8, 3, padding="same", name="twice")
     x = conv(x, 8, "stem")
-    return layers.Dense(3)(layers.Concatenate()([layers.GlobalMaxPooling2D()(layer(y)) for y in (x, x[:, ::2, ::2])]))
+    sizes = [layers.GlobalMaxPooling2D()(layer(y)) for y in (x, layers.MaxPooling2D()(x))]
+    return layers.Dense(3)(layers.Concatenate()(sizes))
 
 
 def squeeze_and_excite(x):
