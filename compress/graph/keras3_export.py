@@ -132,7 +132,7 @@ def _operation(keras: Any, layer: Any, args: list[Any], kwargs: dict[str, Any]) 
 
 
 def _slices(spec: Any) -> Any:
-    if isinstance(spec, tuple):
+    if isinstance(spec, (tuple, list)):
         return tuple(_slices(item) for item in spec)
     return slice(spec["start"], spec["stop"], spec["step"]) if isinstance(spec, dict) else spec
 

@@ -74,6 +74,14 @@ def squeeze_and_excite(x):
     return head(layers.Multiply()([x, gate]))
 
 
+def gate_with_new_axes(x):
+    x = conv(x, 8, "stem")
+    gate = layers.Dense(8, activation="sigmoid", name="gate")(layers.GlobalAveragePooling2D()(x))
+    first, second = (x * gate[:, None, None, :])[..., :4], (x + gate[:, None, None])[..., 4:]
+    rows = layers.Flatten()(x[:, 2, None, 1:, None, 2:7])
+    return layers.Dense(3)(tf.concat([head(tf.concat([first, second], -1)), layers.Dense(2)(rows)], -1))
+
+
 def channel_shuffle(x):
     x = layers.Conv2D(12, 1, name="first")(x)
     x = tf.reshape(x, [-1, 6, 6, 3, 4])
@@ -160,6 +168,7 @@ ZOO: dict[str, Build] = {
     ),
     "residual": functional((6, 6, 3), residual),
     "squeeze and excite": functional((6, 6, 3), squeeze_and_excite),
+    "gate with new axes": functional((6, 6, 3), gate_with_new_axes),
     "split and concat": functional((6, 6, 3), split_and_concat),
     "slices": functional((6, 6, 3), slices),
     "padded shortcut": functional((6, 6, 3), padded_shortcut),
@@ -254,6 +263,18 @@ def test_what_is_cut_can_be_saved_and_loaded(name, tmp_path):
     cut.save(tmp_path / "model.keras")
     loaded = tf_keras.models.load_model(tmp_path / "model.keras")
     assert oracle_difference(cut, loaded, samples(model)) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["gate with new axes", "slices", "split and concat", "padded shortcut", "channel shuffle"]
+)
+def test_channels_of_functions_in_a_loaded_model_are_cut(name, tmp_path):
+    """Keras gives their arguments back in another form than it was given."""
+    rewrite(ZOO[name]()).save(tmp_path / "model.keras")
+    model = rewrite(tf_keras.models.load_model(tmp_path / "model.keras"))
+    channels = Channels(model)
+    assert channels.trace.unsupported == {}
+    assert_cut(model, half_gone(channels), channels)
 
 
 def group_of(channels: Channels, layer: str) -> Group:

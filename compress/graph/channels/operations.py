@@ -200,18 +200,22 @@ def _matmul(call: Call) -> list[ChannelIds]:
 
 
 def slicing(call: Call) -> list[ChannelIds]:
-    """Handle ``x[...]``: a range of channels stays a range; other axes do not matter."""
+    """Handle ``x[...]``: a range of channels stays a range; new axes and other axes do not matter."""
     if len(call.inputs) != 1:
         return call.unknown("it slices at places that the model calculates")
-    spec = _argument(call, 1, "slice_spec")
-    spec = list(spec) if isinstance(spec, tuple) else [spec]
+    given = _argument(call, 1, "slice_spec")
+    # A model that was saved and loaded has a list.
+    given = list(given) if isinstance(given, (tuple, list)) else [given]
     rank = len(call.input_shapes[0]) + 1
-    if rank == 1 or any(item is None for item in spec):
-        return _shape_of(call) if rank == 1 else call.unknown("it adds an axis while slicing")
-    if Ellipsis in spec:
-        place = spec.index(Ellipsis)
-        spec[place : place + 1] = [_EVERYTHING] * (rank - len(spec) + 1)
-    spec += [_EVERYTHING] * (rank - len(spec))
+    if rank == 1:
+        return _shape_of(call)
+    missing = [_EVERYTHING] * (rank - sum(item is not None and item is not Ellipsis for item in given))
+    place = given.index(Ellipsis) if Ellipsis in given else len(given)
+    given[place : place + 1] = missing
+    if given[0] is None:
+        return call.unknown("it moves the batch")
+    places = [index for index, item in enumerate(given) if item is not None]
+    spec = [given[index] for index in places]
     if spec[0] != _EVERYTHING:
         return call.unknown("it slices the batch") if (call.inputs[0] != NONE).any() else _shape_of(call)
     ids = call.inputs[0]
@@ -230,20 +234,21 @@ def slicing(call: Call) -> list[ChannelIds]:
             return call.unknown("it takes channels in steps")
         start, stop, _ = slice(item["start"], item["stop"]).indices(ids.shape[axis])
         vector = call.only_along(ids, axis)
-        changed[axis + 1] = (vector[:start], vector[start:stop])
+        changed[places[axis + 1]] = (vector[:start], vector[start:stop])
         ids = ids.take(range(start, stop), axis)
     if changed:
         call.note("slices", ids)
 
         def edit(args: list[Any], kwargs: dict[str, Any], kept: Kept) -> None:
-            fresh = list(spec)
+            fresh = list(given)
             for axis, (before, inside) in changed.items():
                 first = kept.count(before)
                 fresh[axis] = {"start": first, "stop": first + kept.count(inside), "step": None}
             _set(args, kwargs, 1, "slice_spec", tuple(fresh))
 
         call.edit_call(edit)
-    return [ids]
+    left = [item for item in given if item is None or isinstance(item, dict)]
+    return [np.expand_dims(ids, [axis - 1 for axis, item in enumerate(left) if item is None])]
 
 
 _EVERYTHING = {"start": None, "stop": None, "step": None}
