@@ -20,6 +20,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.errors import CompressError
+from compress.graph.einsum import einsum
 from compress.graph.nesting import Nests
 
 layers = tf_keras.layers
@@ -284,6 +285,10 @@ class _Replay:
             return layers.Reshape([-1 if size is None else size for size in shape[1:]], name=name)(args[0])
         elif kind == "Concatenate":
             return layers.Concatenate(axis=operation.axis, name=name)(list(args[0]))
+        elif kind == "Matmul" and len(args[0].shape) > 1 < len(args[1].shape):
+            return tf.matmul(*args)
+        elif kind == "Einsum" and len(args) == 2:
+            return einsum(operation.subscripts, *args)
         elif kind == "GetItem":
             return args[0][args[1]]
         elif kind in _TENSOR_FUNCTIONS and len(args) == 1:

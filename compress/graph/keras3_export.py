@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,28 @@ def keras3_model(model: tf_keras.Model) -> Any:
         tensors.update((id(old), new) for old, new in zip(tf.nest.flatten(node.outputs), flat, strict=True))
     # Keras 3 warns of a single input in a list when it is called with that input alone.
     inputs, outputs = ([tensors[id(t)] for t in side] for side in (model.inputs, model.outputs))
+    _name_apart(keras, outputs, {layer.name for layer in model.layers})
     rebuilt = keras.Model(*(side if len(side) > 1 else side[0] for side in (inputs, outputs)), name=model.name)
     for name, layer in layers.items():
         if not isinstance(layer, keras.Model):
             layer.set_weights(model.get_layer(name).get_weights())
     _compare(model, rebuilt)
     return rebuilt
+
+
+def _name_apart(keras: Any, outputs: Sequence[Any], taken: set[str]) -> None:
+    """Give operations, which Keras 3 names itself, names that no layer has."""
+    waiting, seen = list(outputs), set()
+    while waiting:
+        operation, index, _ = waiting.pop()._keras_history
+        if (id(operation), index) not in seen:
+            seen.add((id(operation), index))
+            waiting.extend(operation._inbound_nodes[index].input_tensors)
+            if not isinstance(operation, keras.layers.Layer):
+                name = operation.name
+                others = map(f"{name}_{{}}".format, itertools.count(1))
+                operation.name = next(n for n in itertools.chain([name], others) if n not in taken)
+                taken.add(operation.name)
 
 
 def _call(keras: Any, layer: tf_keras.layers.Layer, args: Any, kwargs: dict[str, Any], made: dict[str, Any]) -> Any:
@@ -156,6 +173,9 @@ def _operations(keras: Any) -> dict[str, Callable[..., Any]]:
             return ops.split(x, num_or_size_splits, axis=axis)
         return ops.split(x, np.cumsum(num_or_size_splits)[:-1].tolist(), axis=axis)
 
+    def matmul(a: Any, b: Any, transpose_a: bool = False, transpose_b: bool = False) -> Any:
+        return ops.matmul(*(_turned(ops, x) if turn else x for x, turn in ((a, transpose_a), (b, transpose_b))))
+
     names = {
         ops.add: ("__operators__.add", "__operators__.radd", "math.add"),
         ops.subtract: ("__operators__.sub", "math.subtract"),
@@ -178,6 +198,7 @@ def _operations(keras: Any) -> dict[str, Callable[..., Any]]:
         ops.reshape: ("reshape",),
         ops.expand_dims: ("expand_dims",),
         ops.squeeze: ("squeeze", "compat.v1.squeeze"),
+        matmul: ("linalg.matmul",),
         pad: ("pad", "compat.v1.pad"),
         split: ("split",),
         reduce(ops.mean): ("math.reduce_mean", "compat.v1.reduce_mean"),
@@ -185,9 +206,15 @@ def _operations(keras: Any) -> dict[str, Callable[..., Any]]:
         reduce(ops.max): ("math.reduce_max", "compat.v1.reduce_max"),
     }
     table = {symbol: function for function, symbols in names.items() for symbol in symbols}
+    table["einsum"] = ops.einsum
     table["concat"] = lambda values, axis: ops.concatenate(values, axis=axis)
     table["transpose"] = table["compat.v1.transpose"] = lambda x, perm=None, conjugate=False: ops.transpose(x, perm)
     return table
+
+
+def _turned(ops: Any, x: Any) -> Any:
+    rank = len(x.shape)
+    return ops.transpose(x, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def _compare(model: tf_keras.Model, rebuilt: Any) -> None:

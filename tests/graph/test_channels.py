@@ -125,6 +125,18 @@ def attention(x):
     return layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x))
 
 
+def hand_written_attention(x):
+    x = layers.Reshape((36, 8))(conv(x, 8, "stem"))
+
+    def heads(name: str):
+        return tf.transpose(tf.reshape(layers.Dense(12, name=name)(x), [-1, 36, 3, 4]), [0, 2, 1, 3])
+
+    weights = tf.nn.softmax(tf.matmul(heads("query"), heads("key"), transpose_b=True) * 0.5)
+    y = tf.reshape(tf.transpose(tf.matmul(weights, heads("value")), [0, 2, 1, 3]), [-1, 36, 12])
+    x = layers.Add()([x, layers.Dense(8, name="output")(y)])
+    return layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x))
+
+
 def recurrent(x):
     x = layers.Reshape((6, 48))(conv(x, 8, "stem"))
     x = layers.LSTM(8, return_sequences=True, name="lstm")(layers.Permute((1, 2))(x))
@@ -183,6 +195,7 @@ ZOO: dict[str, Build] = {
     "recurrent": functional((6, 6, 3), recurrent),
     "states": functional((6, 6, 3), states),
     "attention": functional((6, 6, 3), attention),
+    "hand-written attention": functional((6, 6, 3), hand_written_attention),
     "normalisations": functional((6, 6, 3), normalised),
     "pooling, padding, upsampling": functional(
         (6, 6, 3),

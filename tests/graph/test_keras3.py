@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 import tf_keras
 
+from compress.candidate import Candidate, Storage
+from compress.data.source import Split, make_data
+from compress.deploy.tflite import export
 from compress.errors import CompressError
+from compress.graph.channels.groups import Channels
+from compress.graph.channels.surgery import remove_channels
 from compress.graph.keras3 import from_keras3, is_keras3_file
+from compress.graph.keras3_export import to_keras3
+from compress.metrics.accuracy import file_outputs
+from compress.metrics.tflite_file import TFLiteFile
+from tests.graph.test_channels import half_gone
 
 keras = pytest.importorskip("keras", minversion="3")
 k = keras.layers
@@ -320,3 +329,77 @@ def test_other_files_are_not_keras_3(content: bytes, tmp_path: Path):
     assert not is_keras3_file(path)
     path.write_bytes(content)
     assert not is_keras3_file(path)
+
+
+@pytest.mark.parametrize(
+    ("equation", "left", "right"),
+    [
+        ("bqd,bkd->bqk", (5, 4), (6, 4)),
+        ("bqk,bkd->bqd", (5, 6), (6, 4)),
+        ("bqhd,bkhd->bhqk", (5, 2, 4), (6, 2, 4)),
+        ("bhqk,bkhd->bqhd", (2, 5, 6), (6, 2, 4)),
+        ("bxyc,bdc->bdxy", (3, 5, 4), (6, 4)),
+        ("bd,bd->b", (4,), (4,)),
+        ("bd,be->bed", (4,), (5,)),
+        ("bqhd,bkhd->bqk", (5, 2, 4), (6, 2, 4)),
+    ],
+)
+def test_einstein_sums(equation, left, right, tmp_path):
+    one, two = keras.Input(left), keras.Input(right)
+    model = keras.Model([one, two], ops.einsum(equation, one, two))
+    rebuilt = from_keras3(saved(model, tmp_path))
+    x, y = samples(model, None)
+    np.testing.assert_allclose(rebuilt([x, y]), np.einsum(equation, x, y), atol=1e-5)
+    rebuilt.save(tmp_path / "tf_keras.keras")
+    loaded = tf_keras.models.load_model(tmp_path / "tf_keras.keras")
+    np.testing.assert_allclose(loaded([x, y]), np.einsum(equation, x, y), atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["...d,...d->...", "bij,bkd->bkd", "bii,bid->bd"])
+def test_other_einstein_sums_are_refused(equation, tmp_path):
+    one, two = keras.Input((4, 4)), keras.Input((4, 4))
+    path = saved(keras.Model([one, two], ops.einsum(equation, one, two)), tmp_path)
+    with pytest.raises(CompressError, match="equation"):
+        from_keras3(path)
+
+
+def transformer_block(sums: bool):
+    """With attention written by hand: by matrix products, or by Einstein sums."""
+    image = keras.Input((8, 8, 1))
+    x = k.Reshape((64, 8))(k.Conv2D(8, 3, padding="same", name="stem")(k.Rescaling(1 / 16)(image)))
+
+    def heads(name: str):
+        return ops.reshape(k.Dense(12, name=name)(x), (-1, 64, 3, 4))
+
+    query, key, value = heads("query"), heads("key"), heads("value")
+    if sums:
+        weights = ops.softmax(ops.einsum("bqhd,bkhd->bhqk", query, key) / 2.0)
+        y = ops.einsum("bhqk,bkhd->bqhd", weights, value)
+    else:
+        query, value = (ops.transpose(t, (0, 2, 1, 3)) for t in (query, value))
+        weights = ops.softmax(ops.matmul(query, ops.transpose(key, (0, 2, 3, 1))) / 2.0)
+        y = ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
+    x = k.LayerNormalization()(x + k.Dense(8, name="output")(ops.reshape(y, (-1, 64, 12))))
+    return keras.Model(image, k.Dense(10, name="logits")(k.GlobalAveragePooling1D()(x)))
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_transformer_block_with_attention_written_by_hand(sums, tmp_path):
+    source = transformer_block(sums)
+    model = from_keras3(saved(source, tmp_path))
+    check_equal(source, model)
+    channels = Channels(model)
+    assert channels.trace.unsupported == {}
+    cut = remove_channels(channels, half_gone(channels))
+    assert cut.get_layer("query").units < 12
+    to_keras3(cut, tmp_path / "back.keras")
+    back = keras.models.load_model(tmp_path / "back.keras")
+    x = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_allclose(back(x), cut(x), atol=1e-4)
+    part = Split(x, np.arange(16) % 2)
+    candidate = Candidate(model, storage=Storage("int8", calibration_images=16))
+    artifact = export(candidate, make_data("random", part, part), tmp_path / "model.tflite")
+    file = TFLiteFile.read(artifact.path)
+    assert {"BATCH_MATMUL", "SOFTMAX"} <= {operator.name for operator in file.operators}
+    wanted = np.asarray(model(x))
+    assert np.abs(file_outputs(artifact.path, x) - wanted).max() < 0.1 * np.abs(wanted).max()

@@ -151,3 +151,17 @@ def test_no_call_of_a_keras_3_model_warns_of_the_structure_of_its_inputs(build, 
     loaded(x if len(x) > 1 else x[0])
     assert [layer.name for layer in loaded.layers if isinstance(layer, keras.Model)] == ["inner"]
     assert [str(warning.message) for warning in recwarn if "structure" in str(warning.message)] == []
+
+
+def test_a_layer_may_be_called_as_keras_3_calls_its_operations(tmp_path):
+    import keras
+
+    keras.utils.clear_session()
+    image = tf_keras.Input((4,))
+    x = layers.Dense(3, name="add")(image) + layers.Dense(3, name="add_1")(image)
+    model = rewrite(tf_keras.Model(image, x + layers.Dense(3, name="add_2")(x)))
+    to_keras3(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert {"add", "add_1", "add_2"} < {layer.name for layer in loaded.layers}
+    sample = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    np.testing.assert_allclose(loaded(sample), model(sample), atol=1e-5)

@@ -195,8 +195,34 @@ def _shape_of(call: Call) -> list[ChannelIds]:
     return [np.full([1] * len(shape), NONE) for shape in call.output_shapes]
 
 
+def _softmax(call: Call) -> list[ChannelIds]:
+    ids = call.inputs[0]
+    axis = int(_argument(call, 1, "axis", default=-1)) % (len(call.input_shapes[0]) + 1) - 1
+    if axis < 0 or ids.shape[axis] > 1:
+        call.pin(ids, "weighs its channels against each other (softmax)")
+    return [ids]
+
+
 def _matmul(call: Call) -> list[ChannelIds]:
-    return call.unknown("it multiplies two tensors with each other")
+    """Sum over an axis of each: its channels are the same; those of the other axes are channels of the product."""
+    if len(call.inputs) != 2 or min(ids.ndim for ids in call.inputs) < 2:
+        return call.unknown("it multiplies two tensors with each other")
+    turned = [
+        bool(_argument(call, 2 + i, name, default=False)) for i, name in enumerate(("transpose_a", "transpose_b"))
+    ]
+    left, right = (ids.swapaxes(-1, -2) if turn else ids for ids, turn in zip(call.inputs, turned, strict=True))
+    one_axis = all(max(ids.shape, default=1) == ids.size for ids in (left, right))
+    outside = any(size > 1 for ids in (left, right) for size in ids.shape[:-2])
+    single = any(ids.size == 1 and (ids != NONE).any() for ids in (left, right))
+    if not one_axis or outside or single or (left.shape[-2] > 1 and right.shape[-1] > 1):
+        return call.unknown("it multiplies two tensors with each other")
+    if left.shape[-1] > 1 or right.shape[-2] > 1:
+        call.tie(call.only_along(left, -1), call.only_along(right, -2))
+        call.mixes(0 if left.shape[-1] > 1 else 1)
+    rank = len(call.output_shapes[0])
+    if left.shape[-2] > 1:
+        return [call.spread(call.only_along(left, -2), rank - 2)]
+    return [call.spread(call.only_along(right, -1))] if right.shape[-1] > 1 else [np.full([1] * rank, NONE)]
 
 
 def slicing(call: Call) -> list[ChannelIds]:
@@ -267,6 +293,7 @@ _OTHERS: dict[str, Callable[[Call], list[ChannelIds]]] = {
     "compat.v1.shape": _shape_of,
     "shape": _shape_of,
     "linalg.matmul": _matmul,
+    "nn.softmax": _softmax,
 }
 
 
