@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda
+from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
 from compress.errors import CompressError
+from compress.graph.einsum import einsum
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def rewrite(
     """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
 
     Nested models and Sequentials are laid open; a layer used twice stays shared. All weights are copied;
-    nothing is shared with ``model``. Layers that compute in 16 or 64 bits compute in 32 bits in the copy.
+    nothing is shared with ``model``. Layers that compute in 16 or 64 bits compute in 32 bits in the copy, and a
+    ``tf.einsum`` of two tensors is a matrix product there, which Keras can load again.
     A layer that is replaced by several, or by none, must have one input tensor and one output tensor. ``arguments``
     changes what single calls of layers are given. ``bypassed`` (layer -> which of its input tensors) takes layers out
     that pass one of their inputs on, and with them whatever only they have read.
@@ -189,6 +192,9 @@ class _Builder:
             inner = self.inline(layer, tf.nest.flatten(arguments[0]), prefix=f"{prefix}{layer.name}_")
             self._path = self._path[:-1]
             return inner[0] if len(inner) == 1 else inner
+        if isinstance(layer, TFOpLambda) and layer.symbol == "einsum" and len(arguments) == 3:
+            with contextlib.suppress(ValueError):  # Of another form: it stays as it is.
+                return einsum(*arguments)
         fresh = self._fresh_layers(layer, prefix)
         if len(fresh) == 1:
             return fresh[0](*arguments, **keywords)

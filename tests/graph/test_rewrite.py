@@ -183,3 +183,18 @@ def test_multiply_adds_of_a_transposed_convolution_shared_by_two_sizes():
     small, large = tf_keras.Input((4, 5, 2)), tf_keras.Input((6, 7, 2))
     (kernel,) = kernels(tf_keras.Model([small, large], [layer(small), layer(large)]))
     assert kernel.macs == (4 * 5 + 6 * 7) * 2 * 2 * 2 * 3
+
+
+def test_einstein_sums_can_be_saved_and_loaded_in_the_copy(tmp_path):
+    model = hand_written_attention()
+    rewrite(model).save(tmp_path / "model.keras")
+    assert_same(model, tf_keras.models.load_model(tmp_path / "model.keras"))
+
+
+def test_an_einstein_sum_of_another_form_stays():
+    image = tf_keras.Input((4, 4))
+    model = tf_keras.Model(image, [tf.einsum("bii->b", image), tf.einsum("...d,...d->...", image, image)])
+    x = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    trace, norms = rewrite(model)(x)
+    np.testing.assert_allclose(trace, x.trace(axis1=1, axis2=2), rtol=1e-5)
+    np.testing.assert_allclose(norms, (x**2).sum(-1), rtol=1e-5)
