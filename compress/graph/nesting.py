@@ -39,7 +39,8 @@ class _Part:
     """One call, or all calls of a nested model."""
 
     calls: list[Any]
-    path: str | None = None
+    path: str = ""
+    """Of the nested model; empty for a single call."""
 
     @property
     def written(self) -> set[int]:
@@ -67,7 +68,7 @@ class _Builder:
         while waiting:
             ready = [part for part in waiting if all(id(tensor) in tensors for tensor in part.read)]
             for part in ready:
-                if part.path is None:
+                if not part.path:
                     self._call(part.calls[0], tensors)
                 else:
                     outside = {id(t) for other in waiting if other is not part for t in other.read} | set(wanted)
@@ -92,7 +93,6 @@ class _Builder:
         read = part.read
         inner: dict[int, Any] = {id(t): tf_keras.Input(batch_shape=t.shape, dtype=t.dtype) for t in read}
         given = [inner[id(tensor)] for tensor in read]
-        assert part.path is not None
         self.build(part.calls, inner, outputs, part.path)
         model = tf_keras.Model(given, [inner[key] for key in outputs], name=part.path.rpartition("/")[2])
         arguments = [tensors[id(tensor)] for tensor in read]

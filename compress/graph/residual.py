@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 
-from compress.graph.rewrite import nodes, rewrite
+from compress.graph.rewrite import nodes, rewrite, scaled_inputs
 
 
 @dataclass(frozen=True)
@@ -88,21 +87,4 @@ def without_blocks(model: tf_keras.Model, blocks: tuple[ResidualBlock, ...]) -> 
 
 def without_branches(model: tf_keras.Model, blocks: tuple[ResidualBlock, ...]) -> tf_keras.Model:
     """Return a copy in which the blocks' branches are multiplied with zero: the oracle of :func:`without_blocks`."""
-
-    def zeroed(block: ResidualBlock) -> Callable[[list[Any], dict[str, Any]], None]:
-        def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-            position = -1
-
-            def scale(value: Any) -> Any:
-                nonlocal position
-                if not hasattr(value, "_keras_history"):
-                    return value
-                position += 1
-                return value if position == block.shortcut else value * 0.0
-
-            args[:] = tf.nest.map_structure(scale, args)
-            kwargs.update({name: tf.nest.map_structure(scale, value) for name, value in kwargs.items()})
-
-        return edit
-
-    return rewrite(model, arguments={(block.add, 0): zeroed(block) for block in blocks})
+    return rewrite(model, arguments={(b.add, 0): scaled_inputs({1 - b.shortcut: 0.0}) for b in blocks})

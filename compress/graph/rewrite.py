@@ -82,6 +82,25 @@ def _rewritten(
     return copy, builder
 
 
+def scaled_inputs(factors: Mapping[int, Any]) -> Callable[[list[Any], dict[str, Any]], None]:
+    """Return the edit of a call that multiplies its input tensors, counted in order, with ``factors``."""
+
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        position = -1
+
+        def scale(value: Any) -> Any:
+            nonlocal position
+            if not hasattr(value, "_keras_history"):
+                return value
+            position += 1
+            return value * factors[position] if position in factors else value
+
+        args[:] = tf.nest.map_structure(scale, args)
+        kwargs.update({name: tf.nest.map_structure(scale, value) for name, value in kwargs.items()})
+
+    return edit
+
+
 def in_float32(config: Any) -> None:
     """Have every layer of a configuration, in wrappers too, compute in 32 bits where it computes in 16 or 64."""
     if isinstance(config, dict):

@@ -12,7 +12,7 @@ import tf_keras
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, cut_axes
 from compress.graph.channels.trace import Kept, Mixing
-from compress.graph.rewrite import NewLayer, in_float32, rewrite
+from compress.graph.rewrite import NewLayer, in_float32, rewrite, scaled_inputs
 
 
 def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
@@ -76,7 +76,8 @@ def masked_model(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
             layer = model.get_layer(key.layer)
             replacements[key.layer] = [NewLayer(_MaskedNormalization(layer, norm, kept), tuple(layer.get_weights()))]
         if any(not mask.all() for mask in masks.values()):
-            arguments[key.layer, key.index] = _masking(masks)
+            factors = {i: mask[None].astype(np.float32) for i, mask in masks.items() if not mask.all()}
+            arguments[key.layer, key.index] = scaled_inputs(factors)
     masked = rewrite(model, replacements, arguments)
     for weight in channels.trace.weights.values():
         ids = weight.axes[weight.reads] if weight.within and weight.reads is not None else None
@@ -85,24 +86,6 @@ def masked_model(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
             shape = [-1 if axis == weight.reads else 1 for axis in range(len(weight.axes))]
             variable.assign(np.asarray(variable) * kept.of(ids).reshape(shape))
     return masked
-
-
-def _masking(masks: dict[int, np.ndarray]) -> Callable[[list[Any], dict[str, Any]], None]:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        position = -1
-
-        def mask(value: Any) -> Any:
-            nonlocal position
-            if not hasattr(value, "_keras_history"):
-                return value
-            position += 1
-            stay = masks.get(position)
-            return value if stay is None or stay.all() else value * stay[None].astype(np.float32)
-
-        args[:] = tf.nest.map_structure(mask, args)
-        kwargs.update({name: tf.nest.map_structure(mask, value) for name, value in kwargs.items()})
-
-    return edit
 
 
 class _MaskedNormalization(tf_keras.layers.Layer):
