@@ -121,7 +121,7 @@ def test_the_schema_is_a_schema_and_bites(result):
         ("stages", 1, "macs"),
         ("ratios", "accuracy_delta"),
         ("artifacts", "packed"),
-        ("layers", "final", "dense", "channels"),
+        ("layers", "final", "dense", "params"),
     ):
         wrong = copy.deepcopy(good)
         place = wrong
