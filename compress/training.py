@@ -43,6 +43,7 @@ class Recovery:
     batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 128
     temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
+    mixup: Annotated[float, Ge(0), Le(1)] = 0.0
 
     def part(self, share: float) -> Recovery:
         """Return the same with ``share`` of the epochs."""
@@ -56,7 +57,10 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss term sees of one step: inputs, labels [b], the model's logits [b, classes], sample indices [b]."""
+    """What a loss term sees of one step: inputs, labels [b], the model's logits [b, classes], sample indices [b].
+
+    A mixed sample has its own label and index here, not its partner's.
+    """
 
     inputs: tf.Tensor
     labels: tf.Tensor
@@ -70,8 +74,14 @@ class LossTerm(Protocol):
     task_weight: float
     """What the task loss is multiplied with beside this term."""
 
-    def prepare(self, data: Data, batch_size: int) -> None:
-        """Get ready for training on ``data``: called once, outside the compiled step."""
+    def prepare(self, data: Data, batch_size: int, *, same_images: bool) -> None:
+        """Get ready for training on ``data``: called once, outside the compiled step.
+
+        Args:
+            data: the data; a term reads its training part only.
+            batch_size: samples of a step.
+            same_images: whether each epoch shows the stored samples themselves, so that ``Batch.indices`` name them.
+        """
 
     def __call__(self, batch: Batch) -> tf.Tensor:
         """Return the scalar that is added to the loss."""
@@ -141,7 +151,8 @@ def train(
     steps = max(1, round(recovery.epochs * len(data.train) / batch_size))
     tf_keras.utils.set_random_seed(seed)
     for term in terms:
-        term.prepare(data, batch_size)
+        # Mixed images are new at every step, as augmented ones are.
+        term.prepare(data, batch_size, same_images=not (data.augmentation or recovery.mixup))
     trainee = _Trainee(model.inputs, model.outputs, name=model.name)
     trainee.setup(
         steps=steps,
@@ -149,6 +160,8 @@ def train(
         projections=[*projections, *_guarantee_projections(model, guarantees)],
         terms=terms,
         weight_decay=recovery.weight_decay,
+        mixup=recovery.mixup,
+        seed=seed,
     )
     # A compiled loss would be added to ours; the loop's loss is `_Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
@@ -229,6 +242,21 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor) -> t
     return images
 
 
+def mix(samples: tf.Tensor, share: float, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mix the first ``share`` of the samples [b, ...] with their partners, the same samples in reverse order.
+
+    Source: mixup (Zhang et al., arXiv 1710.09412) with evenly drawn ratios.
+
+    Returns:
+        The samples, and the part [b] of each that is its own; 1 where nothing was mixed.
+    """
+    count = tf.shape(samples)[0]
+    drawn = tf.random.stateless_uniform([count], seed)
+    ratio = tf.where(tf.range(count) < tf.cast(tf.math.ceil(share * tf.cast(count, tf.float32)), tf.int32), drawn, 1.0)
+    own = tf.reshape(ratio, [-1, *[1] * (samples.shape.rank - 1)])
+    return own * samples + (1.0 - own) * samples[::-1], ratio
+
+
 class _Trainee(tf_keras.Model):
     """The model under training: ``fit`` with our training step."""
 
@@ -240,6 +268,8 @@ class _Trainee(tf_keras.Model):
         projections: Sequence[Projection],
         terms: Sequence[LossTerm],
         weight_decay: float,
+        mixup: float,
+        seed: int,
     ) -> None:
         """Set what the step needs; wrapped, so that Keras does not track any of it."""
         decayed = [getattr(layer, name) for layer in self.layers for name in kernel_attributes(layer)]
@@ -250,15 +280,25 @@ class _Trainee(tf_keras.Model):
             "terms": terms,
             "decayed": decayed,
             "weight_decay": weight_decay,
+            "mixup": mixup,
+            "seed": seed,
         }
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Make one step: forward, loss, gradients, update, projections."""
         plan = self._plan()
         inputs, labels, indices = data
+        ratio = None
+        if plan["mixup"]:
+            seed = tf.stack([tf.constant(plan["seed"], tf.int64), self.optimizer.iterations])
+            inputs, ratio = mix(inputs, plan["mixup"], seed)
         with tf.GradientTape() as tape:
             logits = logits_of(self(inputs, training=True), plan["probabilities"])
-            task = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+            if ratio is not None:
+                other = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[::-1], logits=logits)
+                losses = ratio * losses + (1.0 - ratio) * other
+            task = tf.reduce_mean(losses)
             loss = task
             for term in plan["terms"]:
                 loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices))

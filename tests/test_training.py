@@ -21,6 +21,7 @@ from compress.training import (
     augment,
     gives_probabilities,
     logits_of,
+    mix,
     restore,
     train,
     training_batches,
@@ -153,6 +154,35 @@ def test_shift_and_mirror_together():
     assert kinds == {False, True}
 
 
+@given(count=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=20)
+def test_the_first_samples_are_mixed_with_the_last_ones(count, share, seed):
+    samples = np.random.default_rng(seed).normal(size=(count, 2, 3)).astype(np.float32)
+    mixed, ratio = (t.numpy() for t in mix(tf.constant(samples), share, tf.constant([seed, 0])))
+    touched = np.arange(count) < np.ceil(np.float32(share) * np.float32(count))
+    assert np.all((ratio >= 0) & (ratio <= 1))
+    assert np.all(ratio[~touched] == 1)
+    assert not np.any(ratio[touched] == 1)
+    partners = np.flip(samples, axis=0)
+    np.testing.assert_allclose(mixed, partners + ratio[:, None, None] * (samples - partners), atol=1e-5)
+
+
+def test_a_step_on_mixed_samples_is_that_of_the_mixed_labels():
+    model, before = linear(), linear()
+    source = data(8)
+    train(model, source, Recovery(epochs=1, batch_size=8, momentum=0, weight_decay=0, mixup=1.0), seed=3)
+    ((images, labels, _),) = batches(source.train, 8, 1, seed=3)
+    mixed, ratio = (t.numpy() for t in mix(tf.constant(images), 1.0, tf.constant([3, 0], tf.int64)))
+    kernel, bias = before.get_layer("dense").get_weights()
+    scores = mixed / 255 @ kernel + bias
+    softmax = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    target = ratio[:, None] * np.eye(3)[labels] + (1 - ratio[:, None]) * np.eye(3)[labels[::-1]]
+    # The cosine schedule's first step has the full rate.
+    np.testing.assert_allclose(
+        model.get_layer("dense").get_weights()[0], kernel - 0.01 * (mixed / 255).T @ (softmax - target) / 8, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("augmentation", [PLAIN, Augmentation(shift=1, mirror=True)], ids=["plain", "augmented"])
 def test_the_same_seed_gives_the_same_weights(augmentation):
     source = data(40, (6, 6, 1), augmentation)
@@ -215,8 +245,8 @@ def test_a_loss_term_is_added_beside_its_share_of_the_task():
     class Push:
         task_weight = 0.0
 
-        def prepare(self, source: Data, batch_size: int) -> None:
-            self.prepared = (len(source.train), batch_size)
+        def prepare(self, source: Data, batch_size: int, *, same_images: bool) -> None:
+            self.prepared = (len(source.train), batch_size, same_images)
 
         def __call__(self, batch: Batch) -> tf.Tensor:
             assert batch.inputs.shape[1:] == (3,)
@@ -226,7 +256,7 @@ def test_a_loss_term_is_added_beside_its_share_of_the_task():
     before = model.get_weights()
     recovery = Recovery(epochs=1, batch_size=40, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
     train(model, data(40), recovery, seed=0, terms=[term])
-    assert term.prepared == (40, 40)
+    assert term.prepared == (40, 40, True)
     # With no share for the task, every bias moves by rate * 2.
     np.testing.assert_allclose(model.get_weights()[1], before[1] + 0.2, atol=1e-5)
 

@@ -71,7 +71,7 @@ def test_the_term_is_the_formula(softmax, prepared, seed, temperature, weight):
     term = SoftTargets(teacher, temperature, weight)
     assert term.task_weight == pytest.approx(1 - weight)
     if prepared:
-        term.prepare(source, 8)
+        term.prepare(source, 8, same_images=True)
     value = float(term(batch(source.train.x, student, indices)))
     expected = formula(logits_in_numpy(teacher, source.train.x[indices]), student, temperature, weight)
     assert value == pytest.approx(expected, rel=1e-3, abs=1e-4)
@@ -84,9 +84,9 @@ def test_a_teacher_is_run_once_where_images_stay_the_same_and_anew_where_they_ch
     elsewhere = Batch(tf.zeros((6, 4, 4, 1)), tf.zeros(6, tf.int64), tf.zeros((6, 5)), tf.constant(indices))
     logits, at_zero = logits_in_numpy(teacher, source.train.x[:6]), logits_in_numpy(teacher, np.zeros((6, 4, 4, 1)))
     term = SoftTargets(teacher, 4.0, 0.9)
-    term.prepare(source, 8)
+    term.prepare(source, 8, same_images=True)
     assert float(term(elsewhere)) == pytest.approx(formula(logits, np.zeros((6, 5)), 4.0, 0.9), rel=1e-3)
-    term.prepare(data(mirror=True), 8)
+    term.prepare(source, 8, same_images=False)
     assert float(term(elsewhere)) == pytest.approx(formula(at_zero, np.zeros((6, 5)), 4.0, 0.9), rel=1e-3, abs=1e-6)
 
 

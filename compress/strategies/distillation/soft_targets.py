@@ -18,7 +18,7 @@ from compress.training import Batch, gives_probabilities, logits_of
 class SoftTargets:
     """The loss term ``soft_weight * T^2 * KL(teacher_T || student_T)``; the task loss gets the rest of the weight.
 
-    Where training images are not augmented the teacher runs once over them before training; else it runs inside the
+    Where training images stay the same the teacher runs once over them before training; else it runs inside the
     compiled step, on the very images that the student sees.
     """
 
@@ -31,10 +31,10 @@ class SoftTargets:
         self._soft_weight = soft_weight
         self._known: tf.Tensor | None = None
 
-    def prepare(self, data: Data, batch_size: int) -> None:
+    def prepare(self, data: Data, batch_size: int, *, same_images: bool) -> None:
         """Run the teacher over the training part, if its images stay the same."""
         self._known = None
-        if not data.augmentation:
+        if same_images:
             outputs = self._teacher.predict(data.train.x, batch_size=max(batch_size, 256), verbose=0)
             self._known = logits_of(tf.constant(np.asarray(outputs, np.float32)), self._probabilities)
 
