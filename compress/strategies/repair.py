@@ -26,6 +26,8 @@ RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
 """Ridge of a layer that loses inputs, and of one that only makes up for others; relative to its inputs' squares."""
 _CLIP = (0.05, 20.0)
 _RECTIFIED_ROUNDS = 3
+_LEAST_FACTOR = 0.05
+"""A batch norm that multiplies with less than this part of what is usual switches the channel off."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +152,22 @@ class Repair:
             bias = np.asarray(source.bias)
             mean, square = total / batches
             variance = np.maximum(square - mean**2, 1e-8)
-            # A norm without scale must divide by one, one without centre must not take the mean away.
-            variance = variance if norm.scale else np.full_like(variance, 1.0 - norm.epsilon)
+            # One without centre must not take the mean away.
             mean = mean if norm.center else np.zeros_like(mean)
+            # The kernel goes back to the size that it had before it was folded. A norm hides the size of a kernel, but
+            # the smaller a kernel is the more a training step turns it.
+            factor = _factor_of(self.model.get_layer(norm_name))
+            variance = variance / factor**2 if norm.scale else np.asarray(norm.moving_variance)
             kernel = np.asarray(source.weights[0])
-            layer.weights[0].assign(kernel)
+            spread = factor.reshape(kernel.shape[2:]) if isinstance(layer, tf_keras.layers.DepthwiseConv2D) else factor
+            layer.weights[0].assign(kernel / spread)
             if layer.use_bias:
-                layer.bias.assign(bias)
+                layer.bias.assign(bias / factor)
             # Its output is again kernel and bias of the folded layer, whatever the statistics are.
             values = {
-                "moving_mean": mean - (0 if layer.use_bias else bias),
+                "moving_mean": (mean - (0 if layer.use_bias else bias)) / factor,
                 "moving_variance": variance,
-                "gamma": np.sqrt(variance + norm.epsilon),
+                "gamma": factor * np.sqrt(variance + norm.epsilon),
                 "beta": mean,
             }
             for attribute, value in values.items():
@@ -169,6 +175,15 @@ class Repair:
                 if variable is not None:
                     variable.assign(value)
         return result
+
+
+def _factor_of(norm: tf_keras.layers.BatchNormalization) -> np.ndarray:
+    """Return what a batch norm multiplies each channel with; for one that it nearly switches off, what is usual."""
+    factor = (np.asarray(norm.gamma) if norm.scale else 1.0) / np.sqrt(np.asarray(norm.moving_variance) + norm.epsilon)
+    usual = float(np.median(np.abs(factor)))
+    # Without a scale there is none to make up for another factor.
+    off = np.abs(factor) < _LEAST_FACTOR * usual if norm.scale else np.zeros(factor.shape, bool)
+    return np.asarray(np.where(off, usual if usual > 0 else 1.0, factor))
 
 
 def _sums(model: tf_keras.Model) -> dict[str, tuple[int, ...]]:

@@ -84,6 +84,36 @@ def test_nothing_cut_is_nothing_changed(residual, data):
     np.testing.assert_allclose(repaired(x), residual(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [True, False])
+def test_kernels_come_back_in_the_size_that_training_steps_are_made_for(scale, data):
+    tf_keras.utils.set_random_seed(2)
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(6, 3, use_bias=False, name="conv")(layers.Rescaling(1 / 16)(image))
+    x = layers.ReLU()(layers.BatchNormalization(scale=scale, name="norm")(x))
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
+    x = layers.BatchNormalization(scale=scale, name="norm2")(x)
+    model = copy_model(tf_keras.Model(image, layers.Dense(10)(layers.GlobalAveragePooling2D()(x))))
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        if "norm" in weight.name:
+            weight.assign(rng.uniform(0.02, 3.0, weight.shape))
+    if scale:
+        gamma = model.get_layer("norm").gamma.numpy()
+        gamma[:2] = [1e-6, -0.7]
+        model.get_layer("norm").gamma.assign(gamma)
+    samples = data.train.x[:100].astype(np.float32)
+    repair = Repair(model, samples, 0)
+    back = repair.with_norms(repair.folded)
+    np.testing.assert_allclose(back(samples), model(samples), atol=1e-3)
+    # A channel that its norm switches off is not blown up to make up for it.
+    kept = slice(1 if scale else 0, None)
+    before, after = (np.asarray(m.get_layer("conv").kernel) for m in (model, back))
+    np.testing.assert_allclose(after[..., kept], before[..., kept], rtol=1e-4)
+    assert np.abs(after).max() <= np.abs(before).max() * 1.001
+    before, after = (np.asarray(m.get_layer("depthwise").depthwise_kernel) for m in (model, back))
+    np.testing.assert_allclose(after, before, rtol=1e-4)
+
+
 @pytest.mark.parametrize("norm", [{"scale": False}, {"center": False}, {"scale": False, "center": False}, {}])
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_norms_of_every_kind_come_back(norm, use_bias, data):
