@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tf_keras
 
+import compress
 from compress import cache as module
 from compress.cache import Entry, StageCache, code_digest
 from compress.candidate import Candidate, Storage
@@ -291,6 +292,20 @@ def test_the_digest_follows_the_source_of_the_strategys_family(family):
     (family / "notes.txt").write_text("no code")
     assert code_digest(kind) == third
     assert len({first, second, third}) == 3
+
+
+def test_the_digest_follows_what_the_family_imports_of_this_package(family, monkeypatch):
+    kind = importlib.import_module("planted_family.method").Method
+    before = {other: code_digest(other) for other in (kind, Prune)}
+    (family / "helper.py").write_text("def late():\n    from compress.strategies import repair\n    return repair\n")
+    importing = code_digest(kind)
+    (family / "helper.py").write_text("RATE = 1\n")
+    read, repair = Path.read_bytes, Path(compress.__file__).parent / "strategies" / "repair.py"
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + (b"# changed" if file == repair else b""))
+    assert code_digest(kind) == before[kind]
+    assert code_digest(Prune) != before[Prune]
+    (family / "helper.py").write_text("def late():\n    from compress.strategies import repair\n    return repair\n")
+    assert code_digest(kind) != importing
 
 
 def test_strategies_of_different_families_have_different_digests():
