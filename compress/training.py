@@ -8,9 +8,9 @@ function; so it costs what ``fit`` costs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -43,6 +43,7 @@ class Recovery:
     batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 128
     temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
+    hint_weight: Annotated[float, Ge(0), Le(1e6)] = 0.0
     mixup: Annotated[float, Ge(0), Le(1)] = 0.0
 
     def part(self, share: float) -> Recovery:
@@ -66,6 +67,8 @@ class Batch:
     labels: tf.Tensor
     logits: tf.Tensor
     indices: tf.Tensor
+    features: Mapping[str, tf.Tensor] = field(default_factory=dict)
+    """Layer -> its output, for the layers that the terms have asked for."""
 
 
 class LossTerm(Protocol):
@@ -73,6 +76,8 @@ class LossTerm(Protocol):
 
     task_weight: float
     """What the task loss is multiplied with beside this term."""
+    layers: Sequence[str]
+    """Layers of the trained model whose outputs it reads."""
 
     def prepare(self, data: Data, batch_size: int, *, same_images: bool) -> None:
         """Get ready for training on ``data``: called once, outside the compiled step.
@@ -153,12 +158,15 @@ def train(
     for term in terms:
         # Mixed images are new at every step, as augmented ones are.
         term.prepare(data, batch_size, same_images=not (data.augmentation or recovery.mixup))
-    trainee = _Trainee(model.inputs, model.outputs, name=model.name)
+    tapped = list(dict.fromkeys(name for term in terms for name in term.layers))
+    tensors = [model.get_layer(name).output for name in tapped]
+    trainee = _Trainee(model.inputs, [*model.outputs, *tensors], name=model.name)
     trainee.setup(
         steps=steps,
         probabilities=gives_probabilities(model),
         projections=[*projections, *_guarantee_projections(model, guarantees)],
         terms=terms,
+        tapped=tapped,
         weight_decay=recovery.weight_decay,
         mixup=recovery.mixup,
         seed=seed,
@@ -267,6 +275,7 @@ class _Trainee(tf_keras.Model):
         probabilities: bool,
         projections: Sequence[Projection],
         terms: Sequence[LossTerm],
+        tapped: Sequence[str],
         weight_decay: float,
         mixup: float,
         seed: int,
@@ -278,6 +287,7 @@ class _Trainee(tf_keras.Model):
             "probabilities": probabilities,
             "projections": projections,
             "terms": terms,
+            "tapped": tapped,
             "decayed": decayed,
             "weight_decay": weight_decay,
             "mixup": mixup,
@@ -293,7 +303,9 @@ class _Trainee(tf_keras.Model):
             seed = tf.stack([tf.constant(plan["seed"], tf.int64), self.optimizer.iterations])
             inputs, ratio = mix(inputs, plan["mixup"], seed)
         with tf.GradientTape() as tape:
-            logits = logits_of(self(inputs, training=True), plan["probabilities"])
+            outputs = tf.nest.flatten(self(inputs, training=True))
+            logits = logits_of(outputs[0], plan["probabilities"])
+            features = dict(zip(plan["tapped"], outputs[len(outputs) - len(plan["tapped"]) :], strict=True))
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
             if ratio is not None:
                 other = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[::-1], logits=logits)
@@ -301,7 +313,7 @@ class _Trainee(tf_keras.Model):
             task = tf.reduce_mean(losses)
             loss = task
             for term in plan["terms"]:
-                loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices))
+                loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices, features))
             total = tf.add_n([loss, *self.losses]) if self.losses else loss
         variables = self.trainable_variables
         gradients = tape.gradient(total, variables)

@@ -17,7 +17,9 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
 from compress.progress import progress
+from compress.strategies.distillation.hints import Hints, hint_layers
 from compress.strategies.distillation.soft_targets import SoftTargets
+from compress.strategies.distillation.teacher import Teacher
 from compress.training import LossTerm, Projection, Recovery, augment, train
 
 STRICT = ConfigDict(extra="forbid")
@@ -56,8 +58,12 @@ class Context:
         if not self.recovery.trains:
             return candidate
         extra = list(terms)
-        if self.recovery.method == "distill" and not any(isinstance(term, SoftTargets) for term in extra):
-            extra.append(SoftTargets(self.reference, self.recovery.temperature, self.recovery.soft_weight))
+        soft = next((term for term in extra if isinstance(term, SoftTargets)), None)
+        if self.recovery.method == "distill" and soft is None:
+            soft = SoftTargets(Teacher(self.reference), self.recovery.temperature, self.recovery.soft_weight)
+            extra.append(soft)
+        if soft is not None and self.recovery.hint_weight:
+            extra.append(self._hints(soft.teacher, candidate.model))
         with progress(self.stage) as shown:
             train(
                 candidate.model,
@@ -72,6 +78,17 @@ class Context:
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
             )
         return candidate
+
+    def _hints(self, teacher: Teacher, student: tf_keras.Model) -> Hints:
+        layers = hint_layers(teacher.model, student)
+        if not layers:
+            raise CompressError(
+                f"strategy.{self.stage}.recovery.hint_weight",
+                expected="layers of the model that give maps of the size that the reference's give, under one name",
+                received="none",
+                fix=f"Write strategy.{self.stage}.recovery.hint_weight=0.",
+            )
+        return Hints(teacher, layers, self.recovery.hint_weight)
 
     def calibration_samples(self, count: int) -> np.ndarray:
         """Return up to ``count`` samples of the training part, augmented as in training, without their labels.

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Candidate, Effect
 from compress.graph.rewrite import copy_model
 from compress.strategies.distillation.soft_targets import SoftTargets
+from compress.strategies.distillation.teacher import Teacher
 from compress.strategies.strategy import STRICT, Context, Strategy
 
 
@@ -29,4 +30,6 @@ class Distill(Strategy):
         """Train a copy."""
         context.require_training()
         student = candidate.evolve(model=copy_model(candidate.model), skipped=())
-        return context.recover(student, terms=[SoftTargets(context.reference, self.temperature, self.soft_weight)])
+        return context.recover(
+            student, terms=[SoftTargets(Teacher(context.reference), self.temperature, self.soft_weight)]
+        )

@@ -6,12 +6,13 @@ by T squared, beside the ordinary cross-entropy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 from compress.data.source import Data
-from compress.graph.fold import fold_batch_norm
+from compress.strategies.distillation.teacher import Teacher
 from compress.training import Batch, gives_probabilities, logits_of
 
 
@@ -22,11 +23,12 @@ class SoftTargets:
     compiled step, on the very images that the student sees.
     """
 
-    def __init__(self, teacher: tf_keras.Model, temperature: float, soft_weight: float) -> None:
+    layers: Sequence[str] = ()
+
+    def __init__(self, teacher: Teacher, temperature: float, soft_weight: float) -> None:
         self.task_weight = 1.0 - soft_weight
-        # The teacher only looks: without its batch norms it does so in less time.
-        self._teacher = fold_batch_norm(teacher)
-        self._probabilities = gives_probabilities(teacher)
+        self.teacher = teacher
+        self._probabilities = gives_probabilities(teacher.model)
         self._temperature = temperature
         self._soft_weight = soft_weight
         self._known: tf.Tensor | None = None
@@ -35,7 +37,7 @@ class SoftTargets:
         """Run the teacher over the training part, if its images stay the same."""
         self._known = None
         if same_images:
-            outputs = self._teacher.predict(data.train.x, batch_size=max(batch_size, 256), verbose=0)
+            outputs = self.teacher.model.predict(data.train.x, batch_size=max(batch_size, 256), verbose=0)
             self._known = logits_of(tf.constant(np.asarray(outputs, np.float32)), self._probabilities)
 
     def __call__(self, batch: Batch) -> tf.Tensor:
@@ -43,7 +45,7 @@ class SoftTargets:
         if self._known is not None:
             teacher = tf.gather(self._known, batch.indices)
         else:
-            teacher = tf.stop_gradient(logits_of(self._teacher(batch.inputs, training=False), self._probabilities))
+            teacher = logits_of(self.teacher(batch.inputs)[""], self._probabilities)
         target = tf.nn.log_softmax(teacher / self._temperature)
         student = tf.nn.log_softmax(batch.logits / self._temperature)
         divergence = tf.reduce_sum(tf.exp(target) * (target - student), axis=-1)
