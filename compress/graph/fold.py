@@ -66,7 +66,7 @@ def _normalises_channels(norm: tf_keras.layers.BatchNormalization, layer: tf_ker
 
 def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalization) -> NewLayer:
     variance = np.asarray(norm.moving_variance)
-    gain = (np.asarray(norm.gamma) if norm.scale else 1.0) / np.sqrt(variance + norm.epsilon)
+    gain = gain_of(norm)
     shift = (np.asarray(norm.beta) if norm.center else 0.0) - np.asarray(norm.moving_mean) * gain
     depthwise = isinstance(layer, tf_keras.layers.DepthwiseConv2D)
     kernel = np.asarray(layer.depthwise_kernel if depthwise else layer.kernel)
@@ -77,6 +77,12 @@ def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalizati
         layer.__class__.from_config(config),
         (scaled.astype(kernel.dtype), (old_bias * gain + shift).astype(kernel.dtype)),
     )
+
+
+def gain_of(norm: tf_keras.layers.BatchNormalization) -> np.ndarray:
+    """Return what a batch norm multiplies each channel [c] with in inference mode."""
+    scale = np.asarray(norm.gamma) if norm.scale else 1.0
+    return np.asarray(scale / np.sqrt(np.asarray(norm.moving_variance) + norm.epsilon))
 
 
 def merged_on_export(model: tf_keras.Model) -> frozenset[str]:

@@ -15,7 +15,7 @@ import tf_keras
 
 from compress.candidate import Guarantee
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm, foldable_pairs
+from compress.graph.fold import fold_batch_norm, foldable_pairs, gain_of
 from compress.graph.rewrite import consumers, copy_model, nodes
 from compress.graph.walk import Step, Walk
 from compress.strategies.least_squares import Moments, assign_matrix, moments, solve
@@ -179,7 +179,7 @@ class Repair:
 
 def _factor_of(norm: tf_keras.layers.BatchNormalization) -> np.ndarray:
     """Return what a batch norm multiplies each channel with; for one that it nearly switches off, what is usual."""
-    factor = (np.asarray(norm.gamma) if norm.scale else 1.0) / np.sqrt(np.asarray(norm.moving_variance) + norm.epsilon)
+    factor = gain_of(norm)
     usual = float(np.median(np.abs(factor)))
     # Without a scale there is none to make up for another factor.
     off = np.abs(factor) < _LEAST_FACTOR * usual if norm.scale else np.zeros(factor.shape, bool)

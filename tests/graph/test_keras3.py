@@ -20,7 +20,7 @@ from compress.graph.keras3 import from_keras3, is_keras3_file
 from compress.graph.keras3_export import to_keras3
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.tflite_file import TFLiteFile
-from tests.graph.test_channels import half_gone
+from tests.graph.zoo import half_gone
 
 keras = pytest.importorskip("keras", minversion="3")
 k = keras.layers

@@ -20,7 +20,7 @@ from compress.graph.keras3 import from_keras3, is_keras3_file, read_keras3
 from compress.graph.keras3_export import to_keras3
 from compress.graph.nesting import nest
 from compress.graph.rewrite import rewrite
-from tests.graph.test_channels import ZOO, half_gone
+from tests.graph.zoo import ZOO, half_gone
 
 layers = tf_keras.layers
 # A process that knows nothing of this project; it prints how far the outputs are from those in the file.

@@ -13,7 +13,7 @@ from compress.errors import CompressError
 from compress.graph.keras3_export import keras3_model
 from compress.graph.rewrite import rewrite
 from compress.models.file import load_model_file
-from tests.graph.test_channels import ZOO, samples
+from tests.graph.zoo import ZOO, samples
 
 NOT_READ_BY_KERAS_3 = (
     *("broadcast add", "split and concat", "slices", "padded shortcut", "channel shuffle", "embedding", "hard swish"),

@@ -30,7 +30,7 @@ from compress.strategies.pruning.widths import written_channels
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
-from tests.graph.test_channels import ZOO
+from tests.graph.zoo import ZOO
 
 layers = tf_keras.layers
 
