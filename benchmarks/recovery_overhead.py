@@ -48,7 +48,11 @@ class TimedContext(Context):
     ratios: list[float] | None = None
 
     def recover(
-        self, candidate: Candidate, *, projections: Sequence[Projection] = (), terms: Sequence[LossTerm] = ()
+        self,
+        candidate: Candidate,
+        *,
+        projections: Sequence[Projection] = (),
+        terms: Sequence[LossTerm] = (),
     ) -> Candidate:
         """Time ``ROUNDS`` interleaved pairs."""
         batch = self.recovery.batch_size
@@ -109,13 +113,14 @@ class _Prepared:
     """A loss term that is prepared once, so that the time of it is not counted as training."""
 
     def __init__(self, term: LossTerm, context: Context) -> None:
-        self.task_weight = term.task_weight
+        self.task_weight, self.layers = term.task_weight, term.layers
         self._term = term
         if not getattr(term, "_prepared_for_benchmark", False):
-            term.prepare(context.data, context.recovery.batch_size)
+            same_images = not (context.data.augmentation or context.recovery.mixup)
+            term.prepare(context.data, context.recovery.batch_size, same_images=same_images)
             term._prepared_for_benchmark = True
 
-    def prepare(self, data, batch_size) -> None:
+    def prepare(self, data, batch_size, *, same_images) -> None:
         pass
 
     def __call__(self, batch):
