@@ -64,7 +64,7 @@ def kernels(model: tf_keras.Model) -> list[Kernel]:
         for attribute in kernel_attributes(layer):
             key = f"{layer.name}/{attribute}"
             layers[key] = layer
-            macs[key] = macs.get(key, 0) + _macs(layer, attribute, inputs[0], outputs[0])
+            macs[key] = macs.get(key, 0) + macs_of_call(layer, attribute, inputs[0], outputs[0])
     return [Kernel(layers[key], key.rpartition("/")[2], count) for key, count in macs.items()]
 
 
@@ -89,13 +89,15 @@ def get_variable(model: tf_keras.Model, name: str) -> tf.Variable:
     return getattr(model.get_layer(layer), attribute)
 
 
-def _macs(layer: tf_keras.layers.Layer, attribute: str, input_shape: Shape, output_shape: Shape) -> int:
+def macs_of_call(layer: tf_keras.layers.Layer, attribute: str, input_shape: Shape, output_shape: Shape) -> int:
     """Return the multiply-adds of one call: size of the kernel times the positions it is applied at."""
     shape = getattr(layer, attribute).shape
     size = int(np.prod(shape))
     if isinstance(layer, tf_keras.layers.Dense):
         return size * _product(output_shape[1:-1])
-    if isinstance(layer, (tf_keras.layers.Conv2DTranspose, tf_keras.layers.Conv1DTranspose)):
+    if isinstance(
+        layer, (tf_keras.layers.Conv1DTranspose, tf_keras.layers.Conv2DTranspose, tf_keras.layers.Conv3DTranspose)
+    ):
         # Every input position is multiplied by the whole kernel.
         output_shape = input_shape
     spatial = output_shape[2:] if getattr(layer, "data_format", "") == "channels_first" else output_shape[1:-1]

@@ -1,7 +1,8 @@
 """Parameters and multiply-adds of a Keras model, and budgets over them.
 
 Conventions: ``params`` are the trainable parameters, frozen or not (batch-norm gamma and beta included, as the
-published tables count them); one multiply-add is 1; activations, biases and batch norms cost nothing.
+published tables count them); one multiply-add is 1; activations, what multiplies them with one another, biases and
+batch norms cost nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.graph.kernels import kernels
+from compress.graph.macs import weight_macs
 
 
 def parameters(model: tf_keras.Model) -> list[tf.Variable]:
@@ -31,4 +32,4 @@ def count_nonzero_params(model: tf_keras.Model) -> int:
 
 def count_macs(model: tf_keras.Model) -> int:
     """Return the multiply-adds for one sample."""
-    return sum(kernel.macs for kernel in kernels(model))
+    return sum(weight_macs(model).values())

@@ -146,7 +146,9 @@ class Context:
             f"stage {self.stage}",
             expected=expected,
             received=f"none ({reasons})",
-            fix=f"Widen strategy.{self.stage}.only and skip, or leave the stage out.",
+            fix=f"Widen strategy.{self.stage}.only and skip, or leave the stage out."
+            if self.selection.only or self.selection.skip
+            else "Leave the stage out: the model has nothing for it.",
         )
 
     def for_stage(self, stage: str, **changes: object) -> Context:

@@ -12,6 +12,7 @@ from typing import Any
 
 import compress
 from compress.candidate import Numbers
+from compress.graph.macs import uncounted
 from compress.pipeline import Result, StageResult
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
@@ -97,6 +98,8 @@ def notes(result: Result) -> list[str]:
             found.append(f"{stage.name}: the board gave no latency: {stage.numbers.latency_failure}.")
     if result.keras_model is None:
         found.append(_A_FILE if result.candidate is None else _A_GRAPH)
+    elif missing := uncounted(result.keras_model):
+        found.append(f"macs leave out what these layers multiply, in a way that is not counted: {', '.join(missing)}.")
     if not result.stages:
         return found
     for before, stage in zip((result.baseline, *result.stages), result.stages, strict=False):

@@ -10,6 +10,7 @@ import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.graph.macs import uncounted
 from compress.metrics.counts import count_macs, count_nonzero_params, count_params
 
 layers = tf_keras.layers
@@ -97,3 +98,40 @@ def test_frozen_layers_count():
     before = count_params(model)
     model.trainable = False
     assert count_params(model) == before == 4 * 3 + 3 + 2 * 3
+
+
+def test_recurrent_layers_multiply_at_every_step():
+    sequence = layers.LSTM(5, return_sequences=True), layers.GRU(3)
+    # Four and three gates; inputs of 4 and 5 numbers, 7 steps.
+    assert count_macs(chain((7, 4), *sequence)) == 7 * 4 * (4 * 5 + 5 * 5) + 7 * 3 * (5 * 3 + 3 * 3)
+    assert count_macs(chain((7, 4), layers.Bidirectional(layers.SimpleRNN(5)))) == 2 * 7 * (4 * 5 + 5 * 5)
+
+
+def test_a_layer_at_every_step_counts_at_each():
+    assert count_macs(chain((7, 4), layers.TimeDistributed(layers.Dense(3)))) == 7 * 4 * 3
+    convolution = layers.TimeDistributed(layers.Conv2D(3, 3, padding="same"))
+    assert count_macs(chain((2, 6, 6, 4), convolution)) == 2 * 36 * 9 * 4 * 3
+    cell = layers.ConvLSTM2D(3, 3, padding="same")
+    assert count_macs(chain((2, 6, 6, 4), cell)) == 2 * 36 * 9 * 4 * (4 * 3 + 3 * 3)
+
+
+def test_attention_multiplies_by_its_four_kernels():
+    query, value = tf_keras.Input((5, 6)), tf_keras.Input((9, 4))
+    model = tf_keras.Model([query, value], layers.MultiHeadAttention(2, 3, value_dim=7)(query, value))
+    assert count_macs(model) == 5 * 6 * 2 * 3 + 9 * 4 * 2 * 3 + 9 * 4 * 2 * 7 + 5 * 2 * 7 * 6
+
+
+def test_a_transposed_volume_counts_its_inputs():
+    assert count_macs(chain((3, 3, 3, 2), layers.Conv3DTranspose(4, 3, strides=2))) == 27 * 27 * 2 * 4
+
+
+def test_what_is_not_counted_is_told():
+    class Mine(layers.Layer):
+        def build(self, shape):
+            self.matrix = self.add_weight("matrix", (shape[-1], 3))
+
+        def call(self, inputs):
+            return inputs @ self.matrix
+
+    assert uncounted(chain((4,), layers.Dense(5), Mine(name="mine"))) == ["mine"]
+    assert uncounted(chain((4,), layers.Embedding(9, 3), layers.LSTM(2), layers.PReLU(), layers.Dense(5))) == []

@@ -314,6 +314,32 @@ def test_the_block_whose_branch_adds_least_goes_as_a_whole(deep, context):
     assert "sum2" in {layer.name for layer in kept.model.layers}
 
 
+def test_where_a_block_is_enough_no_channel_goes(deep, context):
+    result = PruneChannels(macs=0.79, blocks=True, images=64).apply(Candidate(deep), context)
+    assert result.measured["blocks_removed"] == 1
+    assert {layer.filters for layer in result.model.layers if isinstance(layer, layers.Conv2D)} == {8}
+
+
+def test_reconstruction_tells_what_it_leaves_alone(deep, context):
+    result = PruneChannels(macs=0.7, criterion="reconstruction", images=64).apply(Candidate(deep), context)
+    reasons = {item.layer: item.reason for item in result.skipped}
+    (shared,) = [name for name in reasons if "stem" in name]
+    assert "one linear layer reads" in reasons[shared]
+    assert result.model.get_layer("stem").filters == 8
+
+
+def test_a_model_with_nothing_to_cut_is_told_so(context):
+    image = tf_keras.Input((8, 8, 1))
+    plain = rewrite(tf_keras.Model(image, layers.Dense(10)(layers.Flatten()(image))))
+    with pytest.raises(CompressError, match="the model has nothing for it"):
+        PruneChannels().apply(Candidate(plain), context)
+
+
+def test_a_criterion_without_anything_to_look_at(deep, context):
+    with pytest.raises(CompressError, match="finds nothing to look at"):
+        PruneChannels(criterion="gamma").apply(Candidate(deep), context)
+
+
 def test_blocks_that_are_not_selected_stay(deep, context):
     chosen = dataclasses.replace(context, selection=Selection(skip=(Rule(name="outer2"),)))
     result = PruneChannels(macs=0.6, blocks=True, images=64).apply(Candidate(deep), chosen)

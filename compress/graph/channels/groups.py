@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 
 from compress.graph.channels.handlers import default_handlers
 from compress.graph.channels.trace import NONE, ChannelIds, Event, Handler, Kept, Trace, WeightChannels, trace_channels
-from compress.graph.kernels import kernels
+from compress.graph.macs import weight_macs
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Channels:
             self.pinned[units] = True
             for unit in units:
                 self._reasons.setdefault(int(unit), reason)
-        self._macs = {kernel.name: kernel.macs for kernel in kernels(model)}
+        self._macs = weight_macs(model)
 
     def viable(self, stay: np.ndarray, preference: np.ndarray | None = None) -> np.ndarray:
         """Return ``stay`` [count] with a unit put back wherever a layer would have nothing left to read or to write.
@@ -196,7 +196,7 @@ class Channels:
                     units, times = np.unique(self.units_of(ids), return_counts=True)
                     real = units != NONE
                     counts.append(_Count(units[real], times[real], int(times[~real].sum())))
-            table.append((weight, float(self._macs.get(f"{weight.layer}/{weight.attribute}", 0)), rest, counts))
+            table.append((weight, float(self._macs.get((weight.layer, weight.index), 0)), rest, counts))
         return table
 
     def costs(self, stay: np.ndarray) -> tuple[float, int]:

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
-from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, handle
+from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, handle, is_tensor, pass_on
 
 Shape = Sequence[int | None]
 
@@ -131,6 +131,36 @@ def repeat_vector(call: Call) -> list[ChannelIds]:
     return [call.inputs[0][None]]
 
 
+def masking(call: Call) -> list[ChannelIds]:
+    """Leave out the steps at which all channels have one value."""
+    return call.unknown("it looks at all channels to tell which steps count")
+
+
+def windowed(call: Call) -> list[ChannelIds]:
+    """Do something along space or time, the same to every channel."""
+    axis = 0 if getattr(call.layer, "data_format", "") == "channels_first" else -1
+    ids = call.inputs[0]
+    if ids.size != ids.shape[axis]:
+        return call.unknown("its windows lie along channels")
+    return pass_on(call)
+
+
+def rescaling(call: Call) -> list[ChannelIds]:
+    """Scale and shift, each channel by numbers of its own where these are given."""
+    numbers = {name: np.asarray(getattr(call.layer, name)) for name in ("scale", "offset")}
+    if any(value.size > 1 for value in numbers.values()):
+        vector = call.along()
+        if any(value.size not in (1, vector.size) for value in numbers.values()):
+            return call.unknown("it calculates with an array that belongs to certain channels")
+
+        def edit(config: dict[str, Any], kept: Kept) -> None:
+            left = kept.of(vector)
+            config.update({name: value.reshape(-1)[left].tolist() for name, value in numbers.items() if value.size > 1})
+
+        call.edit_config(edit)
+    return [call.inputs[0]]
+
+
 def global_pooling(call: Call) -> list[ChannelIds]:
     """Leave one value of each channel."""
     axis = 0 if call.layer.data_format == "channels_first" else -1
@@ -160,11 +190,13 @@ def attention(call: Call) -> list[ChannelIds]:
 def multi_head_attention(call: Call) -> list[ChannelIds]:
     """Heads go as a whole; the sizes of keys and values within a head stay."""
     layer = call.layer
-    by_keyword = any(hasattr(value, "_keras_history") for value in call.kwargs.values())
-    if len(call.inputs) > 3 or by_keyword or len(call.output_shapes) > 1:
-        return call.unknown("masks, tensors given by keyword, and scores of attention are not traced")
-    query, value = call.inputs[0], call.inputs[1] if len(call.inputs) > 1 else call.inputs[0]
-    key = call.inputs[2] if len(call.inputs) > 2 else value
+    names = ("query", "value", "key")
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    masked = len(call.args) > len(names) or any(is_tensor(given[name]) for name in given if name not in names)
+    if masked or len(call.output_shapes) > 1:
+        return call.unknown("masks and scores of attention are not traced")
+    query, value = (call.inputs[call.position(given[name])] for name in names[:2])
+    key = value if given.get("key") is None else call.inputs[call.position(given["key"])]
     heads = call.write(layer._num_heads)
     dense = {"query": query, "key": key, "value": value}
     for name, ids in dense.items():
@@ -257,7 +289,16 @@ def moving_handlers(others: dict[type, Handler]) -> dict[type, Handler]:
         *(kinds.GlobalAveragePooling1D, kinds.GlobalAveragePooling2D, kinds.GlobalAveragePooling3D),
         *(kinds.GlobalMaxPooling1D, kinds.GlobalMaxPooling2D, kinds.GlobalMaxPooling3D),
     )
+    windows = (
+        *(kinds.MaxPooling1D, kinds.MaxPooling2D, kinds.MaxPooling3D, kinds.ZeroPadding1D, kinds.ZeroPadding2D),
+        *(kinds.AveragePooling1D, kinds.AveragePooling2D, kinds.AveragePooling3D, kinds.ZeroPadding3D),
+        *(kinds.UpSampling1D, kinds.UpSampling2D, kinds.UpSampling3D, kinds.Cropping1D, kinds.Cropping2D),
+    )
+    along: dict[type, Handler] = dict.fromkeys(windows, windowed)
     table: dict[type, Handler] = {
+        **along,
+        kinds.Masking: masking,
+        kinds.Rescaling: rescaling,
         **dict.fromkeys(joining, elementwise),
         **dict.fromkeys(pooling, global_pooling),
         **dict.fromkeys((kinds.LSTM, kinds.GRU, kinds.SimpleRNN), recurrent),

@@ -10,8 +10,9 @@ import tensorflow as tf
 from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
 from compress.graph.channels.moving import elementwise, joined, reshaped
-from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, pass_on
+from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, is_tensor, pass_on
 
+_OWN_NUMBERS = "it calculates with an array that belongs to certain channels"
 _UNARY = frozenset(
     (
         *("__operators__.abs", "__operators__.neg", "abs", "cast", "clip_by_value"),
@@ -49,7 +50,8 @@ def operation(call: Call) -> list[ChannelIds]:
     """Handle a TensorFlow function by its name."""
     name = call.layer.symbol
     if name in _UNARY:
-        return pass_on(call)
+        limits = name.endswith("clip_by_value") and _calculates_with_an_array(call)
+        return call.unknown(_OWN_NUMBERS) if limits else pass_on(call)
     if name in _BINARY:
         return _binary(call)
     if name in _REDUCTIONS:
@@ -74,21 +76,17 @@ def _set(args: list[Any], kwargs: dict[str, Any], position: int, name: str, valu
 
 
 def _binary(call: Call) -> list[ChannelIds]:
+    return call.unknown(_OWN_NUMBERS) if _calculates_with_an_array(call) else elementwise(call)
+
+
+def _calculates_with_an_array(call: Call) -> bool:
     literals = [value for value in (*call.args, *call.kwargs.values()) if value is not None]
-    sizes = [
-        np.size(v) for v in literals if isinstance(v, (np.ndarray, tf.Tensor, tf.Variable, list)) and not _has_tensor(v)
-    ]
-    if any(size > 1 for size in sizes):
-        return call.unknown("it calculates with an array that belongs to certain channels")
-    return elementwise(call)
+    arrays = (np.ndarray, tf.Tensor, tf.Variable, list, tuple)
+    return any(np.size(v) > 1 for v in literals if isinstance(v, arrays) and not _has_tensor(v))
 
 
 def _has_tensor(value: Any) -> bool:
-    return any(_is_symbolic(leaf) for leaf in tf.nest.flatten(value))
-
-
-def _is_symbolic(value: Any) -> bool:
-    return hasattr(value, "_keras_history")
+    return any(is_tensor(leaf) for leaf in tf.nest.flatten(value))
 
 
 def _reduction(call: Call) -> list[ChannelIds]:
@@ -118,7 +116,7 @@ def _reshape(call: Call) -> list[ChannelIds]:
         # What the model calculates itself (the batch) stays as it is.
         known = [-1, *[-1 if size is None else size for size in kept.shape(result, shape)]]
         given = kwargs["shape"] if kwargs.get("shape") is not None else args[1]
-        fresh = [g if _is_symbolic(g) else k for g, k in zip(list(given), known, strict=True)]
+        fresh = [g if is_tensor(g) else k for g, k in zip(list(given), known, strict=True)]
         _set(args, kwargs, 1, "shape", fresh)
 
     call.edit_call(edit)

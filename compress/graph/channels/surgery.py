@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,8 @@ def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
     for layer in model.layers:
         if layer.name not in changed:
             continue
-        config = layer.get_config()
+        # A wrapper gives out the very configuration that it keeps of its inner layer.
+        config = copy.deepcopy(layer.get_config())
         in_float32(config)
         for edit in trace.config_edits.get(layer.name, ()):
             edit(config, kept)

@@ -109,6 +109,8 @@ class Trace:
     unsupported: dict[str, str] = field(default_factory=dict)
     """Layer -> why the channels that it touches stay."""
     tensors: dict[int, ChannelIds] = field(default_factory=dict)
+    first_inputs: dict[str, list[ChannelIds]] = field(default_factory=dict)
+    """Layer whose configuration changes -> the inputs of its first call."""
 
     def fresh(self, count: int) -> ChannelIds:
         """Return ``count`` new ids."""
@@ -152,6 +154,11 @@ class Call:
     def name(self) -> str:
         """Name of the outermost layer."""
         return self.key.layer
+
+    def position(self, tensor: Any) -> int:
+        """Return which of the inputs a tensor among the arguments is."""
+        given = [value for value in tf.nest.flatten((self.args, dict(self.kwargs))) if is_tensor(value)]
+        return next(index for index, value in enumerate(given) if value is tensor)
 
     def along(self, position: int = 0, axis: int = -1) -> ChannelIds:
         """Return the ids of input ``position`` along ``axis`` as a vector; what varies on other axes is tied."""
@@ -235,6 +242,15 @@ class Call:
 
         if self.key.index == 0:
             self.trace.config_edits.setdefault(self.name, []).append(inner)
+            self.trace.first_inputs.setdefault(self.name, self.inputs)
+        elif not self.outer.weights:
+            # No weights tie the calls; the one configuration does.
+            for ids, first in zip(self.inputs, self.trace.first_inputs[self.name], strict=True):
+                if ids.shape == first.shape:
+                    self.tie(ids, first, "is called again on")
+                else:
+                    self.pin(ids, "is called on inputs of several shapes")
+                    self.pin(first, "is called on inputs of several shapes")
 
     def edit_call(self, edit: CallEdit) -> None:
         """Have the literal arguments of this call changed when channels are cut."""
@@ -297,11 +313,28 @@ def trace_channels(model: tf_keras.Model, handlers: Mapping[type, Handler]) -> T
             node.call_kwargs,
         )
         times[name] = call.key.index + 1
-        for tensor, ids in zip(tf.nest.flatten(node.outputs), handle(call, handlers), strict=True):
+        outputs = handle(call, handlers)
+        _pin_undescribed(call)
+        for tensor, ids in zip(tf.nest.flatten(node.outputs), outputs, strict=True):
             trace.tensors[id(tensor)] = ids
     for tensor in model.outputs:
         trace.pin(trace.tensors[id(tensor)], "an output of the model")
     return trace
+
+
+def _pin_undescribed(call: Call) -> None:
+    """Keep all channels of a layer that has a weight of which its handler knows nothing."""
+    described = {index for name, index in call.trace.weights if name == call.name}
+    if not described or call.name in call.trace.unsupported:
+        return
+    for index, weight in enumerate(call.outer.weights):
+        if index not in described and np.prod(weight.shape) > 1:
+            reason = f"no handler knows its weight {weight.name.rpartition('/')[2].split(':')[0]}"
+            call.unknown(reason)
+            for (name, _), held in call.trace.weights.items():
+                if name == call.name:
+                    for ids in held.axes:
+                        call.pin(np.array([NONE]) if ids is None else ids, f"({type(call.layer).__name__}): {reason}")
 
 
 def handle(call: Call, handlers: Mapping[type, Handler]) -> list[ChannelIds]:
@@ -315,6 +348,11 @@ def handle(call: Call, handlers: Mapping[type, Handler]) -> list[ChannelIds]:
     if call.layer.weights:
         return call.unknown("no handler knows its weights")
     return pass_on(call)
+
+
+def is_tensor(value: Any) -> bool:
+    """Say whether an argument is a tensor of the model and no literal."""
+    return hasattr(value, "_keras_history")
 
 
 def pass_on(call: Call) -> list[ChannelIds]:

@@ -126,6 +126,8 @@ def group_normalization(call: Call) -> list[ChannelIds]:
     """Normalise over groups of channels: equally many of each stay, or, with one channel each, whole groups go."""
     layer = call.layer
     axis = _own_axis(layer.axis, call)
+    if axis != len(call.input_shapes[0]) - 1:
+        return call.unknown("a group normalisation over another axis than the last")
     vector = call.along(0, axis)
     for variable in (layer.gamma, layer.beta):
         call.weight(variable, vector)

@@ -144,16 +144,19 @@ class PruneChannels(Strategy):
             for group in groups:
                 sizes.setdefault(group.name, len(group))
             if self.criterion == RECONSTRUCTION:
-                candidate, stay = self._reconstruct(candidate, sizes, target, start, context)
+                candidate, stay, repaired = self._reconstruct(candidate, sizes, target, start, context)
                 channels = Channels(candidate.model)
                 # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
                 oracle = candidate.model
+                others = (group for group in groups if not set(group.writers) & repaired)
+                reason = f"{RECONSTRUCTION} cuts what one layer writes and one linear layer reads"
+                left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in others))
             else:
                 candidate = self._regularise(candidate, channels, groups, sizes, target, start, recovering)
                 channels = Channels(candidate.model)
                 stay = self._choose(candidate, channels, groups, sizes, target, start, context)
                 oracle = masked_model(channels, stay)
-            if stay.all() and self.steps == 1:
+            if stay.all() and self.steps == 1 and not measured.get("blocks_removed"):
                 raise context.nothing_done("a channel that may go under most and round_to", skipped)
             candidate, difference = _cut(candidate, oracle, channels, stay, groups, context)
             measured["oracle_difference"] = max(measured["oracle_difference"], difference)
@@ -183,11 +186,14 @@ class PruneChannels(Strategy):
                 score = np.full(len(group), np.inf)
             scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
         if not any(np.any(score[np.isfinite(score)]) for score in scores):
+            blind = not any(criterion.members(group) for group in groups)
+            found = "which finds nothing to look at in the groups that may go" if blind else "whose scores are all zero"
             raise CompressError(
                 f"strategy.{context.stage}.criterion",
                 expected="a criterion that tells channels apart",
-                received=f"{self.criterion}, whose scores are all zero",
-                fix="Choose another one (l2), or look whether the model's weights are what they should be.",
+                received=f"{self.criterion}, {found}",
+                fix="Choose another one (l2)"
+                + ("." if blind else ", or look whether the model's weights are what they should be."),
             )
         floors = [min(self._floor(sizes.get(group.name, len(group))), len(group)) for group in groups]
         return Plan(channels, groups, scores, floors, self._multiple(context))
@@ -269,7 +275,7 @@ class PruneChannels(Strategy):
         _LOG.info("%s: residual blocks that go: %s", context.stage, ", ".join(block.add for block in gone))
         smaller, samples = without_blocks(model, gone), _samples(context, model)
         difference = oracle_difference(without_branches(model, gone), smaller, samples)
-        _require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context)
+        _require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context, model)
         lost = frozenset(name for block in gone for name in (*block.layers, block.add))
         guarantees = (g.without(lost) if g.layers & lost else g for g in candidate.guarantees)
         left = tuple(g for g, old in zip(guarantees, candidate.guarantees, strict=True) if g.layers or not old.layers)
@@ -277,8 +283,8 @@ class PruneChannels(Strategy):
 
     def _reconstruct(
         self, candidate: Candidate, sizes: Mapping[str, int], budget: Budget, start: Start, context: Context
-    ) -> tuple[Candidate, np.ndarray]:
-        """Return the candidate with a repaired model of the same structure, and which units stay: [units]."""
+    ) -> tuple[Candidate, np.ndarray, set[str]]:
+        """Return the candidate, its model repaired, which units stay [units], and the writers of those that may go."""
         names = context.selection.names(candidate.model)
         repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees)
         work = Reconstruction(repair, names)
@@ -312,7 +318,8 @@ class PruneChannels(Strategy):
         keep = allocation.keep(curves, proxy, share)
         model, folded_stay = work.run(keep)
         restore(model, candidate.guarantees)
-        return candidate.evolve(model=model), transferred(work.channels, folded_stay, groups, Channels(model))
+        stay = transferred(work.channels, folded_stay, groups, Channels(model))
+        return candidate.evolve(model=model), stay, {name for group in groups for name in group.writers}
 
     def _out_of_reach(self, context: Context, budget: Budget, reached: float, clamped: Sequence[str]) -> CompressError:
         names = f"{', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''}"
@@ -346,19 +353,24 @@ def _cut(
     """Return the candidate without the channels that go, and how far it is from the oracle: all channels, unread."""
     model = remove_channels(channels, stay)
     difference = oracle_difference(oracle, model, _samples(context, model))
-    _require_equal(difference, _lost(groups, stay), context)
+    _require_equal(difference, _lost(groups, stay), context, candidate.model)
     kept = channels.kept(stay | channels.pinned)
     guarantees = [g.cut(lambda name, value: channels.cut(name, value, kept)) for g in candidate.guarantees]
     return candidate.evolve(model=model, guarantees=tuple(guarantees)), difference
 
 
-def _require_equal(difference: float, done: str, context: Context) -> None:
+def _require_equal(difference: float, done: str, context: Context, model: tf_keras.Model) -> None:
     if not difference <= _ORACLE_TOLERANCE:
+        own = [layer for layer in model.layers if not type(layer).__module__.startswith("tf_keras.")]
+        names = ", ".join(layer.name for layer in own[:3])
+        advice = (
+            f" A layer of your own ({names}) that mixes channels says so in a method trace_channels." if own else ""
+        )
         raise CompressError(
             f"stage {context.stage}",
             expected=f"the outputs of the masked original, within {_ORACLE_TOLERANCE:g}",
             received=f"a difference of {difference:.2g} after {done}",
-            fix=f"Leave the layers out with strategy.{context.stage}.skip, and report this model.",
+            fix=f"Leave the layers out with strategy.{context.stage}.skip, and report this model.{advice}",
         )
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import tf_keras
 
 from compress.graph.channels.groups import Channels, Group
-from compress.graph.kernels import kernels
-from compress.metrics.counts import count_params
+from compress.metrics.counts import count_macs, count_params
 from compress.strategies.budget import Budget
 
 Ranking = Literal["global", "layer"]
@@ -27,7 +26,7 @@ class Size:
     @classmethod
     def of(cls, model: tf_keras.Model) -> Size:
         """Count."""
-        return cls(float(sum(k.macs for k in kernels(model))), float(count_params(model)))
+        return cls(float(count_macs(model)), float(count_params(model)))
 
 
 class Plan:
@@ -60,6 +59,8 @@ class Plan:
     def meet(self, budget: Budget, start: Size, ranking: Ranking) -> np.ndarray:
         """Return which units stay [count]: as many as the budget allows, or as few as may be if it is out of reach."""
         by = self._by_rank if ranking == "global" else self._by_share
+        if self.cost(by(0), budget.unit, start) <= budget.keep + 1e-9:
+            return by(0)
         low, high = 0, self._places if ranking == "global" else 1000
         while high - low > 1:
             middle = (low + high) // 2
