@@ -13,6 +13,7 @@ from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, handle, is_tensor, pass_on
 
 Shape = Sequence[int | None]
+OWN_NUMBERS = "it calculates with an array that belongs to certain channels"
 
 
 def elementwise(call: Call) -> list[ChannelIds]:
@@ -151,7 +152,7 @@ def rescaling(call: Call) -> list[ChannelIds]:
     if any(value.size > 1 for value in numbers.values()):
         vector = call.along()
         if any(value.size not in (1, vector.size) for value in numbers.values()):
-            return call.unknown("it calculates with an array that belongs to certain channels")
+            return call.unknown(OWN_NUMBERS)
 
         def edit(config: dict[str, Any], kept: Kept) -> None:
             left = kept.of(vector)

@@ -9,10 +9,9 @@ import numpy as np
 import tensorflow as tf
 from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
-from compress.graph.channels.moving import elementwise, joined, reshaped
+from compress.graph.channels.moving import OWN_NUMBERS, elementwise, joined, reshaped
 from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, is_tensor, pass_on
 
-_OWN_NUMBERS = "it calculates with an array that belongs to certain channels"
 _UNARY = frozenset(
     (
         *("__operators__.abs", "__operators__.neg", "abs", "cast", "clip_by_value"),
@@ -51,7 +50,7 @@ def operation(call: Call) -> list[ChannelIds]:
     name = call.layer.symbol
     if name in _UNARY:
         limits = name.endswith("clip_by_value") and _calculates_with_an_array(call)
-        return call.unknown(_OWN_NUMBERS) if limits else pass_on(call)
+        return call.unknown(OWN_NUMBERS) if limits else pass_on(call)
     if name in _BINARY:
         return _binary(call)
     if name in _REDUCTIONS:
@@ -76,7 +75,7 @@ def _set(args: list[Any], kwargs: dict[str, Any], position: int, name: str, valu
 
 
 def _binary(call: Call) -> list[ChannelIds]:
-    return call.unknown(_OWN_NUMBERS) if _calculates_with_an_array(call) else elementwise(call)
+    return call.unknown(OWN_NUMBERS) if _calculates_with_an_array(call) else elementwise(call)
 
 
 def _calculates_with_an_array(call: Call) -> bool:
