@@ -109,8 +109,8 @@ class Trace:
     unsupported: dict[str, str] = field(default_factory=dict)
     """Layer -> why the channels that it touches stay."""
     tensors: dict[int, ChannelIds] = field(default_factory=dict)
-    first_inputs: dict[str, list[ChannelIds]] = field(default_factory=dict)
-    """Layer whose configuration changes -> the inputs of its first call."""
+    first_edits: dict[str, tuple[int, list[ChannelIds]]] = field(default_factory=dict)
+    """Layer whose configuration changes -> the first of its calls that says so, and the inputs of that."""
 
     def fresh(self, count: int) -> ChannelIds:
         """Return ``count`` new ids."""
@@ -240,12 +240,12 @@ class Call:
                 config = config[part]
             edit(config, kept)
 
-        if self.key.index == 0:
+        first_call, inputs = self.trace.first_edits.setdefault(self.name, (self.key.index, self.inputs))
+        if self.key.index == first_call:
             self.trace.config_edits.setdefault(self.name, []).append(inner)
-            self.trace.first_inputs.setdefault(self.name, self.inputs)
         elif not self.outer.weights:
             # No weights tie the calls; the one configuration does.
-            for ids, first in zip(self.inputs, self.trace.first_inputs[self.name], strict=True):
+            for ids, first in zip(self.inputs, inputs, strict=True):
                 if ids.shape == first.shape:
                     self.tie(ids, first, "is called again on")
                 else:
