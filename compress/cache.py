@@ -191,7 +191,7 @@ def _read(folder: Path) -> Entry:
             str(folder / "model.keras"), compile=False, safe_mode=True, custom_objects={"SavedGraph": SavedGraph}
         ),
         guarantees=tuple(_guarantee_from_json(value, arrays) for value in record["guarantees"]),
-        storage=Storage(**record["storage"]),
+        storage=Storage.from_json(record["storage"]),
         lineage=tuple(record["lineage"]),
         skipped=tuple(Skipped(**item) for item in record["result"]["skipped"]),
         released=tuple(record["released"]),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from compress.metrics.tflite_file import TFLiteFile
 
-Scheme = Literal["float32", "float16", "dynamic", "int8"]
+Scheme = Literal["float32", "float16", "weight_only", "dynamic", "int8", "int16"]
 
 
 class Effect(Enum):
@@ -77,6 +77,10 @@ class Guarantee(ABC):
         """Return the value nearest to ``value`` that keeps the property (traced inside the training step)."""
         return value
 
+    def grids(self) -> Mapping[str, Grid]:
+        """Return the grids that weights lie on, by name: how the file has to write them."""
+        return {}
+
     def cut(self, left: Callable[[str, np.ndarray], np.ndarray]) -> Guarantee:
         """Return the property of the model that has lost channels.
 
@@ -110,15 +114,42 @@ class Guarantee(ABC):
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How the ranges of integer activations are chosen."""
+
+    images: int = 256
+    ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    percentile: float = 99.99
+    """Of ``percentile``: the share of the values that lies below the upper limit, and above the lower one."""
+
+
+@dataclass(frozen=True)
 class Storage:
     """How the weights will be written.
 
-    ``float32``; ``float16`` weights; ``dynamic``: int8 weights, float activations; ``int8``: weights and
-    activations, calibrated on data.
+    ``float32``; ``float16`` weights; ``weight_only``: int8 weights, expanded to floats before they are used;
+    ``dynamic``: int8 weights, activations quantized as they come; ``int8``, ``int16``: int8 weights and
+    activations of that type, calibrated on data.
     """
 
     scheme: Scheme = "float32"
-    calibration_images: int = 256
+    calibration: Calibration = field(default_factory=Calibration)
+    float_layers: tuple[str, ...] = ()
+    """Layers that compute with floats all the same."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Storage:
+        """Rebuild from :func:`dataclasses.asdict`."""
+        return cls(value["scheme"], Calibration(**value["calibration"]), tuple(value["float_layers"]))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels of a weight: whole multiples of ``steps``, up to ``2**(bits - 1) - 1`` of them to each side."""
+
+    steps: np.ndarray
+    """One for each output, in a shape that spreads over the weight's."""
+    bits: int
 
 
 @dataclass(frozen=True)

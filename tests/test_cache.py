@@ -17,7 +17,7 @@ import tf_keras
 import compress
 from compress import cache as module
 from compress.cache import Entry, StageCache, code_digest
-from compress.candidate import Candidate, Storage
+from compress.candidate import Calibration, Candidate, Storage
 from compress.models.small import Lenet5
 from compress.strategies.compact.separable_form import SeparableForm
 from compress.strategies.lowrank.rank import Rank
@@ -52,7 +52,7 @@ def entry() -> Entry:
         Stored("quantize", "int8"),
     )
     candidate = Candidate(
-        network(), guarantees, Storage("int8", 17), lineage=("prune", "share"), released=("lowrank: gone",)
+        network(), guarantees, Storage("int8", Calibration(images=17, ranges="mse"), ("conv",)), lineage=("prune", "share"), released=("lowrank: gone",)
     )
     return Entry(candidate, {"name": "share", "skipped": [{"layer": "conv", "reason": "too small"}]}, b"\0TFLite\xff")
 

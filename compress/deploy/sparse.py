@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from tensorflow.lite.python import schema_py_generated as schema
-from tensorflow.lite.tools import flatbuffer_utils
+
+from compress.deploy.flatbuffer import add_buffer, expand, parse, serialize
 
 _MINIMUM_ZEROS = 0.3
 """Share of zeros from which a kernel is stored sparsely; that of TFLite's converter."""
@@ -34,10 +35,9 @@ def store_sparsely(content: bytes) -> bytes | None:
     Returns:
         The file, or None if no kernel gets smaller.
     """
-    model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+    model = parse(content)
     graph = model.subgraphs[0]
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
-    expansions = []
     for index in _kernels(graph, codes):
         tensor = graph.tensors[index]
         data = model.buffers[tensor.buffer].data
@@ -45,34 +45,15 @@ def store_sparsely(content: bytes) -> bytes | None:
         if encoded is None:
             continue
         values, sparsity = encoded
-        model.buffers.append(schema.BufferT(data=values.view(np.uint8)))
         stored = schema.TensorT(
-            shape=tensor.shape,
             type=tensor.type,
-            buffer=len(model.buffers) - 1,
-            name=tensor.name,
+            buffer=add_buffer(model, values),
             quantization=tensor.quantization,
             sparsity=sparsity,
         )
-        graph.tensors.append(stored)
-        # Every operator goes on reading the tensor that it reads; only where that comes from is another.
-        tensor.buffer, tensor.name = 0, tensor.name + b"_expanded"
-        densify = schema.OperatorT(opcodeIndex=len(codes), inputs=[len(graph.tensors) - 1], outputs=[index])
-        densify.builtinOptionsType = schema.BuiltinOptions.DensifyOptions
-        densify.builtinOptions = schema.DensifyOptionsT()
-        expansions.append(densify)
-    if not expansions:
-        return None
-    graph.operators = [*expansions, *graph.operators]
-    code = schema.BuiltinOperator.DENSIFY
-    model.operatorCodes.append(schema.OperatorCodeT(builtinCode=code, deprecatedBuiltinCode=code))
-    used = {tensor.buffer for subgraph in model.subgraphs for tensor in subgraph.tensors}
-    used |= {entry.buffer for entry in model.metadata or ()}
-    for number, buffer in enumerate(model.buffers):
-        if number not in used:
-            buffer.data = None
-    smaller = flatbuffer_utils.convert_object_to_bytearray(model)
-    return bytes(smaller) if len(smaller) < len(content) else None
+        expand(model, index, stored, schema.BuiltinOperator.DENSIFY, schema.DensifyOptionsT())
+    smaller = serialize(model)
+    return smaller if len(smaller) < len(content) else None
 
 
 def _kernels(graph: schema.SubGraphT, codes: list[int]) -> list[int]:

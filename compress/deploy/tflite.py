@@ -7,6 +7,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ import tensorflow as tf
 
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
+from compress.deploy.grids import expand_from_grids, write_grids
+from compress.deploy.integer import calibrated, quantized
 from compress.deploy.sparse import store_sparsely
 from compress.errors import CompressError
+from compress.graph.kernels import get_weight
 from compress.metrics.accuracy import file_outputs
+from compress.metrics.tflite_file import TFLiteFile
 from compress.quiet import stderr_aside
 
 _LOG = logging.getLogger("compress")
@@ -51,20 +56,12 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
     call = tf.function(lambda image: model(image, training=False))
     signature = call.get_concrete_function(tf.TensorSpec(shape, tf.float32, name="image"))
     converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], model)
-    if storage.scheme != "float32":
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if storage.scheme == "float16":
-        converter.target_spec.supported_types = [tf.float16]
-    if storage.scheme == "int8":
-        converter.representative_dataset = lambda: _calibration(data, storage.calibration_images)
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    if any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees):
-        converter._experimental_disable_per_channel = True
-        converter._experimental_disable_per_channel_quantization_for_dense_layers = True
     try:
         with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
             warnings.simplefilter("ignore")
-            content = converter.convert()
+            content = _converted(converter, candidate, data)
+    except CompressError:
+        raise
     except Exception as error:
         # The converter raises many types; each of them means that it refuses the model.
         raise CompressError(
@@ -78,10 +75,39 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
     sparse = store_sparsely(content)
     if sparse is not None and _agree(content, sparse, candidate, data):
         content = sparse
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
     return Artifact(path, storage)
+
+
+def _converted(converter: tf.lite.TFLiteConverter, candidate: Candidate, data: Data) -> bytes:
+    storage, model = candidate.storage, candidate.model
+    per_tensor = any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
+    grids = {name: grid for guarantee in candidate.guarantees for name, grid in guarantee.grids().items()}
+    kernels = {name.rpartition("/")[0]: (get_weight(model, name), grid) for name, grid in grids.items()}
+    samples = partial(_calibration, data, storage.calibration.images)
+    if storage.scheme == "int8":
+        floats = calibrated(converter, samples, storage.calibration)
+        file = TFLiteFile(floats)
+        spared = [name for layer in storage.float_layers for name in file.written_by(layer)]
+        content = quantized(floats, per_tensor=per_tensor, floats=spared)
+        return write_grids(content, kernels) if kernels else content
+    if storage.scheme == "weight_only":
+        floats = bytes(converter.convert())
+        return expand_from_grids(floats, kernels, per_tensor=per_tensor, floats=storage.float_layers)
+    if storage.scheme != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if storage.scheme == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if storage.scheme == "int16":
+        converter.representative_dataset = samples
+        wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+        # Operators without a 16-bit form go on computing with floats.
+        converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
+    converter._experimental_disable_per_channel = per_tensor
+    converter._experimental_disable_per_channel_quantization_for_dense_layers = per_tensor
+    return bytes(converter.convert())
 
 
 def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> bool:

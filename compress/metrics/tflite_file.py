@@ -18,12 +18,14 @@ _DTYPES: dict[int, np.dtype] = {
     schema.TensorType.FLOAT16: np.dtype(np.float16),
     schema.TensorType.FLOAT64: np.dtype(np.float64),
     schema.TensorType.INT8: np.dtype(np.int8),
+    schema.TensorType.INT4: np.dtype(np.int8),
     schema.TensorType.UINT8: np.dtype(np.uint8),
     schema.TensorType.INT16: np.dtype(np.int16),
     schema.TensorType.INT32: np.dtype(np.int32),
     schema.TensorType.INT64: np.dtype(np.int64),
     schema.TensorType.BOOL: np.dtype(np.bool_),
 }
+_PACKED_BITS = {schema.TensorType.INT4: 4}
 _OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _WEIGHT_OPERATORS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "CONV_3D"}
 _EXPANSIONS = ("DENSIFY", "DEQUANTIZE")
@@ -54,7 +56,21 @@ class Tensor:
     scales: np.ndarray
     zero_point: int = 0
     """The integer that stands for zero, if there is one scale for the whole tensor."""
+    axis: int = 0
+    """The axis that has a scale for each index, if there are several."""
+    bits: int = 32
+    """Of each value as stored."""
     sparse: bool = False
+
+    @property
+    def values(self) -> np.ndarray | None:
+        """What the stored numbers stand for."""
+        if self.data is None or not self.scales.size:
+            return self.data
+        spread = [1] * len(self.shape)
+        if len(self.scales) > 1:
+            spread[self.axis] = -1
+        return np.asarray((self.data.astype(np.float32) - self.zero_point) * self.scales.reshape(spread))
 
     @property
     def bytes(self) -> int:
@@ -69,6 +85,43 @@ class Operator:
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KernelPlace:
+    """Where a file has the kernel of a layer: the operator that reads it, and the indices of the tensors."""
+
+    operator: str
+    kernel: int
+    bias: int | None
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, operator: Operator, kernel: Tensor) -> KernelPlace:
+        """Return the place of the kernel that an operator reads."""
+        bias = 3 if operator.name == "TRANSPOSE_CONV" else 2
+        has_bias = len(operator.inputs) > bias and operator.inputs[bias] >= 0
+        return cls(operator.name, operator.inputs[1], operator.inputs[bias] if has_bias else None, kernel.shape)
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the outputs in the file."""
+        return {"DEPTHWISE_CONV_2D": 3, "CONV_3D": 4}.get(self.operator, 0)
+
+    def to_keras(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return what the file stores in the layout of the Keras kernel, of ``shape``."""
+        if self.operator in ("CONV_3D", "DEPTHWISE_CONV_2D"):
+            return stored.reshape(shape)
+        if self.operator == "TRANSPOSE_CONV":
+            return np.asarray(stored.transpose(1, 2, 0, 3).reshape(shape))
+        return np.asarray(np.moveaxis(stored, 0, -1).reshape(shape))
+
+    def to_file(self, kernel: np.ndarray) -> np.ndarray:
+        """Return values in the layout of the Keras kernel in that of the file."""
+        if self.operator in ("CONV_3D", "DEPTHWISE_CONV_2D"):
+            return kernel.reshape(self.shape)
+        moved = kernel.transpose(2, 0, 1, 3) if self.operator == "TRANSPOSE_CONV" else np.moveaxis(kernel, -1, 0)
+        return np.asarray(moved.reshape(self.shape))
 
 
 class TFLiteFile:
@@ -111,7 +164,11 @@ class TFLiteFile:
         buffer = self._model.Buffers(raw.Buffer())
         data = None
         sparsity = raw.Sparsity()
-        flat = buffer.DataAsNumpy().view(dtype) if buffer.DataLength() else np.zeros(0, dtype)
+        bits = _PACKED_BITS.get(raw.Type())
+        if bits and buffer.DataLength():
+            flat = _unpack(buffer.DataAsNumpy(), bits, int(np.prod(shape, dtype=np.int64)))
+        else:
+            flat = buffer.DataAsNumpy().view(dtype) if buffer.DataLength() else np.zeros(0, dtype)
         if sparsity is not None:
             data = expand(sparsity, flat, shape)
         elif flat.size:
@@ -119,7 +176,17 @@ class TFLiteFile:
         quantization = raw.Quantization()
         scales = quantization.ScaleAsNumpy() if quantization is not None and quantization.ScaleLength() else np.zeros(0)
         zero_point = int(quantization.ZeroPoint(0)) if quantization is not None and len(scales) == 1 else 0
-        return Tensor(raw.Name().decode(), shape, dtype, data, scales, zero_point, sparse=sparsity is not None)
+        return Tensor(
+            raw.Name().decode(),
+            shape,
+            dtype,
+            data,
+            scales,
+            zero_point,
+            axis=quantization.QuantizedDimension() if quantization is not None else 0,
+            bits=bits or 8 * dtype.itemsize,
+            sparse=sparsity is not None,
+        )
 
     def _operator(self, raw: schema.Operator) -> Operator:
         code = self._model.OperatorCodes(raw.OpcodeIndex())
@@ -158,6 +225,18 @@ class TFLiteFile:
         """Return the stored kernel of a Keras layer in the layout of its Keras kernel.
 
         Integers stay integers. None if the file does not name the layer, or its weights are of another size.
+        """
+        place = self.kernel_place(layer, shape)
+        return None if place is None else place.to_keras(np.asarray(self._stored(place.kernel).data), shape)
+
+    def weights_of(self, layer: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Return what the stored kernel of a Keras layer stands for; as :meth:`kernel_of`, integers times scales."""
+        place = self.kernel_place(layer, shape)
+        return None if place is None else place.to_keras(np.asarray(self._stored(place.kernel).values), shape)
+
+    def kernel_place(self, layer: str, shape: tuple[int, ...]) -> KernelPlace | None:
+        """Return where the kernel of a Keras layer is, or None if the file has none of its name and size.
+
         The converter names tensors after the layers whose operations were fused into them.
         """
         size = int(np.prod(shape, dtype=np.int64))
@@ -167,17 +246,14 @@ class TFLiteFile:
             # The converter gives the kernel of a grouped convolution no layer's name.
             nameless = [p for p in self.weighted if "/" not in p[1].name and np.asarray(p[1].data).size == size]
             found = nameless if len(nameless) == 1 else []
-        for op, tensor in found:
-            stored = np.asarray(tensor.data)
-            if op.name == "CONV_3D":
-                return stored.reshape(shape)
-            if op.name == "DEPTHWISE_CONV_2D":
-                return stored.reshape(shape)
-            if op.name == "TRANSPOSE_CONV":
-                return np.asarray(stored.transpose(1, 2, 0, 3).reshape(shape))
-            moved: np.ndarray = np.moveaxis(stored, 0, -1).reshape(shape)
-            return moved
-        return None
+        if not found:
+            return None
+        return KernelPlace.of(*found[0])
+
+    @property
+    def kernel_places(self) -> list[KernelPlace]:
+        """Where all kernels are."""
+        return [KernelPlace.of(op, tensor) for op, tensor in self.weighted]
 
     def _matches(self, layer: str) -> list[tuple[Operator, Tensor]]:
         return [
@@ -190,6 +266,14 @@ class TFLiteFile:
         """Return the operator that multiplies by the layer's kernel; None if the file does not name it."""
         found = self._matches(layer)
         return found[0][0].name if found else None
+
+    def written_by(self, layer: str) -> list[str]:
+        """Return the names of the tensors that the operators with the layer's weights write."""
+        return [self.tensors[index].name for op in self.operators_of(layer) for index in op.outputs]
+
+    def operators_of(self, layer: str) -> list[Operator]:
+        """Return the operators that multiply by weights of the layer."""
+        return [op for op, _ in self._matches(layer)]
 
     def is_depthwise(self, layer: str) -> bool:
         """Say whether the layer's operator multiplies each filter with one input channel only.
@@ -281,3 +365,9 @@ def _names(tensor_name: str, layer: str) -> bool:
             ):
                 return True
     return False
+
+
+def _unpack(stored: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return ``count`` signed integers of 4 bits, the first of each byte in its lower half, as int8 [count]."""
+    halves = np.stack([stored & 15, stored >> bits], -1).reshape(-1)[:count].astype(np.int8)
+    return np.where(halves > 7, halves - 16, halves).astype(np.int8)

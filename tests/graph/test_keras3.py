@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tf_keras
 
-from compress.candidate import Candidate, Storage
+from compress.candidate import Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
@@ -397,7 +397,7 @@ def test_a_transformer_block_with_attention_written_by_hand(sums, tmp_path):
     x = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
     np.testing.assert_allclose(back(x), cut(x), atol=1e-4)
     part = Split(x, np.arange(16) % 2)
-    candidate = Candidate(model, storage=Storage("int8", calibration_images=16))
+    candidate = Candidate(model, storage=Storage("int8", Calibration(images=16)))
     artifact = export(candidate, make_data("random", part, part), tmp_path / "model.tflite")
     file = TFLiteFile.read(artifact.path)
     assert {"BATCH_MATMUL", "SOFTMAX"} <= {operator.name for operator in file.operators}

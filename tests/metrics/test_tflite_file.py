@@ -11,7 +11,7 @@ import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.candidate import Candidate, Storage
+from compress.candidate import Calibration, Candidate, Storage
 from compress.data.source import Data, Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
@@ -44,7 +44,7 @@ def samples(model: tf_keras.Model, count: int = 16) -> Data:
 
 
 def exported(model: tf_keras.Model, folder: Path, scheme: str = "float32") -> TFLiteFile:
-    candidate = Candidate(model, storage=Storage(scheme, calibration_images=8))
+    candidate = Candidate(model, storage=Storage(scheme, Calibration(images=8)))
     return TFLiteFile.read(export(candidate, samples(model), folder / "model.tflite").path)
 
 

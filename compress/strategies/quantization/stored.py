@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +11,18 @@ import tf_keras
 from compress.candidate import Guarantee, Scheme, Violation
 from compress.metrics.tflite_file import TFLiteFile
 
-_TYPES = {"float16": np.dtype(np.float16), "int8": np.dtype(np.int8), "dynamic": np.dtype(np.int8)}
-_DYNAMIC_MINIMUM = 1024
-"""TFLite's dynamic range quantization leaves smaller tensors in float."""
+_INT8 = np.dtype(np.int8)
+_TYPES = {"float16": np.dtype(np.float16), "int8": _INT8, "int16": _INT8, "dynamic": _INT8, "weight_only": _INT8}
+_SPARE_SMALL, _SPARE_SMALL_BELOW = ("dynamic", "weight_only"), 1024
+"""Schemes that leave kernels with fewer weights than this in float."""
 
 
 @dataclass(frozen=True)
 class Stored(Guarantee):
-    """The exported file is written under ``scheme``."""
+    """The exported file is written under ``scheme``, all but the weights of ``floats``, a few layers."""
 
     scheme: Scheme
+    floats: Sequence[str] = ()
 
     @property
     def layers(self) -> frozenset[str]:
@@ -37,8 +40,15 @@ class Stored(Guarantee):
     def check_file(self, file: TFLiteFile) -> list[Violation]:
         """Look at the type of every stored weight tensor."""
         wanted = _TYPES.get(self.scheme, np.dtype(np.float32))
+        if self.scheme in _SPARE_SMALL and not any(tensor.dtype == wanted for _, tensor in file.weighted):
+            return [
+                Violation("every layer", f"fewer than {_SPARE_SMALL_BELOW} weights: {self.scheme} leaves them floats")
+            ]
+        spared = {op for layer in self.floats for op in file.operators_of(layer)}
         return [
             Violation(tensor.name, f"stored as {tensor.dtype}, expected {wanted}")
-            for _, tensor in file.weighted
-            if tensor.dtype != wanted and not (self.scheme == "dynamic" and np.prod(tensor.shape) < _DYNAMIC_MINIMUM)
+            for op, tensor in file.weighted
+            if tensor.dtype != wanted
+            and op not in spared
+            and not (self.scheme in _SPARE_SMALL and np.prod(tensor.shape) < _SPARE_SMALL_BELOW)
         ]

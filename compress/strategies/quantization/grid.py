@@ -1,0 +1,85 @@
+"""The guarantee of low-bit weights: each kernel lies on its grid, and the file stores the very levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from compress.candidate import Effect, Grid, Guarantee, Violation
+from compress.graph.kernels import get_weight
+from compress.metrics.tflite_file import TFLiteFile
+
+_TOLERANCE = 0.02
+"""How far from a level a value may lie, in steps: what single precision leaves."""
+
+
+@dataclass(frozen=True)
+class OnGrid(Guarantee):
+    """Each kernel is made of whole multiples of its steps, at most ``2**(bits - 1) - 1`` to each side.
+
+    ``steps``: weight name -> one step for each output, in a shape that spreads over the kernel's; ``bits``: the same
+    names -> bits of a weight; ``shapes``: those of the kernels.
+    """
+
+    steps: Mapping[str, np.ndarray]
+    bits: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]]
+
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE})
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that it binds."""
+        return frozenset(name.rpartition("/")[0] for name in self.steps)
+
+    def describe(self) -> str:
+        """Say how many bits the kernels have."""
+        widths = sorted(set(self.bits.values()))
+        return f"weights of {', '.join(map(str, widths))} bits in {len(self.steps)} kernels"
+
+    def weights(self) -> frozenset[str]:
+        """Names of the kernels."""
+        return frozenset(self.steps)
+
+    def grids(self) -> Mapping[str, Grid]:
+        """Return the grid of each kernel."""
+        return {name: Grid(steps, self.bits[name]) for name, steps in self.steps.items()}
+
+    def project(self, weight: str, value: tf.Tensor) -> tf.Tensor:
+        """Return the nearest levels."""
+        steps, most = tf.constant(self.steps[weight], value.dtype), 2 ** (self.bits[weight] - 1) - 1
+        return tf.clip_by_value(tf.round(value / steps), -most, most) * steps
+
+    def cut(self, left: Callable[[str, np.ndarray], np.ndarray]) -> Guarantee:
+        """Return the property of the model that has lost channels: the steps of the outputs that are left."""
+        steps, shapes = {}, {}
+        for name, before in self.steps.items():
+            whole = left(name, np.broadcast_to(before, self.shapes[name]))
+            once = tuple(slice(0, 1) if size == 1 else slice(None) for size in before.shape)
+            steps[name], shapes[name] = whole[once].copy(), whole.shape
+        return replace(self, steps=steps, shapes=shapes)
+
+    def check(self, model: tf_keras.Model) -> list[Violation]:
+        """Look for weights between the levels."""
+        return [v for name in self.steps for v in self._compare(name, get_weight(model, name))]
+
+    def check_file(self, file: TFLiteFile) -> list[Violation]:
+        """Look for weights between the levels among those that the file stores."""
+        found = []
+        for name in self.steps:
+            stored = file.weights_of(name.rpartition("/")[0], tuple(self.shapes[name]))
+            if stored is None:
+                found.append(Violation(name, "its weights are not in the file"))
+            else:
+                found += self._compare(name, stored)
+        return found
+
+    def _compare(self, name: str, values: np.ndarray) -> list[Violation]:
+        levels, most = values / self.steps[name], 2 ** (self.bits[name] - 1) - 1
+        off = (np.abs(levels - np.rint(levels)) > _TOLERANCE) | (np.abs(levels) > most + _TOLERANCE)
+        return [Violation(name, f"{off.sum()} weights off the grid of {self.bits[name]} bits")] if off.any() else []
