@@ -76,6 +76,8 @@ def expand_from_grids(
         nearest = np.maximum(np.abs(values).max(others, keepdims=True), 1e-12) / 127
         steps, bits = grids.get(place.kernel, (np.broadcast_to(nearest, values.shape), 8))
         stored = _stored(model, place, values, steps, bits)
+        if per_tensor and place.kernel not in grids:
+            stored.quantization.scale, stored.quantization.zeroPoint = stored.quantization.scale[:1], [0]
         expand(model, place.kernel, stored, schema.BuiltinOperator.DEQUANTIZE, schema.DequantizeOptionsT())
     return serialize(model)
 

@@ -201,7 +201,7 @@ class TFLiteFile:
     def _producer(self) -> dict[int, Operator]:
         return {tensor: op for op in self.operators for tensor in op.outputs}
 
-    def _stored(self, index: int) -> Tensor:
+    def stored(self, index: int) -> Tensor:
         """Return the tensor as stored: what a DEQUANTIZE or DENSIFY of a constant reads."""
         for _ in _EXPANSIONS:
             op = self._producer.get(index)
@@ -213,7 +213,7 @@ class TFLiteFile:
     @cached_property
     def weighted(self) -> list[tuple[Operator, Tensor]]:
         """The operators that multiply by constant weights, each with the weight tensor as stored."""
-        pairs = ((op, self._stored(op.inputs[1])) for op in self.operators if op.name in _WEIGHT_OPERATORS)
+        pairs = ((op, self.stored(op.inputs[1])) for op in self.operators if op.name in _WEIGHT_OPERATORS)
         return [(op, tensor) for op, tensor in pairs if tensor.data is not None]
 
     @property
@@ -227,12 +227,12 @@ class TFLiteFile:
         Integers stay integers. None if the file does not name the layer, or its weights are of another size.
         """
         place = self.kernel_place(layer, shape)
-        return None if place is None else place.to_keras(np.asarray(self._stored(place.kernel).data), shape)
+        return None if place is None else place.to_keras(np.asarray(self.stored(place.kernel).data), shape)
 
     def weights_of(self, layer: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """Return what the stored kernel of a Keras layer stands for; as :meth:`kernel_of`, integers times scales."""
         place = self.kernel_place(layer, shape)
-        return None if place is None else place.to_keras(np.asarray(self._stored(place.kernel).values), shape)
+        return None if place is None else place.to_keras(np.asarray(self.stored(place.kernel).values), shape)
 
     def kernel_place(self, layer: str, shape: tuple[int, ...]) -> KernelPlace | None:
         """Return where the kernel of a Keras layer is, or None if the file has none of its name and size.
@@ -335,7 +335,7 @@ class TFLiteFile:
         constant_outputs = {
             t
             for op in self.operators
-            if op.name in _EXPANSIONS and self._stored(op.outputs[0]).data is not None
+            if op.name in _EXPANSIONS and self.stored(op.outputs[0]).data is not None
             for t in op.outputs
         }
         for step, op in enumerate(self.operators):

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
 
-from compress.candidate import Artifact, Candidate, Storage
+from compress.candidate import Artifact, Calibration, Candidate, Storage
 from compress.data.source import Data, Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
@@ -18,9 +18,9 @@ from compress.strategies.sharing.codebook import Codebook
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experimental_preserve_all_tensors")
 layers = tf_keras.layers
-SCHEMES = ("float32", "float16", "dynamic", "int8")
+SCHEMES = ("float32", "float16", "weight_only", "dynamic", "int8", "int16")
 # Rounding of float32; 2^-11 of a weight; half of 1/127 of the largest weight and, for int8, of the largest activation.
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "dynamic": 0.02, "int8": 0.04}
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "weight_only": 0.02, "dynamic": 0.02, "int8": 0.04, "int16": 0.04}
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +78,22 @@ def stored(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_file_reads_and_writes_float32_one_sample_at_a_time_and_agrees_with_keras(scheme, model, data, tmp_path):
-    artifact = export(Candidate(model, storage=Storage(scheme, 32)), data, tmp_path / "model.tflite")
+    artifact = export(Candidate(model, storage=Storage(scheme, Calibration(images=32))), data, tmp_path / "model.tflite")
     assert artifact.storage.scheme == scheme
     assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
     expected = model.predict(data.test.x, verbose=0)
     gap = np.abs(run(artifact, data.test.x) - expected).max() / np.abs(expected).max()
     assert gap <= TOLERANCE[scheme]
-    if scheme in ("dynamic", "int8"):
+    if scheme not in ("float32", "float16"):
         assert gap > 1e-5, "nothing was quantized"
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dtype"), [("float32", np.float32), ("float16", np.float16), ("dynamic", np.int8), ("int8", np.int8)]
+    ("scheme", "dtype"),
+    [("float32", np.float32), ("float16", np.float16), *((s, np.int8) for s in ("weight_only", "dynamic", "int8", "int16"))],
 )
 def test_weights_are_written_as_the_scheme_says(scheme, dtype, model, data, tmp_path):
-    artifact = export(Candidate(model, storage=Storage(scheme, 8)), data, tmp_path / "model.tflite")
+    artifact = export(Candidate(model, storage=Storage(scheme, Calibration(images=8))), data, tmp_path / "model.tflite")
     weights = stored(artifact.path)
     assert len(weights) == 2
     assert {weight["dtype"] for weight in weights} == {dtype}
@@ -105,7 +106,7 @@ def test_the_batch_norm_is_gone_from_the_file(model, data, tmp_path):
 
 
 def test_the_file_is_the_same_every_time(model, data, tmp_path):
-    candidate = Candidate(model, storage=Storage("int8", 8))
+    candidate = Candidate(model, storage=Storage("int8", Calibration(images=8)))
     files = [export(candidate, data, tmp_path / f"{i}.tflite").path.read_bytes() for i in range(2)]
     assert files[0] == files[1]
 
@@ -129,10 +130,10 @@ def shared(model: tf_keras.Model, clusters: int) -> tuple[tf_keras.Model, Codebo
     return copy, Codebook("share", clusters, labels)
 
 
-@pytest.mark.parametrize("scheme", ["dynamic", "int8"])
+@pytest.mark.parametrize("scheme", ["weight_only", "dynamic", "int8"])
 def test_a_codebook_gets_one_scale_for_each_tensor(scheme, model, data, tmp_path):
     copy, guarantee = shared(model, 8)
-    candidate = Candidate(copy, storage=Storage(scheme, 8))
+    candidate = Candidate(copy, storage=Storage(scheme, Calibration(images=8)))
     free = stored(export(candidate, data, tmp_path / "free.tflite").path)
     bound = stored(export(candidate.with_guarantee(guarantee), data, tmp_path / "bound.tflite").path)
     assert max(len(weight["quantization_parameters"]["scales"]) for weight in free) > 1
