@@ -52,7 +52,11 @@ def entry() -> Entry:
         Stored("quantize", "int8"),
     )
     candidate = Candidate(
-        network(), guarantees, Storage("int8", Calibration(images=17, ranges="mse"), ("conv",)), lineage=("prune", "share"), released=("lowrank: gone",)
+        network(),
+        guarantees,
+        Storage("int8", Calibration(images=17, ranges="mse"), ("conv",)),
+        lineage=("prune", "share"),
+        released=("lowrank: gone",),
     )
     return Entry(candidate, {"name": "share", "skipped": [{"layer": "conv", "reason": "too small"}]}, b"\0TFLite\xff")
 

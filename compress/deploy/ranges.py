@@ -50,9 +50,7 @@ def collect(content: bytes, samples: Sequence[np.ndarray]) -> dict[str, Histogra
         bins = np.minimum(((flat - low) * scale).astype(np.int32), _BINS - 1)
         counts[name] += np.bincount(bins, minlength=_BINS)
         sums[name] += np.bincount(bins, flat, _BINS)
-    return {
-        name: Histogram(*limits[name], counts[name], sums[name] / np.maximum(counts[name], 1.0)) for name in limits
-    }
+    return {name: Histogram(*limits[name], counts[name], sums[name] / np.maximum(counts[name], 1.0)) for name in limits}
 
 
 def _values(content: bytes, samples: Iterable[np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:

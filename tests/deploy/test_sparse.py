@@ -67,7 +67,9 @@ def both(tmp_path, monkeypatch):
     def make(model: tf_keras.Model, scheme: str) -> tuple[TFLiteFile, TFLiteFile]:
         made = []
         monkeypatch.setattr(tflite, "store_sparsely", lambda content: made.append(content) or store_sparsely(content))
-        path = export(Candidate(model, storage=Storage(scheme, Calibration(images=8))), samples(model), tmp_path / "model.tflite").path
+        path = export(
+            Candidate(model, storage=Storage(scheme, Calibration(images=8))), samples(model), tmp_path / "model.tflite"
+        ).path
         assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
         return TFLiteFile.read(path), TFLiteFile(*made)
 
@@ -160,7 +162,9 @@ def test_few_zeros_stay_dense_and_cost_no_run(scheme, sparsity, tmp_path, monkey
 
     monkeypatch.setattr(tflite, "file_outputs", refuse)
     model = network(sparsity)
-    path = export(Candidate(model, storage=Storage(scheme, Calibration(images=8))), samples(model), tmp_path / "model.tflite").path
+    path = export(
+        Candidate(model, storage=Storage(scheme, Calibration(images=8))), samples(model), tmp_path / "model.tflite"
+    ).path
     assert TFLiteFile.read(path).sparse_kernels == 0
 
 

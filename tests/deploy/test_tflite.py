@@ -78,7 +78,9 @@ def stored(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_file_reads_and_writes_float32_one_sample_at_a_time_and_agrees_with_keras(scheme, model, data, tmp_path):
-    artifact = export(Candidate(model, storage=Storage(scheme, Calibration(images=32))), data, tmp_path / "model.tflite")
+    artifact = export(
+        Candidate(model, storage=Storage(scheme, Calibration(images=32))), data, tmp_path / "model.tflite"
+    )
     assert artifact.storage.scheme == scheme
     assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
     expected = model.predict(data.test.x, verbose=0)
@@ -90,7 +92,11 @@ def test_the_file_reads_and_writes_float32_one_sample_at_a_time_and_agrees_with_
 
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
-    [("float32", np.float32), ("float16", np.float16), *((s, np.int8) for s in ("weight_only", "dynamic", "int8", "int16"))],
+    [
+        ("float32", np.float32),
+        ("float16", np.float16),
+        *((s, np.int8) for s in ("weight_only", "dynamic", "int8", "int16")),
+    ],
 )
 def test_weights_are_written_as_the_scheme_says(scheme, dtype, model, data, tmp_path):
     artifact = export(Candidate(model, storage=Storage(scheme, Calibration(images=8))), data, tmp_path / "model.tflite")
