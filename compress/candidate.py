@@ -136,11 +136,14 @@ class Storage:
     calibration: Calibration = field(default_factory=Calibration)
     float_layers: tuple[str, ...] = ()
     """Layers that compute with floats all the same."""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Layer -> the range of its output, where training has settled it."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Storage:
         """Rebuild from :func:`dataclasses.asdict`."""
-        return cls(value["scheme"], Calibration(**value["calibration"]), tuple(value["float_layers"]))
+        ranges = {layer: (low, high) for layer, (low, high) in value["ranges"].items()}
+        return cls(value["scheme"], Calibration(**value["calibration"]), tuple(value["float_layers"]), ranges)
 
 
 @dataclass(frozen=True)

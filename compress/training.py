@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -92,6 +93,36 @@ class LossTerm(Protocol):
         """Return the scalar that is added to the loss."""
 
 
+class WeightQuantizer(Protocol):
+    """Makes the weights that the network computes with out of the ones that training changes."""
+
+    variables: list[tf.Variable]
+    """What else training changes: steps, scales."""
+
+    def __call__(self, latent: tf.Tensor) -> tf.Tensor:
+        """Return the quantized weights; its gradients are those that training is to use."""
+
+
+@dataclass(frozen=True)
+class _Latent:
+    """A weight under quantization: the network holds ``quantizer(value)``."""
+
+    weight: tf.Variable
+    value: tf.Variable
+    quantizer: WeightQuantizer
+
+    def gradients(self, gradient: tf.Tensor) -> list[tuple[tf.Tensor, tf.Variable]]:
+        """Return the gradients of what training changes, from that of the quantized weight."""
+        variables = [self.value, *self.quantizer.variables]
+        with tf.GradientTape() as tape:
+            quantized = self.quantizer(self.value.value())
+        return list(zip(tape.gradient(quantized, variables, output_gradients=gradient), variables, strict=True))
+
+    def write(self) -> None:
+        """Quantize the value into the network."""
+        self.weight.assign(self.quantizer(self.value.value()))
+
+
 @dataclass(frozen=True)
 class History:
     """What a training run did."""
@@ -131,6 +162,7 @@ def train(
     guarantees: Sequence[Guarantee] = (),
     projections: Sequence[Projection] = (),
     terms: Sequence[LossTerm] = (),
+    quantizers: Mapping[str, WeightQuantizer] = MappingProxyType({}),
     progress: Progress | None = None,
     where: str = "training",
     rate_key: str = "recovery.learning_rate",
@@ -145,6 +177,8 @@ def train(
         guarantees: properties restored after every step.
         projections: further changes of the weights after every step, made before the guarantees are restored.
         terms: extra terms of the loss.
+        quantizers: weight name -> its quantizer. Training changes copies of these weights, on which guarantees are
+            restored, too; the model computes with the quantized ones, and is left with them.
         progress: where the progress is shown.
         where: what an error says it happened in.
         rate_key: the configuration key of the learning rate, for the error about a loss that is no number.
@@ -160,13 +194,19 @@ def train(
         term.prepare(data, batch_size, same_images=not (data.augmentation or recovery.mixup))
     tapped = list(dict.fromkeys(name for term in terms for name in term.layers))
     tensors = [model.get_layer(name).output for name in tapped]
+    latents = {}
+    for name, quantizer in quantizers.items():
+        weight = get_variable(model, name)
+        latents[name] = _Latent(weight, tf.Variable(weight, name=f"{name}_latent"), quantizer)
+        latents[name].write()
     trainee = _Trainee(model.inputs, [*model.outputs, *tensors], name=model.name)
     trainee.setup(
         steps=steps,
         probabilities=gives_probabilities(model),
-        projections=[*projections, *_guarantee_projections(model, guarantees)],
+        projections=[*projections, *_guarantee_projections(model, guarantees, latents)],
         terms=terms,
         tapped=tapped,
+        latents=list(latents.values()),
         weight_decay=recovery.weight_decay,
         mixup=recovery.mixup,
         seed=seed,
@@ -276,6 +316,7 @@ class _Trainee(tf_keras.Model):
         projections: Sequence[Projection],
         terms: Sequence[LossTerm],
         tapped: Sequence[str],
+        latents: Sequence[_Latent],
         weight_decay: float,
         mixup: float,
         seed: int,
@@ -288,6 +329,7 @@ class _Trainee(tf_keras.Model):
             "projections": projections,
             "terms": terms,
             "tapped": tapped,
+            "latents": {latent.weight.ref(): latent for latent in latents},
             "decayed": decayed,
             "weight_decay": weight_decay,
             "mixup": mixup,
@@ -317,27 +359,34 @@ class _Trainee(tf_keras.Model):
             total = tf.add_n([loss, *self.losses]) if self.losses else loss
         variables = self.trainable_variables
         gradients = tape.gradient(total, variables)
-        if plan["weight_decay"]:
-            decayed = {v.ref() for v in plan["decayed"]}
-            gradients = [
-                g + plan["weight_decay"] * v if g is not None and v.ref() in decayed else g
-                for g, v in zip(gradients, variables, strict=True)
-            ]
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        updates: list[tuple[tf.Tensor, tf.Variable]] = []
+        decayed = {v.ref() for v in plan["decayed"]} if plan["weight_decay"] else set()
+        for gradient, variable in zip(gradients, variables, strict=True):
+            latent = plan["latents"].get(variable.ref())
+            own = [(gradient, variable)] if gradient is None or latent is None else latent.gradients(gradient)
+            if gradient is not None and variable.ref() in decayed:
+                (first, trained), *rest = own
+                own = [(first + plan["weight_decay"] * trained, trained), *rest]
+            updates += own
+        self.optimizer.apply_gradients(updates)
         done = tf.cast(self.optimizer.iterations, tf.float32) / plan["steps"]
         for projection in plan["projections"]:
             projection(done)
+        for latent in plan["latents"].values():
+            latent.write()
         return {"loss": loss}
 
 
-def _guarantee_projections(model: tf_keras.Model, guarantees: Sequence[Guarantee]) -> list[Projection]:
+def _guarantee_projections(
+    model: tf_keras.Model, guarantees: Sequence[Guarantee], latents: Mapping[str, _Latent] = MappingProxyType({})
+) -> list[Projection]:
     by_weight: dict[str, list[Guarantee]] = {}
     for guarantee in sorted(guarantees, key=lambda g: not g.comes_first):
         for name in guarantee.weights():
             by_weight.setdefault(name, []).append(guarantee)
 
     def make(name: str, bound: list[Guarantee]) -> Projection:
-        variable = get_variable(model, name)
+        variable = latents[name].value if name in latents else get_variable(model, name)
 
         def project(done: tf.Tensor) -> None:
             value = variable.value()

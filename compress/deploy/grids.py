@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tensorflow.lite.python import schema_py_generated as schema
@@ -14,35 +15,32 @@ from compress.metrics.tflite_file import KernelPlace, TFLiteFile
 
 _PACKED = {"CONV_2D", "FULLY_CONNECTED"}
 """Operators whose kernels LiteRT reads in four bits."""
+_TOLERANCE = 1e-4
 _LEAST = 1024
 """Smaller kernels stay floats, as the converter's own do."""
 
 
-def write_grids(content: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]]) -> bytes:
+def write_grids(content: bytes, floats: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]]) -> bytes:
     """Return the file with the levels of the grids in place of what the converter has rounded to.
 
     Args:
         content: a file with integer weights; the output channels of each have scales of their own.
-        kernels: layer name -> its kernel, whose values lie on the grid, and the grid.
+        floats: the float file that it was made from.
+        kernels: weight name -> its value, which lies on the grid, and the grid.
 
     Raises:
         CompressError: naming a layer whose kernel is not found among the file's.
     """
     file, model = TFLiteFile(content), parse(content)
     tensors = model.subgraphs[0].tensors
-    for layer, (kernel, grid) in kernels.items():
-        place = file.kernel_place(layer, kernel.shape)
-        if place is None or file.tensors[place.kernel].dtype != np.int8:
-            raise CompressError(
-                f"export of layer {layer}",
-                expected=f"integer weights of shape {kernel.shape} under its name in the file",
-                received="none",
-                fix="Leave the layer out: strategy.quantize.skip=[{name: " + layer + "}].",
-            )
-        steps = place.to_file(np.broadcast_to(grid.steps, kernel.shape))
-        written = _stored(model, place, place.to_file(kernel), steps, grid.bits)
+    for place, values in _on_grids(TFLiteFile(floats), file, kernels):
         weight = tensors[place.kernel]
-        ratios = written.quantization.scale / np.asarray(weight.quantization.scale, np.float64)
+        before = np.asarray(weight.quantization.scale, np.float64)
+        # Of a channel of zeros any scale is right; a tiny one would leave no room for its bias.
+        used = values.levels.any(tuple(axis for axis in range(values.levels.ndim) if axis != place.channel_axis))
+        values = replace(values, scales=np.where(used, values.scales, before))
+        written = values.stored(model, place)
+        ratios = values.scales / before
         weight.type, weight.buffer, weight.quantization = written.type, written.buffer, written.quantization
         if place.bias is not None:
             _rescale(model, tensors[place.bias], ratios)
@@ -50,54 +48,96 @@ def write_grids(content: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]]) 
 
 
 def expand_from_grids(
-    content: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]], *, per_tensor: bool, floats: Collection[str]
+    content: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]], *, per_tensor: bool, spared: Collection[str]
 ) -> bytes:
     """Return the float file with its kernels stored as levels, which are expanded before they are used.
 
     Args:
         content: a file of floats.
-        kernels: layer name -> its kernel, whose values lie on the grid, and the grid; other kernels of 1,024 weights
-            and more are rounded to the nearest of 8 bits.
+        kernels: weight name -> its value, which lies on the grid, and the grid; other kernels of 1,024 weights and more
+            are rounded to the nearest of 8 bits.
         per_tensor: round each other kernel to one grid instead of one for each output.
-        floats: layers whose kernels stay as they are.
+        spared: layers whose kernels stay as they are.
+
+    Raises:
+        CompressError: as :func:`write_grids`.
     """
     file, model = TFLiteFile(content), parse(content)
-    grids = {
-        place.kernel: (place.to_file(np.broadcast_to(grid.steps, kernel.shape)), grid.bits)
-        for layer, (kernel, grid) in kernels.items()
-        if (place := file.kernel_place(layer, kernel.shape)) is not None
-    }
-    spared = {op.inputs[1] for layer in floats for op in file.operators_of(layer)}
+    known = {place.kernel: values for place, values in _on_grids(file, file, kernels)}
+    left = {op.inputs[1] for layer in spared for op in file.operators_of(layer)}
     for place in {place.kernel: place for place in file.kernel_places}.values():
-        values = np.asarray(file.tensors[place.kernel].data)
-        if place.kernel in spared or (values.size < _LEAST and place.kernel not in grids):
+        kernel = np.asarray(file.tensors[place.kernel].data)
+        if place.kernel in left or (kernel.size < _LEAST and place.kernel not in known):
             continue
-        others = tuple(axis for axis in range(values.ndim) if per_tensor or axis != place.channel_axis)
-        nearest = np.maximum(np.abs(values).max(others, keepdims=True), 1e-12) / 127
-        steps, bits = grids.get(place.kernel, (np.broadcast_to(nearest, values.shape), 8))
-        stored = _stored(model, place, values, steps, bits)
-        if per_tensor and place.kernel not in grids:
-            stored.quantization.scale, stored.quantization.zeroPoint = stored.quantization.scale[:1], [0]
-        expand(model, place.kernel, stored, schema.BuiltinOperator.DEQUANTIZE, schema.DequantizeOptionsT())
+        values = known.get(place.kernel) or _nearest(kernel, place, per_tensor=per_tensor)
+        expand(
+            model,
+            place.kernel,
+            values.stored(model, place),
+            schema.BuiltinOperator.DEQUANTIZE,
+            schema.DequantizeOptionsT(),
+        )
     return serialize(model)
 
 
-def _stored(
-    model: schema.ModelT, place: KernelPlace, values: np.ndarray, steps: np.ndarray, bits: int
-) -> schema.TensorT:
-    """Return a tensor of integers for ``values`` in the layout of the file; its buffer is in the model already."""
-    levels = np.rint(values / steps).astype(np.int8)
-    scales = np.moveaxis(steps, place.channel_axis, 0).reshape(steps.shape[place.channel_axis], -1)[:, 0]
-    packed = bits <= 4 and place.operator in _PACKED
-    return schema.TensorT(
-        type=schema.TensorType.INT4 if packed else schema.TensorType.INT8,
-        buffer=add_buffer(model, _pack(levels) if packed else levels),
-        quantization=schema.QuantizationParametersT(
-            scale=scales.astype(np.float32),
-            zeroPoint=np.zeros(len(scales), np.int64),
-            quantizedDimension=place.channel_axis,
-        ),
+@dataclass(frozen=True)
+class _Levels:
+    """A kernel in the layout of the file: whole numbers, and what each stands for in each channel [c] (or [1])."""
+
+    levels: np.ndarray
+    scales: np.ndarray
+    bits: int
+
+    def stored(self, model: schema.ModelT, place: KernelPlace) -> schema.TensorT:
+        """Return a tensor of the file for it; its buffer is in the model already."""
+        packed = self.bits <= 4 and place.operator in _PACKED
+        return schema.TensorT(
+            type=schema.TensorType.INT4 if packed else schema.TensorType.INT8,
+            buffer=add_buffer(model, _pack(self.levels) if packed else self.levels),
+            quantization=schema.QuantizationParametersT(
+                scale=self.scales.astype(np.float32),
+                zeroPoint=np.zeros(len(self.scales), np.int64),
+                quantizedDimension=place.channel_axis,
+            ),
+        )
+
+
+def _on_grids(
+    floats: TFLiteFile, file: TFLiteFile, kernels: Mapping[str, tuple[np.ndarray, Grid]]
+) -> Iterator[tuple[KernelPlace, _Levels]]:
+    """Yield where the kernels are in the file, and their levels."""
+    for name, (kernel, grid) in kernels.items():
+        layer = name.rpartition("/")[0]
+        place, before = file.kernel_place(layer, kernel.shape), floats.kernel_place(layer, kernel.shape)
+        if place is None or before is None:
+            raise _lost(layer, kernel, "none")
+        own = np.moveaxis(place.to_file(kernel), place.channel_axis, 0)
+        written = np.moveaxis(np.asarray(floats.tensors[before.kernel].data), place.channel_axis, 0)
+        steps = np.moveaxis(place.to_file(np.broadcast_to(grid.steps, kernel.shape)), place.channel_axis, 0)
+        # The converter multiplies whole channels with what stands beside the layer, a rescaled input or a batch norm.
+        flat, other = own.reshape(len(own), -1), written.reshape(len(own), -1)
+        squares = (flat**2).sum(1)
+        factors = np.where(squares > 0, (flat * other).sum(1) / np.maximum(squares, 1e-30), 1.0)
+        if np.abs(other - factors[:, None] * flat).max() > _TOLERANCE * np.abs(other).max():
+            raise _lost(layer, kernel, "others, into which the converter has merged a normalisation of its inputs")
+        levels = np.rint(own / steps) * np.sign(factors).reshape(-1, *[1] * (own.ndim - 1))
+        scales = steps.reshape(len(own), -1)[:, 0] * np.maximum(np.abs(factors), 1e-12)
+        yield place, _Levels(np.moveaxis(levels.astype(np.int8), 0, place.channel_axis), scales, grid.bits)
+
+
+def _lost(layer: str, kernel: np.ndarray, received: str) -> CompressError:
+    return CompressError(
+        f"export of layer {layer}",
+        expected=f"its weights of shape {kernel.shape} under its name in the file",
+        received=received,
+        fix="Leave the layer out: strategy.quantize.skip=[{name: " + layer + "}].",
     )
+
+
+def _nearest(kernel: np.ndarray, place: KernelPlace, *, per_tensor: bool) -> _Levels:
+    others = tuple(axis for axis in range(kernel.ndim) if per_tensor or axis != place.channel_axis)
+    steps = np.maximum(np.abs(kernel).max(others, keepdims=True), 1e-12) / 127
+    return _Levels(np.rint(kernel / steps).astype(np.int8), steps.reshape(-1), 8)
 
 
 def _pack(levels: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Sources: percentiles and entropy as in Migacz, 8-bit inference with TensorRT (GT
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,12 +38,12 @@ def collect(content: bytes, samples: Sequence[np.ndarray]) -> dict[str, Histogra
         samples: inputs [1, ...]; run through the file twice.
     """
     limits: dict[str, tuple[float, float]] = {}
-    for name, values in _values(content, samples):
+    for name, values in computed_values(content, samples):
         low, high = limits.get(name, (np.inf, -np.inf))
         limits[name] = min(low, float(values.min())), max(high, float(values.max()))
     counts = {name: np.zeros(_BINS) for name in limits}
     sums = {name: np.zeros(_BINS) for name in limits}
-    for name, values in _values(content, samples):
+    for name, values in computed_values(content, samples):
         low, high = limits[name]
         scale = _BINS / (high - low) if high > low else 0.0
         flat = values.reshape(-1)
@@ -53,7 +53,8 @@ def collect(content: bytes, samples: Sequence[np.ndarray]) -> dict[str, Histogra
     return {name: Histogram(*limits[name], counts[name], sums[name] / np.maximum(counts[name], 1.0)) for name in limits}
 
 
-def _values(content: bytes, samples: Iterable[np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
+def computed_values(content: bytes, samples: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the value of every float tensor that a float file computes, sample after sample."""
     file = TFLiteFile(content)
     interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True)
     interpreter.allocate_tensors()

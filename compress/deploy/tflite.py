@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
-import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +12,15 @@ import tensorflow as tf
 
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
+from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.grids import expand_from_grids, write_grids
-from compress.deploy.integer import calibrated, quantized
+from compress.deploy.integer import calibrated, quantized, with_ranges
+from compress.deploy.points import find_points
 from compress.deploy.sparse import store_sparsely
 from compress.errors import CompressError
 from compress.graph.kernels import get_weight
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.tflite_file import TFLiteFile
-from compress.quiet import stderr_aside
 
 _LOG = logging.getLogger("compress")
 _COMPARED_IMAGES = 8
@@ -43,35 +41,10 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
     Raises:
         CompressError: if the converter refuses the model.
     """
-    model, storage = candidate.model, candidate.storage
-    shape = (1, *model.inputs[0].shape[1:])
-    if any(size is None for size in shape):
-        raise CompressError(
-            "export",
-            expected="a model whose input sizes are all known",
-            received=f"an input of shape {model.inputs[0].shape}",
-            fix="Build the model with a fixed input shape.",
-        )
-    # A function of its own: from_keras_model would leave the batch open, which costs operators and speed.
-    call = tf.function(lambda image: model(image, training=False))
-    signature = call.get_concrete_function(tf.TensorSpec(shape, tf.float32, name="image"))
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], model)
-    try:
-        with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
-            warnings.simplefilter("ignore")
-            content = _converted(converter, candidate, data)
-    except CompressError:
-        raise
-    except Exception as error:
-        # The converter raises many types; each of them means that it refuses the model.
-        raise CompressError(
-            f"export as {storage.scheme}",
-            expected="a model that the TFLite converter accepts",
-            received=_reason(error),
-            fix="Replace the layer that is named, or leave it out of the model that is exported."
-            if storage.scheme == "float32"
-            else "Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
-        ) from error
+    storage = candidate.storage
+    converter = make_converter(candidate.model)
+    with complaints_explained(storage.scheme):
+        content = _converted(converter, candidate, data)
     sparse = store_sparsely(content)
     if sparse is not None and _agree(content, sparse, candidate, data):
         content = sparse
@@ -85,17 +58,19 @@ def _converted(converter: tf.lite.TFLiteConverter, candidate: Candidate, data: D
     storage, model = candidate.storage, candidate.model
     per_tensor = any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
     grids = {name: grid for guarantee in candidate.guarantees for name, grid in guarantee.grids().items()}
-    kernels = {name.rpartition("/")[0]: (get_weight(model, name), grid) for name, grid in grids.items()}
-    samples = partial(_calibration, data, storage.calibration.images)
+    kernels = {name: (get_weight(model, name), grid) for name, grid in grids.items()}
+    samples = partial(calibration_samples, data, storage.calibration.images)
     if storage.scheme == "int8":
         floats = calibrated(converter, samples, storage.calibration)
+        if storage.ranges:
+            floats = with_ranges(floats, _ranges_of_tensors(floats, candidate, next(samples())[0]))
         file = TFLiteFile(floats)
         spared = [name for layer in storage.float_layers for name in file.written_by(layer)]
         content = quantized(floats, per_tensor=per_tensor, floats=spared)
-        return write_grids(content, kernels) if kernels else content
+        return write_grids(content, floats, kernels) if kernels else content
     if storage.scheme == "weight_only":
         floats = bytes(converter.convert())
-        return expand_from_grids(floats, kernels, per_tensor=per_tensor, floats=storage.float_layers)
+        return expand_from_grids(floats, kernels, per_tensor=per_tensor, spared=storage.float_layers)
     if storage.scheme != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if storage.scheme == "float16":
@@ -110,9 +85,18 @@ def _converted(converter: tf.lite.TFLiteConverter, candidate: Candidate, data: D
     return bytes(converter.convert())
 
 
+def _ranges_of_tensors(content: bytes, candidate: Candidate, sample: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Return the ranges of the storage's layers by the names of the tensors that hold their outputs."""
+    points, known = find_points(content, candidate.model, sample), candidate.storage.ranges
+    sources = {layer: points.tied.get(layer, layer) for layer in points.tensors}
+    return {
+        t: known[sources[layer]] for layer, names in points.tensors.items() if sources[layer] in known for t in names
+    }
+
+
 def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> bool:
     """Run both files in LiteRT on a few calibration images and compare their outputs."""
-    images = np.concatenate([image for (image,) in _calibration(data, _COMPARED_IMAGES)])
+    images = np.concatenate([image for (image,) in calibration_samples(data, _COMPARED_IMAGES)])
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         outputs = []
         for name, content in (("dense.tflite", dense), ("sparse.tflite", sparse)):
@@ -126,15 +110,3 @@ def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> boo
     # Other kernels of the runtime may sum in another order; of integers, round to the neighbour.
     tolerance = 0.02 if candidate.storage.scheme == "int8" else 1e-4
     return bool(np.abs(outputs[1] - outputs[0]).max() <= tolerance * np.abs(outputs[0]).max())
-
-
-def _reason(error: Exception) -> str:
-    """Return what the converter says without the traces of its compiler."""
-    text = re.sub(r"(loc|callsite|fused)\S*|<unknown>\S*|error:|note:", " ", str(error))
-    return " ".join(text.split())[:300] or type(error).__name__
-
-
-def _calibration(data: Data, images: int) -> Iterator[list[np.ndarray]]:
-    chosen = np.random.default_rng(0).permutation(len(data.train))[:images]
-    for index in chosen:
-        yield [data.train.x[index : index + 1].astype(np.float32)]

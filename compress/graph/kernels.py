@@ -40,6 +40,14 @@ class Kernel:
         return int(np.prod(getattr(self.layer, self.attribute).shape))
 
     @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes of the outputs, counted from the last."""
+        if self.attribute == "depthwise_kernel":
+            return (-2, -1)
+        transposed = isinstance(self.layer, (tf_keras.layers.Conv1DTranspose, tf_keras.layers.Conv2DTranspose))
+        return (-2,) if transposed else (-1,)
+
+    @property
     def macs_per_weight(self) -> float:
         """Multiply-adds that one weight takes part in."""
         return self.macs / self.size

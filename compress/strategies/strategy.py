@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from compress.progress import progress
 from compress.strategies.distillation.hints import Hints, hint_layers
 from compress.strategies.distillation.soft_targets import SoftTargets
 from compress.strategies.distillation.teacher import Teacher
-from compress.training import LossTerm, Projection, Recovery, augment, train
+from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, augment, train
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -49,6 +50,7 @@ class Context:
         *,
         projections: Sequence[Projection] = (),
         terms: Sequence[LossTerm] = (),
+        quantizers: Mapping[str, WeightQuantizer] = MappingProxyType({}),
     ) -> Candidate:
         """Train the candidate's model in place as the stage's recovery says, keeping every guarantee.
 
@@ -73,6 +75,7 @@ class Context:
                 guarantees=candidate.guarantees,
                 projections=projections,
                 terms=extra,
+                quantizers=quantizers,
                 progress=shown,
                 where=f"stage {self.stage}, training",
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import tf_keras
 
 from compress.graph.kernels import Kernel
 
@@ -31,12 +30,9 @@ class Axes:
     @classmethod
     def of(cls, kernel: Kernel) -> Axes:
         """Return the axes of ``kernel``, counted from the last."""
-        if kernel.attribute == "depthwise_kernel":
-            return cls(-2, (-2, -1), sums=False)
-        kinds = tf_keras.layers
-        if isinstance(kernel.layer, (kinds.Conv1DTranspose, kinds.Conv2DTranspose)):
-            return cls(-1, (-2,))
-        return cls(-2, (-1,))
+        depthwise = kernel.attribute == "depthwise_kernel"
+        inputs = -1 if kernel.output_axes == (-2,) else -2
+        return cls(inputs, kernel.output_axes, sums=not depthwise)
 
 
 class Pattern:

@@ -69,14 +69,20 @@ class OnGrid(Guarantee):
         return [v for name in self.steps for v in self._compare(name, get_weight(model, name))]
 
     def check_file(self, file: TFLiteFile) -> list[Violation]:
-        """Look for weights between the levels among those that the file stores."""
+        """Look for levels beyond the grid's among the integers that the file stores.
+
+        Their scales need not be the steps: the converter multiplies whole channels with what stands beside a layer.
+        """
         found = []
-        for name in self.steps:
-            stored = file.weights_of(name.rpartition("/")[0], tuple(self.shapes[name]))
+        for name, bits in self.bits.items():
+            stored = file.kernel_of(name.rpartition("/")[0], tuple(self.shapes[name]))
+            most = 2 ** (bits - 1) - 1
             if stored is None:
                 found.append(Violation(name, "its weights are not in the file"))
-            else:
-                found += self._compare(name, stored)
+            elif stored.dtype != np.int8:
+                found.append(Violation(name, f"stored as {stored.dtype}, expected integers of {bits} bits"))
+            elif np.abs(stored.astype(int)).max(initial=0) > most:
+                found.append(Violation(name, f"integers up to {np.abs(stored.astype(int)).max()}, at most {most}"))
         return found
 
     def _compare(self, name: str, values: np.ndarray) -> list[Violation]:

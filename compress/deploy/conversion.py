@@ -1,0 +1,71 @@
+"""The TFLite converter: made for a Keras model, its complaints turned into errors for people."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from compress.candidate import Scheme
+from compress.data.source import Data
+from compress.errors import CompressError
+from compress.quiet import stderr_aside
+
+
+def make_converter(model: tf_keras.Model) -> tf.lite.TFLiteConverter:
+    """Return a converter of the model for one sample at a time.
+
+    Raises:
+        CompressError: if a size of the input is not known.
+    """
+    shape = (1, *model.inputs[0].shape[1:])
+    if any(size is None for size in shape):
+        raise CompressError(
+            "export",
+            expected="a model whose input sizes are all known",
+            received=f"an input of shape {model.inputs[0].shape}",
+            fix="Build the model with a fixed input shape.",
+        )
+    # A function of its own: from_keras_model would leave the batch open, which costs operators and speed.
+    call = tf.function(lambda image: model(image, training=False))
+    signature = call.get_concrete_function(tf.TensorSpec(shape, tf.float32, name="image"))
+    return tf.lite.TFLiteConverter.from_concrete_functions([signature], model)
+
+
+@contextmanager
+def complaints_explained(scheme: Scheme) -> Iterator[None]:
+    """Turn what the converter raises into a :class:`CompressError`, and keep what it prints aside."""
+    try:
+        with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
+            warnings.simplefilter("ignore")
+            yield
+    except CompressError:
+        raise
+    except Exception as error:
+        # The converter raises many types; each of them means that it refuses the model.
+        raise CompressError(
+            f"export as {scheme}",
+            expected="a model that the TFLite converter accepts",
+            received=_reason(error),
+            fix="Replace the layer that is named, or leave it out of the model that is exported."
+            if scheme == "float32"
+            else "Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
+        ) from error
+
+
+def calibration_samples(data: Data, images: int) -> Iterator[list[np.ndarray]]:
+    """Yield samples of the training part [1, ...] that ranges are calibrated on, always the same ones."""
+    chosen = np.random.default_rng(0).permutation(len(data.train))[:images]
+    for index in chosen:
+        yield [data.train.x[index : index + 1].astype(np.float32)]
+
+
+def _reason(error: Exception) -> str:
+    """Return what the converter says without the traces of its compiler."""
+    text = re.sub(r"(loc|callsite|fused)\S*|<unknown>\S*|error:|note:", " ", str(error))
+    return " ".join(text.split())[:300] or type(error).__name__

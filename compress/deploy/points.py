@@ -1,0 +1,108 @@
+"""Where a file quantizes what a Keras model computes: its tensors and the layers whose outputs they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from compress.candidate import Calibration
+from compress.data.source import Data
+from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
+from compress.deploy.ranges import choose, collect, computed_values
+from compress.graph.rewrite import nodes
+
+_TOLERANCE = 1e-4
+_AVERAGING = (
+    tf_keras.layers.AveragePooling1D,
+    tf_keras.layers.AveragePooling2D,
+    tf_keras.layers.AveragePooling3D,
+    tf_keras.layers.UpSampling2D,
+)
+_RECTIFYING = (tf_keras.layers.ReLU, tf_keras.layers.Activation)
+
+
+@dataclass(frozen=True)
+class Points:
+    """The layers whose outputs are tensors of a file.
+
+    ``tensors``: layer -> names of the tensors that hold its output. ``tied``: layer -> the layer whose scale its output
+    keeps, because it only passes values on.
+    """
+
+    tensors: Mapping[str, Sequence[str]]
+    tied: Mapping[str, str]
+
+
+def calibrated_points(
+    model: tf_keras.Model, data: Data, calibration: Calibration
+) -> tuple[Points, dict[str, tuple[float, float]]]:
+    """Return the points of the model's float file, and the range of each layer that has one of its own.
+
+    Raises:
+        CompressError: if the converter refuses the model.
+    """
+    converter = make_converter(model)
+    with complaints_explained("int8"):
+        content = bytes(converter.convert())
+    samples = [sample for (sample,) in calibration_samples(data, calibration.images)]
+    points = find_points(content, model, samples[0])
+    histograms = collect(content, samples)
+    own = {layer: names[0] for layer, names in points.tensors.items() if layer not in points.tied}
+    return points, {layer: choose(histograms[name], calibration) for layer, name in own.items()}
+
+
+def find_points(content: bytes, model: tf_keras.Model, sample: np.ndarray) -> Points:
+    """Compare what the float file and the model compute for one sample [1, ...].
+
+    The converter fuses layers and names tensors as it likes; equal values are what tells. Layers that are called
+    several times or give several tensors are left out.
+    """
+    single = [
+        node.layer
+        for node in nodes(model)
+        if len(node.layer.inbound_nodes) == 1 and len(tf.nest.flatten(node.outputs)) == 1
+    ]
+    look = tf_keras.Model(model.inputs, [layer.output for layer in single])
+    outputs = {
+        layer.name: np.asarray(value, np.float32)
+        for layer, value in zip(single, tf.nest.flatten(look(sample, training=False)), strict=True)
+    }
+    stored = [(name, value.reshape(-1)) for name, value in computed_values(content, [sample])]
+    tensors: dict[str, list[str]] = {}
+    for layer, value in outputs.items():
+        flat = value.reshape(-1)
+        largest = np.abs(flat).max(initial=0.0)
+        if largest == 0:
+            continue
+        found = [
+            name
+            for name, other in stored
+            if other.size == flat.size and np.abs(other - flat).max() <= _TOLERANCE * largest
+        ]
+        if found:
+            tensors[layer] = found
+    return Points(tensors, _tied(model, tensors, outputs))
+
+
+def _tied(
+    model: tf_keras.Model, tensors: Mapping[str, Sequence[str]], outputs: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    tied: dict[str, str] = {}
+    for node in nodes(model):
+        name = node.layer.name
+        if node.is_input or name not in tensors or len(node.keras_inputs) != 1:
+            continue
+        source = node.keras_inputs[0]._keras_history.layer.name
+        rectifies = isinstance(node.layer, _RECTIFYING) or "relu" in getattr(node.layer, "symbol", "")
+        if source not in tensors or rectifies:
+            continue
+        if (
+            isinstance(node.layer, _AVERAGING)
+            or np.isin(outputs[name], np.append(outputs[source], np.float32(0))).all()
+        ):
+            tied[name] = tied.get(source, source)
+    return tied

@@ -1,0 +1,113 @@
+"""Quantization-aware training: the network learns with the rounding that its integer file will do.
+
+Sources: Jacob et al. (arXiv 1712.05877, section 3); Esser et al., learned step size quantization (arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from annotated_types import Ge, Le
+from pydantic.dataclasses import dataclass
+
+from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
+from compress.deploy.points import calibrated_points
+from compress.graph.fold import fold_batch_norm
+from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
+from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
+from compress.strategies.quantization.grid import OnGrid
+from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
+from compress.strategies.quantization.rounding import round_layers
+from compress.strategies.quantization.stored import Stored
+from compress.strategies.repair import Repair
+from compress.strategies.strategy import STRICT, Context, Strategy
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuantizeAware(Strategy):
+    """Train the network with rounded weights and activations; the file holds the very levels and ranges.
+
+    Batch norms are folded first. Layers that the stage leaves out (``only``, ``skip``) keep float weights and compute
+    with floats in the file.
+
+    Args:
+        bits: of a weight; one step for each output. 4 and fewer are packed in the file where LiteRT reads them so.
+        activation_bits: of what layers compute; the file has 8 in any case.
+        learned_steps: train the steps with the weights (LSQ), instead of having the largest weight be the outermost
+            level.
+        rounding_images: below 8 bits, training starts from weights that are rounded in closed form on so many
+            unlabelled images; 0: from the nearest levels.
+        ranges: where the ranges of activations start, on ``calibration_images`` training images; they are trained, too.
+    """
+
+    bits: Annotated[int, Ge(2), Le(8)] = 8
+    activation_bits: Annotated[int, Ge(2), Le(8)] = 8
+    learned_steps: bool = False
+    rounding_images: Annotated[int, Ge(0), Le(1_000_000)] = 500
+    ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    calibration_images: Annotated[int, Ge(1)] = 256
+
+    effects = frozenset({Effect.TRAIN, Effect.STORE})
+    establishes = OnGrid
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Fold, insert the rounding, train, take the rounding out again."""
+        context.require_training()
+        chosen = context.selection.names(candidate.model)
+        model, steps = self._start(candidate, context, chosen)
+        wanted = [kernel for kernel in kernels(model) if kernel.layer.name in chosen]
+        skipped = [
+            Skipped(layer.name, f"weights of {type(layer).__name__} layers are left to the converter")
+            for layer in without_kernel(model)
+            if layer.name in chosen
+        ]
+        if not wanted:
+            raise context.nothing_done("a layer with a kernel to quantize", skipped)
+        left_alone = context.skip(skipped)
+        one_scale = frozenset().union(*(g.weights() for g in candidate.guarantees if g.one_scale_per_tensor))
+        quantizers = {k.name: self._quantizer(k, steps, whole=k.name in one_scale) for k in wanted}
+        calibration = Calibration(self.calibration_images, self.ranges)
+        points, ranges = calibrated_points(model, context.data, calibration)
+        rounding = with_fake_quantization(model, ranges, points.tied, self.activation_bits)
+        trained = context.recover(candidate.evolve(model=rounding), quantizers=quantizers).model
+        for layer in model.layers:
+            layer.set_weights(trained.get_layer(layer.name).get_weights())
+        values = {name: get_weight(model, name) for name in quantizers}
+        on_grid = OnGrid(
+            context.stage,
+            steps={name: quantizers[name].steps(tf.constant(value)).numpy() for name, value in values.items()},
+            bits=dict.fromkeys(values, self.bits),
+            shapes={name: value.shape for name, value in values.items()},
+        )
+        floats = tuple(k.layer.name for k in kernels(model) if k.layer.name not in chosen)
+        storage = Storage("int8", calibration, floats, trained_ranges(trained))
+        stored = Stored(context.stage, "int8", floats)
+        result = candidate.evolve(model=model, storage=storage, skipped=left_alone)
+        return result.with_guarantee(on_grid).with_guarantee(stored)
+
+    def _start(
+        self, candidate: Candidate, context: Context, chosen: frozenset[str]
+    ) -> tuple[tf_keras.Model, Mapping[str, np.ndarray]]:
+        """Return the folded model that training starts from, and the steps that are known already."""
+        if self.bits == 8 or not self.rounding_images:
+            return fold_batch_norm(candidate.model), {}
+        samples = context.calibration_samples(self.rounding_images)
+        repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
+        names = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
+        model, grids = round_layers(repair, names)
+        return model, {name: grid.steps for name, grid in grids.items()}
+
+    def _quantizer(
+        self, kernel: Kernel, known: Mapping[str, np.ndarray], *, whole: bool
+    ) -> UniformQuantizer | StepQuantizer:
+        plain = UniformQuantizer(self.bits, () if whole else kernel.output_axes, kernel.value.ndim)
+        steps = None if whole else known.get(kernel.name)
+        if steps is None and not self.learned_steps:
+            return plain
+        if steps is None:
+            steps = plain.steps(tf.constant(kernel.value)).numpy()
+        return StepQuantizer(self.bits, steps, kernel.size, trained=self.learned_steps)

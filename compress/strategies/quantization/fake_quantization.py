@@ -1,0 +1,74 @@
+"""Fake quantization of activations: a model that computes as its integer file will.
+
+Source: Jacob et al. (arXiv 1712.05877, section 3); the ranges' gradients are those of TensorFlow's operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from compress.graph.rewrite import nodes, rewrite
+
+
+class FakeQuantize(tf_keras.layers.Layer):
+    """Rounds to the levels between ``low`` and ``high``, which are trained; for training only, never saved."""
+
+    def __init__(self, low: float, high: float, bits: int, name: str) -> None:
+        super().__init__(name=name)
+        self.low = tf.Variable(low, dtype=tf.float32, name="low")
+        self.high = tf.Variable(high, dtype=tf.float32, name="high")
+        self._bits = bits
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Return the nearest levels."""
+        return tf.quantization.fake_quant_with_min_max_vars(inputs, self.low, self.high, self._bits)
+
+
+Range = tuple[float, float]
+
+
+def with_fake_quantization(
+    model: tf_keras.Model, ranges: Mapping[str, Range], tied: Mapping[str, str], bits: int = 8
+) -> tf_keras.Model:
+    """Return a copy of the model in which what the named layers give is rounded wherever it is read.
+
+    Args:
+        model: a flat functional model.
+        ranges: layer -> the range of its output.
+        tied: layer -> the layer of ``ranges`` whose range its output is rounded in.
+        bits: of an activation.
+    """
+    made: dict[int, Any] = {}
+    layers = {name: FakeQuantize(low, high, bits, f"{name}_range") for name, (low, high) in ranges.items()}
+
+    def rounded(value: Any) -> Any:
+        name = value._keras_history.layer.name if hasattr(value, "_keras_history") else ""
+        layer = layers.get(tied.get(name, name))
+        if layer is None:
+            return value
+        if id(value) not in made:
+            # The tensor is kept, too: another one must not get its id.
+            made[id(value)] = (layer(value), value)
+        return made[id(value)][0]
+
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[:] = tf.nest.map_structure(rounded, args)
+        kwargs.update({name: tf.nest.map_structure(rounded, value) for name, value in kwargs.items()})
+
+    times: dict[str, int] = {}
+    edits = {}
+    for node in nodes(model):
+        if not node.is_input:
+            times[node.layer.name] = times.get(node.layer.name, -1) + 1
+            edits[node.layer.name, times[node.layer.name]] = edit
+    return rewrite(model, arguments=edits)
+
+
+def trained_ranges(model: tf_keras.Model) -> dict[str, Range]:
+    """Return layer -> range, from a model of :func:`with_fake_quantization`."""
+    layers = (layer for layer in model.layers if isinstance(layer, FakeQuantize))
+    return {layer.name.removesuffix("_range"): (float(layer.low), float(layer.high)) for layer in layers}
