@@ -48,6 +48,12 @@ class Kernel:
         return (-2,) if transposed else (-1,)
 
     @property
+    def inner_axes(self) -> tuple[int, ...]:
+        """The axes that one output sums over, counted from the last."""
+        rank = len(getattr(self.layer, self.attribute).shape)
+        return tuple(axis for axis in range(-rank, 0) if axis not in self.output_axes)
+
+    @property
     def macs_per_weight(self) -> float:
         """Multiply-adds that one weight takes part in."""
         return self.macs / self.size

@@ -57,12 +57,8 @@ class OnGrid(Guarantee):
 
     def cut(self, left: Callable[[str, np.ndarray], np.ndarray]) -> Guarantee:
         """Return the property of the model that has lost channels: the steps of the outputs that are left."""
-        steps, shapes = {}, {}
-        for name, before in self.steps.items():
-            whole = left(name, np.broadcast_to(before, self.shapes[name]))
-            once = tuple(slice(0, 1) if size == 1 else slice(None) for size in before.shape)
-            steps[name], shapes[name] = whole[once].copy(), whole.shape
-        return replace(self, steps=steps, shapes=shapes)
+        cuts = {name: cut_spread(left, name, steps, self.shapes[name]) for name, steps in self.steps.items()}
+        return replace(self, steps={n: c[0] for n, c in cuts.items()}, shapes={n: c[1] for n, c in cuts.items()})
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Look for weights between the levels."""
@@ -89,3 +85,19 @@ class OnGrid(Guarantee):
         levels, most = values / self.steps[name], 2 ** (self.bits[name] - 1) - 1
         off = (np.abs(levels - np.rint(levels)) > _TOLERANCE) | (np.abs(levels) > most + _TOLERANCE)
         return [Violation(name, f"{off.sum()} weights off the grid of {self.bits[name]} bits")] if off.any() else []
+
+
+def cut_spread(
+    left: Callable[[str, np.ndarray], np.ndarray], weight: str, spread: np.ndarray, shape: Sequence[int]
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return what is left of an array that spreads over a weight that has lost channels, and the weight's shape.
+
+    Args:
+        left: returns, for the name of a weight and an array of its shape, what is left of the array.
+        weight: its name.
+        spread: the array.
+        shape: of the weight before.
+    """
+    whole = left(weight, np.broadcast_to(spread, shape))
+    once = tuple(slice(0, 1) if size == 1 else slice(None) for size in spread.shape)
+    return whole[once].copy(), whole.shape

@@ -1,0 +1,62 @@
+"""Training with weights of very few values: what all methods of this kind share.
+
+Each method says how weights become levels (a quantizer); the levels are trained through, the network keeps its batch
+norms, and what is left in it at the end are the levels themselves.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import numpy as np
+
+from compress.candidate import Candidate, Effect, Skipped
+from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
+from compress.graph.rewrite import copy_model
+from compress.strategies.quantization.levels import Levels
+from compress.strategies.strategy import Context, Strategy
+from compress.training import WeightQuantizer
+
+
+class LevelQuantizer(WeightQuantizer, Protocol):
+    """A quantizer whose levels can be told."""
+
+    def levels(self, quantized: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the levels [n], rising, and the scale of each output, which spreads over the quantized weight."""
+
+
+class LowBit(Strategy):
+    """Train the selected kernels as levels. Subclasses say which."""
+
+    effects = frozenset({Effect.TRAIN, Effect.SHARE})
+    establishes = Levels
+
+    @abstractmethod
+    def quantizer(self, kernel: Kernel) -> LevelQuantizer:
+        """Return what makes levels of a kernel."""
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Train a copy behind the quantizers."""
+        context.require_training()
+        model = copy_model(candidate.model)
+        names = context.selection.names(model)
+        skipped = [
+            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not quantized")
+            for layer in without_kernel(model)
+            if layer.name in names
+        ]
+        chosen = [kernel for kernel in kernels(model) if kernel.layer.name in names]
+        if not chosen:
+            raise context.nothing_done("a layer with a kernel to quantize", skipped)
+        left_alone = context.skip(skipped)
+        quantizers = {kernel.name: self.quantizer(kernel) for kernel in chosen}
+        context.recover(candidate.evolve(model=model), quantizers=quantizers)
+        found = {name: quantizer.levels(get_weight(model, name)) for name, quantizer in quantizers.items()}
+        levels = Levels(
+            context.stage,
+            levels={name: values for name, (values, _) in found.items()},
+            scales={name: scales for name, (_, scales) in found.items()},
+            shapes={name: get_weight(model, name).shape for name in found},
+        )
+        return candidate.evolve(model=model, skipped=left_alone).with_guarantee(levels)

@@ -1,0 +1,60 @@
+"""Trained ternary quantization: three values for each kernel, two of them trained with the weights.
+
+Source: Zhu, Han, Mao, Dally (arXiv 1612.01064, equations 6 to 9).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import tensorflow as tf
+from annotated_types import Gt, Lt
+from pydantic.dataclasses import dataclass
+
+from compress.graph.kernels import Kernel
+from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
+from compress.strategies.strategy import STRICT
+
+
+class TrainedTernaryQuantizer:
+    """A trained value above a threshold, another one below its negative, zero between them."""
+
+    def __init__(self, value: np.ndarray, threshold: float) -> None:
+        self._threshold = threshold
+        limit = threshold * np.abs(value).max(initial=0.0)
+        sides = [np.abs(value[value > limit]), np.abs(value[value < -limit])]
+        self._sizes = tf.Variable([float(side.mean()) if side.size else 1e-3 for side in sides], name="sizes")
+        self.variables = [self._sizes]
+
+    def __call__(self, latent: tf.Tensor) -> tf.Tensor:
+        """Return the ternary weights."""
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def ternary(value: tf.Tensor, sizes: tf.Tensor) -> tuple[tf.Tensor, object]:
+            limit = self._threshold * tf.reduce_max(tf.abs(value))
+            above, below = tf.cast(value > limit, value.dtype), tf.cast(value < -limit, value.dtype)
+
+            def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                scaled = upstream * (above * sizes[0] + below * sizes[1] + (1 - above - below))
+                return scaled, tf.stack([tf.reduce_sum(upstream * above), -tf.reduce_sum(upstream * below)])
+
+            return above * sizes[0] - below * sizes[1], gradients
+
+        return ternary(latent, self._sizes.value())
+
+    def levels(self, quantized: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the three values; the scale is one."""
+        above, below = (float(size) for size in self._sizes.numpy())
+        return np.sort(np.array([-below, 0.0, above], np.float32)), np.ones([1] * quantized.ndim, np.float32)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainedTernary(LowBit):
+    """Train ternary weights and their values; ``threshold``: share of the largest weight below which all are zero."""
+
+    threshold: Annotated[float, Gt(0), Lt(1)] = 0.05
+
+    def quantizer(self, kernel: Kernel) -> LevelQuantizer:
+        """Return the trained ternary quantizer."""
+        return TrainedTernaryQuantizer(kernel.value, self.threshold)
