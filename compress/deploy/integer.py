@@ -5,40 +5,103 @@ Source: Jacob et al. (arXiv 1712.05877); the TFLite quantization specification.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python.convert import mlir_quantize
 
-from compress.candidate import Calibration
+from compress.candidate import Candidate, Grid
+from compress.data.source import Data
+from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.flatbuffer import parse, serialize
+from compress.deploy.grids import write_grids
+from compress.deploy.points import find_points
 from compress.deploy.ranges import choose, collect
+from compress.graph.kernels import get_weight
+from compress.metrics.tflite_file import TFLiteFile
 
-Samples = Callable[[], Iterator[list[np.ndarray]]]
-"""Gives calibration inputs [1, ...], one list of inputs after the other."""
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A candidate's float file that holds the range of each tensor it computes, ready to be quantized.
 
-def calibrated(converter: tf.lite.TFLiteConverter, samples: Samples, calibration: Calibration) -> bytes:
-    """Convert to a float file that holds the range of each tensor it computes.
-
-    Args:
-        converter: for the float model.
-        samples: what the ranges are taken from.
-        calibration: how they are chosen.
+    ``grids``: weight name -> its value and the grid it lies on.
     """
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = samples
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter._experimental_calibrate_only = True
-    content = bytes(converter.convert())
-    if calibration.ranges == "minmax":
-        return content
-    found = collect(content, [sample for (sample,) in samples()])
-    return with_ranges(content, {name: choose(histogram, calibration) for name, histogram in found.items()})
+
+    floats: bytes
+    grids: Mapping[str, tuple[np.ndarray, Grid]]
+    one_scale_per_tensor: bool
+
+    @classmethod
+    def of(cls, candidate: Candidate, data: Data) -> Calibrated:
+        """Convert the candidate and find the ranges as its storage says.
+
+        Raises:
+            CompressError: if the converter refuses the model.
+        """
+        storage, model = candidate.storage, candidate.model
+        samples = partial(calibration_samples, data, storage.calibration.images)
+        converter = make_converter(model)
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = samples
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter._experimental_calibrate_only = True
+        with complaints_explained(storage.scheme):
+            content = bytes(converter.convert())
+        if storage.calibration.ranges != "minmax":
+            found = collect(content, [sample for (sample,) in samples()])
+            content = _with_ranges(content, {name: choose(h, storage.calibration) for name, h in found.items()})
+        if storage.ranges:
+            content = _with_ranges(content, _of_tensors(content, candidate, next(samples())[0]))
+        return cls(content, grids_of(candidate), one_scale_per_tensor(candidate))
+
+    def quantized(self, float_layers: Collection[str] = ()) -> bytes:
+        """Return the file with int8 for its weights and for what it computes, but for the layers that are named.
+
+        Raises:
+            CompressError: if the converter refuses the model.
+        """
+        file = TFLiteFile(self.floats)
+        spared = {name for layer in float_layers for name in file.written_by(layer)}
+        with complaints_explained("int8"):
+            content = bytes(
+                mlir_quantize(
+                    self.floats,
+                    disable_per_channel=self.one_scale_per_tensor,
+                    disable_per_channel_for_dense_layers=self.one_scale_per_tensor,
+                    denylisted_nodes=spared or None,
+                )
+            )
+        grids = {name: item for name, item in self.grids.items() if name.rpartition("/")[0] not in float_layers}
+        return write_grids(content, self.floats, grids) if grids else content
 
 
-def with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> bytes:
+def grids_of(candidate: Candidate) -> dict[str, tuple[np.ndarray, Grid]]:
+    """Return the weights that lie on grids, by name, and their grids."""
+    grids = {name: grid for guarantee in candidate.guarantees for name, grid in guarantee.grids().items()}
+    return {name: (get_weight(candidate.model, name), grid) for name, grid in grids.items()}
+
+
+def one_scale_per_tensor(candidate: Candidate) -> bool:
+    """Say whether a guarantee needs integer weights to share one scale per tensor."""
+    return any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
+
+
+def _of_tensors(content: bytes, candidate: Candidate, sample: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Return the ranges of the storage's layers by the names of the tensors that hold their outputs."""
+    points, known = find_points(content, candidate.model, sample), candidate.storage.ranges
+    found: dict[str, tuple[float, float]] = {}
+    for layer, names in points.tensors.items():
+        source = points.tied.get(layer, layer)
+        if source in known:
+            found.update(dict.fromkeys(names, known[source]))
+    return found
+
+
+def _with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> bytes:
     """Return the calibrated file with other ranges for the tensors that are named."""
     model = parse(content)
     for tensor in model.subgraphs[0].tensors:
@@ -47,21 +110,3 @@ def with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> by
             low, high = ranges[name]
             tensor.quantization.min, tensor.quantization.max = [low], [high]
     return serialize(model)
-
-
-def quantized(content: bytes, *, per_tensor: bool, floats: Collection[str] = ()) -> bytes:
-    """Return the calibrated file with int8 for its weights and for what it computes.
-
-    Args:
-        content: the calibrated file.
-        per_tensor: give each weight one scale instead of one for each output.
-        floats: names of tensors; the operators that write them go on computing with floats.
-    """
-    return bytes(
-        mlir_quantize(
-            content,
-            disable_per_channel=per_tensor,
-            disable_per_channel_for_dense_layers=per_tensor,
-            denylisted_nodes=set(floats) or None,
-        )
-    )

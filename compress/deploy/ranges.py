@@ -54,23 +54,29 @@ def collect(content: bytes, samples: Sequence[np.ndarray]) -> dict[str, Histogra
 
 
 def computed_values(content: bytes, samples: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and the value of every float tensor that a float file computes, sample after sample."""
+    """Yield the name and the value of every tensor of numbers that the file computes, sample after sample.
+
+    Integers with scales are what they stand for; others are left out.
+    """
     file = TFLiteFile(content)
     interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True)
     interpreter.allocate_tensors()
     given = interpreter.get_input_details()[0]["index"]
     # The runtime adds tensors of its own behind those of the file.
     computed = [
-        detail
-        for detail, tensor in zip(interpreter.get_tensor_details(), file.tensors, strict=False)
-        if tensor.data is None and detail["dtype"] is np.float32
+        (index, tensor)
+        for index, tensor in enumerate(file.tensors)
+        if tensor.data is None and (tensor.dtype == np.float32 or tensor.scales.size == 1)
     ]
     for sample in samples:
         interpreter.set_tensor(given, sample)
         interpreter.reset_all_variables()
         interpreter.invoke()
-        for detail in computed:
-            yield detail["name"], interpreter.get_tensor(detail["index"])
+        for index, tensor in computed:
+            value = interpreter.get_tensor(index)
+            if tensor.scales.size:
+                value = (value.astype(np.float32) - tensor.zero_point) * np.float32(tensor.scales[0])
+            yield tensor.name, value
 
 
 def choose(histogram: Histogram, calibration: Calibration, levels: int = 256) -> tuple[float, float]:

@@ -13,14 +13,11 @@ import tensorflow as tf
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
 from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
-from compress.deploy.grids import expand_from_grids, write_grids
-from compress.deploy.integer import calibrated, quantized, with_ranges
-from compress.deploy.points import find_points
+from compress.deploy.grids import expand_from_grids
+from compress.deploy.integer import Calibrated, grids_of, one_scale_per_tensor
 from compress.deploy.sparse import store_sparsely
 from compress.errors import CompressError
-from compress.graph.kernels import get_weight
 from compress.metrics.accuracy import file_outputs
-from compress.metrics.tflite_file import TFLiteFile
 
 _LOG = logging.getLogger("compress")
 _COMPARED_IMAGES = 8
@@ -41,57 +38,38 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
     Raises:
         CompressError: if the converter refuses the model.
     """
-    storage = candidate.storage
-    converter = make_converter(candidate.model)
-    with complaints_explained(storage.scheme):
-        content = _converted(converter, candidate, data)
+    content = _converted(candidate, data)
     sparse = store_sparsely(content)
     if sparse is not None and _agree(content, sparse, candidate, data):
         content = sparse
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_bytes(content)
     unfinished.replace(path)
-    return Artifact(path, storage)
+    return Artifact(path, candidate.storage)
 
 
-def _converted(converter: tf.lite.TFLiteConverter, candidate: Candidate, data: Data) -> bytes:
-    storage, model = candidate.storage, candidate.model
-    per_tensor = any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
-    grids = {name: grid for guarantee in candidate.guarantees for name, grid in guarantee.grids().items()}
-    kernels = {name: (get_weight(model, name), grid) for name, grid in grids.items()}
-    samples = partial(calibration_samples, data, storage.calibration.images)
+def _converted(candidate: Candidate, data: Data) -> bytes:
+    storage = candidate.storage
     if storage.scheme == "int8":
-        floats = calibrated(converter, samples, storage.calibration)
-        if storage.ranges:
-            floats = with_ranges(floats, _ranges_of_tensors(floats, candidate, next(samples())[0]))
-        file = TFLiteFile(floats)
-        spared = [name for layer in storage.float_layers for name in file.written_by(layer)]
-        content = quantized(floats, per_tensor=per_tensor, floats=spared)
-        return write_grids(content, floats, kernels) if kernels else content
-    if storage.scheme == "weight_only":
-        floats = bytes(converter.convert())
-        return expand_from_grids(floats, kernels, per_tensor=per_tensor, spared=storage.float_layers)
-    if storage.scheme != "float32":
+        return Calibrated.of(candidate, data).quantized(storage.float_layers)
+    converter = make_converter(candidate.model)
+    whole = one_scale_per_tensor(candidate)
+    converter._experimental_disable_per_channel = whole
+    converter._experimental_disable_per_channel_quantization_for_dense_layers = whole
+    if storage.scheme not in ("float32", "weight_only"):
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if storage.scheme == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if storage.scheme == "int16":
-        converter.representative_dataset = samples
+        converter.representative_dataset = partial(calibration_samples, data, storage.calibration.images)
         wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         # Operators without a 16-bit form go on computing with floats.
         converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
-    converter._experimental_disable_per_channel = per_tensor
-    converter._experimental_disable_per_channel_quantization_for_dense_layers = per_tensor
-    return bytes(converter.convert())
-
-
-def _ranges_of_tensors(content: bytes, candidate: Candidate, sample: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Return the ranges of the storage's layers by the names of the tensors that hold their outputs."""
-    points, known = find_points(content, candidate.model, sample), candidate.storage.ranges
-    sources = {layer: points.tied.get(layer, layer) for layer in points.tensors}
-    return {
-        t: known[sources[layer]] for layer, names in points.tensors.items() if sources[layer] in known for t in names
-    }
+    with complaints_explained(storage.scheme):
+        content = bytes(converter.convert())
+    if storage.scheme == "weight_only":
+        return expand_from_grids(content, grids_of(candidate), per_tensor=whole, spared=storage.float_layers)
+    return content
 
 
 def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> bool:

@@ -14,7 +14,7 @@ import tf_keras
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
+from compress.candidate import Calibration, Candidate, Effect, Grid, Skipped, Storage
 from compress.deploy.points import calibrated_points
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
@@ -76,13 +76,11 @@ class QuantizeAware(Strategy):
         trained = context.recover(candidate.evolve(model=rounding), quantizers=quantizers).model
         for layer in model.layers:
             layer.set_weights(trained.get_layer(layer.name).get_weights())
-        values = {name: get_weight(model, name) for name in quantizers}
-        on_grid = OnGrid(
-            context.stage,
-            steps={name: quantizers[name].steps(tf.constant(value)).numpy() for name, value in values.items()},
-            bits=dict.fromkeys(values, self.bits),
-            shapes={name: value.shape for name, value in values.items()},
-        )
+        grids = {
+            name: Grid(quantizer.steps(tf.constant(get_weight(model, name))).numpy(), self.bits)
+            for name, quantizer in quantizers.items()
+        }
+        on_grid = OnGrid.of(context.stage, model, grids)
         floats = tuple(k.layer.name for k in kernels(model) if k.layer.name not in chosen)
         storage = Storage("int8", calibration, floats, trained_ranges(trained))
         stored = Stored(context.stage, "int8", floats)

@@ -32,6 +32,13 @@ class OnGrid(Guarantee):
 
     broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE})
 
+    @classmethod
+    def of(cls, stage: str, model: tf_keras.Model, grids: Mapping[str, Grid]) -> OnGrid:
+        """Return the guarantee for kernels of ``model`` that lie on grids, by weight name."""
+        steps = {name: grid.steps for name, grid in grids.items()}
+        shapes = {name: get_weight(model, name).shape for name in grids}
+        return cls(stage, steps, {name: grid.bits for name, grid in grids.items()}, shapes)
+
     @property
     def layers(self) -> frozenset[str]:
         """Names of the layers that it binds."""

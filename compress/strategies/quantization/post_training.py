@@ -5,15 +5,22 @@ Sources: Jacob et al. (arXiv 1712.05877) for the integer scheme; the TFLite quan
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+import tf_keras
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
 from compress.errors import CompressError
-from compress.graph.kernels import get_weight, kernels
+from compress.graph.fold import fold_batch_norm
+from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
+from compress.strategies.pruning.zeros import Zeros
+from compress.strategies.quantization.bias_correction import correct_biases
+from compress.strategies.quantization.equalisation import equalise
+from compress.strategies.quantization.fallback import keep_floats
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored
@@ -22,6 +29,13 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 
 _ON_GRIDS = ("int8", "weight_only")
 """Schemes whose weights are written layer by layer."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FloatFallback:
+    """How much accuracy an integer file may lose, in points, before layers stay floats."""
+
+    accuracy_drop: Annotated[float, Gt(0), Lt(100)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,6 +54,10 @@ class Quantize(Strategy):
         ranges: how the ranges of integer activations are chosen, on ``calibration_images`` training images: from the
             smallest to the largest value, without the rarest ``100 - percentile`` percent at each end, or with the
             least squared error or divergence (entropy).
+        equalise: first let neighbouring layers trade scale channel by channel, so that one step suits all channels.
+        bias_correction: take the mean error of rounded weights out of the biases, on ``rounding_images`` images.
+        float_fallback: keep as few layers as possible in float so that the accuracy of the file (validation part)
+            drops by at most ``accuracy_drop`` points.
     """
 
     scheme: Literal["int8", "int16", "dynamic", "weight_only", "float16"] = "int8"
@@ -49,6 +67,9 @@ class Quantize(Strategy):
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Gt(50), Le(100)] = 99.99
     calibration_images: Annotated[int, Ge(1)] = 256
+    equalise: bool = False
+    bias_correction: bool = False
+    float_fallback: FloatFallback | None = None
 
     effects = frozenset({Effect.STORE})
     establishes = Stored
@@ -56,9 +77,17 @@ class Quantize(Strategy):
     def __post_init__(self) -> None:
         """Refuse fields that only the other schemes have."""
         finer = {"bits": self.bits < 8, "rounding": self.rounding != "nearest"}
-        if any(finer.values()) and self.scheme not in _ON_GRIDS:
-            named = next(name for name, given in finer.items() if given)
-            raise ValueError(f"{named}={getattr(self, named)} goes with scheme={' or '.join(_ON_GRIDS)} only")
+        for name, given in finer.items():
+            if given and self.scheme not in _ON_GRIDS:
+                raise ValueError(f"{name}={getattr(self, name)} goes with scheme={' or '.join(_ON_GRIDS)} only")
+        if self.float_fallback is not None and self.scheme != "int8":
+            raise ValueError("float_fallback goes with scheme=int8 only")
+        if self.bias_correction and self._on_grids:
+            raise ValueError("bias_correction goes with rounding=nearest: second_order corrects biases as it rounds")
+
+    @property
+    def _on_grids(self) -> bool:
+        return self.bits < 8 or self.rounding == "second_order"
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Round the weights where that is asked for, and set the candidate's storage."""
@@ -80,14 +109,29 @@ class Quantize(Strategy):
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
         calibration = Calibration(self.calibration_images, self.ranges, self.percentile)
-        result = candidate.evolve(
-            model=copy_model(candidate.model),
-            storage=Storage(self.scheme, calibration, float_layers=left_out),
-            skipped=(),
-        ).with_guarantee(Stored(context.stage, self.scheme, left_out))
-        if self.bits == 8 and self.rounding == "nearest":
-            return result
-        return self._rounded(result, context, chosen)
+        storage = Storage(self.scheme, calibration, float_layers=left_out)
+        result = candidate.evolve(model=self._prepared(candidate, context), storage=storage, skipped=())
+        if self._on_grids:
+            result = self._rounded(result, context, chosen)
+        if self.float_fallback is not None:
+            names = [kernel.layer.name for kernel in kernels(result.model) if kernel.layer.name in chosen]
+            drop = self.float_fallback.accuracy_drop
+            left_out += keep_floats(result, context.data, names, drop, context.stage)
+            result = result.evolve(storage=replace(storage, float_layers=left_out))
+        return result.with_guarantee(Stored(context.stage, self.scheme, left_out))
+
+    def _prepared(self, candidate: Candidate, context: Context) -> tf_keras.Model:
+        """Return a copy of the model, its layers equalised and its biases corrected where that is asked for."""
+        if not (self.equalise or self.bias_correction):
+            return copy_model(candidate.model)
+        model = fold_batch_norm(candidate.model)
+        if self.equalise:
+            valued = (guarantee for guarantee in candidate.guarantees if not isinstance(guarantee, Zeros))
+            bound = frozenset(name.rpartition("/")[0] for guarantee in valued for name in guarantee.weights())
+            model = equalise(model, bound)
+        if self.bias_correction:
+            model = correct_biases(model, context.calibration_samples(self.rounding_images))
+        return model
 
     def _rounded(self, candidate: Candidate, context: Context, chosen: frozenset[str]) -> Candidate:
         samples = context.calibration_samples(self.rounding_images)
@@ -101,12 +145,7 @@ class Quantize(Strategy):
         ]
         if not grids:
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose weights can be rounded", skipped)
-        on_grid = OnGrid(
-            context.stage,
-            steps={name: grid.steps for name, grid in grids.items()},
-            bits={name: grid.bits for name, grid in grids.items()},
-            shapes={name: get_weight(model, name).shape for name in grids},
-        )
+        on_grid = OnGrid.of(context.stage, model, grids)
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(on_grid)
 
     def clashes_with(self, earlier: Strategy) -> str | None:

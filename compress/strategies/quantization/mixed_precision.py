@@ -1,0 +1,139 @@
+"""Mixed precision: bits for each layer, chosen together under a budget.
+
+Source: Yao et al., HAWQ-V3 (arXiv 2011.10680, section 3.4), for the integer program; sensitivities are measured here, as
+the change of the logits when one layer alone is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+
+from compress.graph.rewrite import copy_model
+from compress.graph.walk import Walk
+from compress.progress import progress
+from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
+from compress.strategies.quantization.grid import OnGrid
+from compress.strategies.quantization.rounding import round_layers, round_to_grid
+from compress.strategies.quantization.stored import Stored
+from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
+from compress.strategies.strategy import STRICT, Context, Strategy
+
+_SENSITIVITY_SAMPLES = 256
+
+
+@dataclass(frozen=True, config=STRICT)
+class MixedPrecision(Strategy):
+    """Quantize to int8 activations and weights of different bits, so that the ``.tflite`` file meets its budget.
+
+    Layers that are no Dense or ordinary Conv2D have 8 bits.
+
+    Args:
+        bytes: share of the bytes of the float file that is kept, at most.
+        choices: bits that a layer may have. LiteRT packs 4 and fewer; 5 to 7 take as much room as 8.
+        images: unlabelled calibration samples for sensitivities and rounding.
+        ranges: how the ranges of activations are chosen, on ``calibration_images`` training images.
+    """
+
+    bytes: Annotated[float, Gt(0), Lt(1)] = 0.2
+    choices: Annotated[tuple[Annotated[int, Ge(2), Le(8)], ...], MinLen(2)] = (4, 8)
+    images: Annotated[int, Ge(16), Le(1_000_000)] = 500
+    ranges: Literal[minmax, percentile, mse, entropy] = "mse"
+    calibration_images: Annotated[int, Ge(1)] = 256
+
+    effects = frozenset({Effect.STORE})
+    establishes = OnGrid
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Measure, choose, round."""
+        chosen = context.selection.names(candidate.model)
+        left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
+        storage = Storage("int8", Calibration(self.calibration_images, self.ranges), float_layers=left_out)
+        result = candidate.evolve(model=copy_model(candidate.model), storage=storage, skipped=())
+        samples = context.calibration_samples(self.images)
+        repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
+        table = {kernel.layer.name: kernel for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
+        errors = measure_sensitivity(repair, list(table), sorted(set(self.choices)))
+        if not errors:
+            raise context.nothing_done("a Dense or an ordinary Conv2D, whose bits can be chosen", ())
+        costs = {name: {bits: table[name].size * (0.5 if bits <= 4 else 1) for bits in errors[name]} for name in errors}
+        source = Calibrated.of(result, context.data)
+        rest = len(source.quantized(left_out)) - sum(table[name].size for name in errors)
+        most = self.bytes * len(source.floats)
+        bits = choose_bits(errors, costs, most - rest)
+        if bits is None:
+            least = rest + sum(min(cost.values()) for cost in costs.values())
+            raise CompressError(
+                f"strategy.{context.stage}.bytes",
+                expected=f"at least {least / len(source.floats):.3f}, what all layers take at {min(self.choices)} bits",
+                received=f"{self.bytes:g}",
+                fix="Allow more, add fewer bits to choices, or remove weights first (prune_channels, lowrank).",
+            )
+        model, grids = round_layers(repair, bits)
+        skipped = [
+            Skipped(name, "it has 8 bits: it is no Dense or ordinary Conv2D") for name in table if name not in bits
+        ]
+        widths = np.array([[bits[name], table[name].size] for name in bits], float)
+        return (
+            result.evolve(
+                model=model,
+                skipped=context.skip(skipped),
+                measured={"mean_bits": float(np.average(widths[:, 0], weights=widths[:, 1]))},
+            )
+            .with_guarantee(OnGrid.of(context.stage, model, grids))
+            .with_guarantee(Stored(context.stage, "int8", left_out))
+        )
+
+
+def measure_sensitivity(repair: Repair, layers: Sequence[str], choices: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Return the mean squared change of the logits when one layer alone is rounded, by layer and bits.
+
+    Args:
+        repair: the model, made ready.
+        layers: Dense and ordinary Conv2D layers; others, and shared ones, are left out.
+        choices: bits of a weight.
+    """
+    found: dict[str, dict[int, float]] = {}
+    few = min(_SENSITIVITY_SAMPLES, len(repair.samples))
+    wanted = outputs_of(repair.folded, repair.samples[:few])
+    repair.measure_importance(layers)
+    with progress("bit sensitivity") as shown:
+        for step in (walk := Walk(repair.folded, copy_model(repair.folded), repair.samples)):
+            layer = step.layer
+            if layer.name not in layers or not is_linear(layer) or not called_once(walk, step):
+                continue
+            known, before = repair.moments(step), matrix_of(layer)
+            errors = {}
+            for bits in choices:
+                assign_matrix(layer, round_to_grid(known, before, bits, RIDGE, repair.alive.get(layer.name))[0])
+                values = {key: value[:few] for key, value in walk.values.items()}
+                final = walk.rest(step.position, walk.run(step.node, layer, values), few)
+                errors[bits] = change_of_logits(repair.folded, final, wanted)
+            assign_matrix(layer, before)
+            found[layer.name] = errors
+            shown.advance(len(found), len(layers), layer.name)
+    return found
+
+
+def choose_bits(
+    errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, Mapping[int, float]], most: float
+) -> dict[str, int] | None:
+    """Return the bits for each layer with the least sum of errors whose costs add up to at most ``most``.
+
+    None if even the cheapest choice costs more. Solved exactly, as a program in one binary variable for each choice.
+    """
+    pairs = [(layer, bits) for layer, choices in errors.items() for bits in choices]
+    objective = np.array([errors[layer][bits] for layer, bits in pairs])
+    once = np.array([[layer == own for own, _ in pairs] for layer in errors], float)
+    spent = np.array([[costs[layer][bits] for layer, bits in pairs]])
+    solved = milp(
+        objective / max(objective.max(initial=0.0), 1e-30),
+        integrality=np.ones(len(pairs)),
+        bounds=(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(spent, -np.inf, most)],
+    )
+    if solved.x is None:
+        return None
+    return {layer: bits for (layer, bits), taken in zip(pairs, solved.x, strict=True) if taken > 0.5}
