@@ -1,16 +1,23 @@
 """Mixed precision: bits for each layer, chosen together under a budget.
 
-Source: Yao et al., HAWQ-V3 (arXiv 2011.10680, section 3.4), for the integer program; sensitivities are measured here, as
-the change of the logits when one layer alone is rounded.
+Source: Yao et al., HAWQ-V3 (arXiv 2011.10680, section 3.4), for the integer program; sensitivities are measured here,
+as the change of the logits when one layer alone is rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic.dataclasses import dataclass
 from scipy.optimize import LinearConstraint, milp
 
+from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
+from compress.deploy.integer import Calibrated
+from compress.errors import CompressError
+from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
@@ -40,7 +47,7 @@ class MixedPrecision(Strategy):
     bytes: Annotated[float, Gt(0), Lt(1)] = 0.2
     choices: Annotated[tuple[Annotated[int, Ge(2), Le(8)], ...], MinLen(2)] = (4, 8)
     images: Annotated[int, Ge(16), Le(1_000_000)] = 500
-    ranges: Literal[minmax, percentile, mse, entropy] = "mse"
+    ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     calibration_images: Annotated[int, Ge(1)] = 256
 
     effects = frozenset({Effect.STORE})
