@@ -52,7 +52,13 @@ class LowBit(Strategy):
         left_alone = context.skip(skipped)
         quantizers = {kernel.name: self.quantizer(kernel) for kernel in chosen}
         context.recover(candidate.evolve(model=model), quantizers=quantizers)
-        found = {name: quantizer.levels(get_weight(model, name)) for name, quantizer in quantizers.items()}
+        found = {}
+        for kernel in chosen:
+            values, scales = quantizers[kernel.name].levels(kernel.value)
+            spread = [
+                1 if axis in kernel.inner_axes else kernel.value.shape[axis] for axis in range(-kernel.value.ndim, 0)
+            ]
+            found[kernel.name] = values, np.broadcast_to(scales, spread).copy()
         levels = Levels(
             context.stage,
             levels={name: values for name, (values, _) in found.items()},
