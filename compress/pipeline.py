@@ -21,6 +21,7 @@ from compress.cache import Entry, StageCache, code_digest
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Numbers, Skipped, Storage, Violation
 from compress.data.source import Data
 from compress.deploy.measure import measure
+from compress.deploy.noise import Noise, quantization_noise
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
@@ -33,6 +34,8 @@ from compress.strategies.strategy import Context, Strategy
 from compress.training import Recovery
 
 _LOG = logging.getLogger("compress")
+_QUANTIZED = ("int8", "int16", "dynamic", "weight_only")
+"""Schemes whose files compute something else than the float one."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class StageResult:
     cached: bool = False
     measured: dict[str, float] = field(default_factory=dict)
     """What the stage has measured of its own work."""
+    noise: tuple[Noise, ...] = ()
+    """What each tensor of an integer file has lost against the float one."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,9 @@ class Pipeline:
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
         numbers = measure(artifact, file, candidate.model, data, self.board)
+        noise: tuple[Noise, ...] = ()
+        if candidate.storage.scheme in _QUANTIZED:
+            noise = quantization_noise(candidate, data, artifact.path)
         seconds = time.perf_counter() - started
         _LOG.info("%s: accuracy %.2f %%, %d bytes, %.1f s", name, numbers.accuracy, numbers.tflite_bytes, seconds)
         return candidate, StageResult(
@@ -278,6 +286,7 @@ class Pipeline:
             candidate.released,
             layer_table(candidate.model) if has_layers(candidate.model) else _whole(candidate.model.name, numbers),
             measured=dict(candidate.measured),
+            noise=noise,
         )
 
 
@@ -406,6 +415,7 @@ def _result_from_json(value: dict[str, Any], *, cached: bool) -> StageResult:
             "skipped": tuple(Skipped(**item) for item in value["skipped"]),
             "guarantees": tuple(value["guarantees"]),
             "released": tuple(value["released"]),
+            "noise": tuple(Noise(**item) for item in value["noise"]),
             "cached": cached,
         }
     )

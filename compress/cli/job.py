@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from compress.cli.build import make_plan, to_plain
 from compress.pipeline import StageResult
-from compress.tracking.charts import layers_picture
+from compress.tracking.charts import layers_picture, noise_picture
 from compress.tracking.report import make_report, print_table, write_report
 from compress.tracking.store import Recorder, open_recorder
 
@@ -42,6 +42,10 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
             plan.model.save(result.keras_model, keras_file)
         report = make_report(result, plain, seconds=time.perf_counter() - started)
         layers_picture(result.baseline.layers, result.last.layers, str(report["strategy"]), folder / "layers.png")
+        noise_file = folder / "noise.png"
+        noise_file.unlink(missing_ok=True)
+        if result.last.noise:
+            noise_picture(result.last.noise, f"{report['strategy']}, against the float file", noise_file)
         write_report(report, folder / "report.json")
         recorder.finish(report, result, folder)
     print_table(report)

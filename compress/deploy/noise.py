@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from compress.candidate import Candidate
+from compress.data.source import Data
+from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.ranges import computed_values
+from compress.graph.kernels import kernel_attributes
 from compress.metrics.tflite_file import TFLiteFile
 
 _MOST_DECIBELS = 120.0
@@ -21,19 +26,38 @@ _MOST_DECIBELS = 120.0
 class Noise:
     """What quantization has done to one tensor.
 
+    ``layer``: the one whose weights made it, else one that the tensor is named after; empty if it names none.
     ``saturated``: share of the values that lie at an end of the range while the float ones lie beyond it.
     """
 
+    layer: str
     tensor: str
     operator: str
     signal_to_noise_db: float
     saturated: float
 
 
-def measure_noise(floats: bytes, quantized: bytes, samples: Sequence[np.ndarray]) -> tuple[Noise, ...]:
+def quantization_noise(candidate: Candidate, data: Data, path: Path, images: int = 16) -> tuple[Noise, ...]:
+    """Compare the exported file at ``path`` with the float file of the same model, on calibration images.
+
+    Raises:
+        CompressError: if the converter refuses the model.
+    """
+    with complaints_explained("float32"):
+        floats = bytes(make_converter(candidate.model).convert())
+    samples = [sample for (sample,) in calibration_samples(data, images)]
+    weighted = [layer.name for layer in candidate.model.layers if kernel_attributes(layer)]
+    layers = [*weighted, *(layer.name for layer in reversed(candidate.model.layers))]
+    return measure_noise(floats, path.read_bytes(), samples, layers)
+
+
+def measure_noise(
+    floats: bytes, quantized: bytes, samples: Sequence[np.ndarray], layers: Sequence[str]
+) -> tuple[Noise, ...]:
     """Compare what two files of one model compute for the same samples [1, ...], in the order of computation.
 
-    Tensors are compared by their names; what only one of the files computes is left out.
+    Tensors are compared by their names; what only one of the files computes is left out. ``layers``: the model's; of
+    several that one tensor is named after, the first here is told.
     """
     file = TFLiteFile(quantized)
     writers = {file.tensors[index].name: op.name for op in file.operators for index in op.outputs}
@@ -52,9 +76,21 @@ def measure_noise(floats: bytes, quantized: bytes, samples: Sequence[np.ndarray]
             low, high = ends[name]
             beyond.setdefault(name, []).append(float(np.mean((right < low) | (right > high))))
     return tuple(
-        Noise(name, writers[name], _decibels(signal[name], noise[name]), float(np.mean(beyond[name])))
+        Noise(
+            _layer_of(name, layers),
+            name,
+            writers[name],
+            _decibels(signal[name], noise[name]),
+            float(np.mean(beyond[name])),
+        )
         for name in signal
     )
+
+
+def _layer_of(tensor: str, layers: Sequence[str]) -> str:
+    """Return the layer that a tensor ``model/layer/operation;...`` is named after."""
+    segments = [f"/{segment}/" for segment in tensor.split(";")]
+    return next((name for name in layers if any(f"/{name}/" in segment for segment in segments)), "")
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -6,6 +6,7 @@ Sources: percentiles and entropy as in Migacz, 8-bit inference with TensorRT (GT
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from scipy.special import rel_entr
 
 from compress.candidate import Calibration
 from compress.metrics.tflite_file import TFLiteFile
+from compress.quiet import stderr_aside
 
 _BINS = 2048
 _SHRINKS = np.linspace(0.2, 1.0, 33)
@@ -59,8 +61,10 @@ def computed_values(content: bytes, samples: Iterable[np.ndarray]) -> Iterator[t
     Integers with scales are what they stand for; others are left out.
     """
     file = TFLiteFile(content)
-    interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True)
-    interpreter.allocate_tensors()
+    with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
+        warnings.simplefilter("ignore")
+        interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True)
+        interpreter.allocate_tensors()
     given = interpreter.get_input_details()[0]["index"]
     # The runtime adds tensors of its own behind those of the file.
     computed = [

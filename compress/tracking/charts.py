@@ -9,6 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from compress.deploy.noise import Noise
+
+_OFTEN_SATURATED = 0.01
+_LONGEST_NAME = 44
+
 
 @dataclass(frozen=True)
 class Point:
@@ -45,6 +50,26 @@ def layers_picture(
     axes[0].invert_yaxis()
     axes[1].legend()
     figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+
+
+def noise_picture(noise: Sequence[Noise], title: str, path: Path) -> None:
+    """Draw the signal-to-quantization-noise ratio of every tensor, in the order of computation, into a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, max(3.0, 0.24 * len(noise) + 1.6)), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(noise))
+    # What fits the range is blue; where values are cut off at its ends, the range is to blame.
+    colors = ["#d1495b" if row.saturated > _OFTEN_SATURATED else "#1f5fa8" for row in noise]
+    axis.barh(places, [row.signal_to_noise_db for row in noise], 0.7, color=colors)
+    axis.set_yticks(
+        places, [f"{row.layer or row.tensor[-_LONGEST_NAME:]}  {row.operator.lower()}" for row in noise], fontsize=8
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel(f"signal to quantization noise, dB (red: over {_OFTEN_SATURATED:.0%} of the values are cut off)")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_title(title)
     figure.savefig(path, dpi=100)
 
 

@@ -274,6 +274,7 @@ def _stage(stage: StageResult) -> dict[str, Any]:
         "guarantees": list(stage.guarantees),
         "released": list(stage.released),
         "measured": dict(stage.measured),
+        "noise": [asdict(item) for item in stage.noise],
     }
 
 

@@ -93,6 +93,10 @@ class MlflowRecorder(Recorder):
         _log_metrics(self._client, self._run, {**ratios, "seconds": report["seconds"]})
         for name in ("report.json", "model.tflite", "layers.png"):
             self._client.log_artifact(self._run, str(folder / name))
+        if result.last.noise:
+            self._client.log_artifact(self._run, str(folder / "noise.png"))
+            rows = [asdict(item) for item in result.last.noise]
+            self._client.log_table(self._run, {key: [row[key] for row in rows] for key in rows[0]}, "noise.json")
 
 
 def metrics_of(numbers: Numbers) -> dict[str, float]:

@@ -79,6 +79,25 @@ def test_the_default_job(cli, tmp_path):
     assert (tmp_path / "out" / "layers.png").is_file()
 
 
+def test_an_integer_file_shows_its_noise_layer_by_layer(cli, tmp_path):
+    store = f"tracking.uri=sqlite:///{tmp_path}/runs.db"
+    code, _, error = cli("strategy=quantize", *QUICK, "hydra.run.dir=out", store)
+    assert code == 0, error
+    noise = read(tmp_path / "out")["stages"][0]["noise"]
+    layers = [row["layer"] for row in noise]
+    assert {"conv1", "conv2", "conv3", "fc1"} <= set(layers)
+    assert layers.index("conv1") < layers.index("conv2") < layers.index("fc1")
+    assert all(15 < row["signal_to_noise_db"] < 80 for row in noise)
+    assert (tmp_path / "out" / "noise.png").stat().st_size > 5_000
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs.db")
+    experiment = client.get_experiment_by_name("compress").experiment_id
+    (run,) = (r for r in client.search_runs([experiment]) if "mlflow.parentRunId" in r.data.tags)
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "noise.json", str(tmp_path))).read_text())
+    assert [row[table["columns"].index("layer")] for row in table["data"]] == layers
+    assert "noise.png" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
 def test_same_seed_same_numbers_and_another_seed_others(cli, tmp_path):
     reports = []
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):

@@ -91,7 +91,6 @@ def test_many_zeros_behind_a_relu_do_not_decide():
     assert some == pytest.approx(many)
 
 
-@pytest.mark.filterwarnings("ignore:.*experimental_preserve_all_tensors")
 def test_collected_are_the_values_that_the_file_computes():
     tf_keras.utils.set_random_seed(0)
     image = tf_keras.Input((6, 6, 2))
