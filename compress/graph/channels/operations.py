@@ -24,7 +24,7 @@ _UNARY = frozenset(
         *("math.round", "math.rsqrt", "math.sigmoid", "math.sign", "math.sin", "math.softplus", "math.sqrt"),
         *("math.square", "math.tanh", "nn.avg_pool", "nn.avg_pool2d", "nn.dropout", "nn.elu", "nn.gelu"),
         *("nn.leaky_relu", "nn.max_pool", "nn.max_pool2d", "nn.relu", "nn.relu6", "nn.selu", "nn.silu"),
-        *("nn.softplus", "nn.softsign", "nn.swish", "sigmoid", "stop_gradient", "tanh"),
+        *("nn.softplus", "nn.softsign", "nn.swish", "sigmoid", "round", "sign", "stop_gradient", "tanh"),
     )
 )
 _BINARY = frozenset(

@@ -1,21 +1,24 @@
-"""DoReFa-Net's weights: a few bits between minus and plus one, after a squashing that is trained through.
+"""DoReFa-Net: weights of a few bits between minus and plus one, after a squashing that is trained through; and inputs.
 
 Source: Zhou et al. (arXiv 1606.06160, equations 5, 7 and 8 to 9; for one bit, equation 8's mean size).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 import numpy as np
 import tensorflow as tf
+import tf_keras
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
 from compress.graph.kernels import Kernel
 from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
+from compress.strategies.quantization.low_bit_inputs import once_called, uniform_inputs, with_rounded_inputs
 from compress.strategies.quantization.quantizers import straight_through
-from compress.strategies.strategy import STRICT
+from compress.strategies.strategy import STRICT, Context
 
 
 class SquashedQuantizer:
@@ -45,9 +48,24 @@ class DoReFa(LowBit):
 
     The paper's levels end at one. A trained network starts nearer if they end at the kernel's largest weight, so the
     weights are measured in that; batch norms hide the difference.
+
+    Args:
+        bits: of a weight.
+        input_bits: of what the kernels multiply with; None leaves it as it is. The range, the paper's zero to one, is
+            the one with the least squared error on ``calibration_images`` unlabelled images.
     """
 
     bits: Annotated[int, Ge(1), Le(8)] = 2
+    input_bits: Annotated[int, Ge(1), Le(8)] | None = None
+    calibration_images: Annotated[int, Ge(1)] = 128
+
+    def prepared(self, model: tf_keras.Model, names: Collection[str], context: Context) -> tf_keras.Model:
+        """Round the inputs of the layers."""
+        if self.input_bits is None:
+            return super().prepared(model, names, context)
+        layers = once_called(model, names)
+        samples = context.calibration_samples(self.calibration_images)
+        return with_rounded_inputs(model, uniform_inputs(model, layers, samples, self.input_bits))
 
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
         """Return the squashed quantizer."""

@@ -7,9 +7,11 @@ norms, and what is left in it at the end are the levels themselves.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
+import tf_keras
 
 from compress.candidate import Candidate, Effect, Skipped
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
@@ -36,11 +38,15 @@ class LowBit(Strategy):
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
         """Return what makes levels of a kernel."""
 
+    def prepared(self, model: tf_keras.Model, names: Collection[str], context: Context) -> tf_keras.Model:
+        """Return the copy of the model that is trained."""
+        return copy_model(model)
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Train a copy behind the quantizers."""
         context.require_training()
-        model = copy_model(candidate.model)
-        names = context.selection.names(model)
+        names = context.selection.names(candidate.model)
+        model = self.prepared(candidate.model, names, context)
         skipped = [
             Skipped(layer.name, f"weights of {type(layer).__name__} layers are not quantized")
             for layer in without_kernel(model)
