@@ -158,6 +158,8 @@ def _write(folder: Path, entry: Entry) -> None:
     entry.candidate.model.save(str(folder / "model.keras"))
     arrays: dict[str, np.ndarray] = {}
     guarantees = [_guarantee_to_json(g, index, arrays) for index, g in enumerate(entry.candidate.guarantees)]
+    if entry.candidate.samples is not None:
+        arrays["samples"] = entry.candidate.samples
     np.savez(folder / "guarantees.npz", **arrays)  # type: ignore[arg-type]
     (folder / "model.tflite").write_bytes(entry.tflite)
     candidate = entry.candidate
@@ -192,6 +194,7 @@ def _read(folder: Path) -> Entry:
         ),
         guarantees=tuple(_guarantee_from_json(value, arrays) for value in record["guarantees"]),
         storage=Storage.from_json(record["storage"]),
+        samples=arrays.get("samples"),
         lineage=tuple(record["lineage"]),
         skipped=tuple(Skipped(**item) for item in record["result"]["skipped"]),
         released=tuple(record["released"]),

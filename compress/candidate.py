@@ -172,6 +172,8 @@ class Candidate:
     model: tf_keras.Model
     guarantees: tuple[Guarantee, ...] = ()
     storage: Storage = field(default_factory=Storage)
+    samples: np.ndarray | None = None
+    """What integer ranges are calibrated on instead of training images: inputs [n, ...]."""
     lineage: tuple[str, ...] = ()
     """Names of the stages that made it."""
     skipped: tuple[Skipped, ...] = ()

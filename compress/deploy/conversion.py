@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.candidate import Scheme
+from compress.candidate import Candidate, Scheme
 from compress.data.source import Data
 from compress.errors import CompressError
 from compress.quiet import stderr_aside
@@ -58,11 +58,14 @@ def complaints_explained(scheme: Scheme) -> Iterator[None]:
         ) from error
 
 
-def calibration_samples(data: Data, images: int) -> Iterator[list[np.ndarray]]:
-    """Yield samples of the training part [1, ...] that ranges are calibrated on, always the same ones."""
-    chosen = np.random.default_rng(0).permutation(len(data.train))[:images]
-    for index in chosen:
-        yield [data.train.x[index : index + 1].astype(np.float32)]
+def calibration_samples(candidate: Candidate, data: Data, images: int) -> Iterator[list[np.ndarray]]:
+    """Yield samples [1, ...] that ranges are calibrated on, always the same ones.
+
+    They are the candidate's own if it has any, else some of the training part.
+    """
+    source = data.train.x if candidate.samples is None else candidate.samples
+    for index in np.random.default_rng(0).permutation(len(source))[:images]:
+        yield [source[index : index + 1].astype(np.float32)]
 
 
 def _reason(error: Exception) -> str:

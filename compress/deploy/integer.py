@@ -43,7 +43,7 @@ class Calibrated:
             CompressError: if the converter refuses the model.
         """
         storage, model = candidate.storage, candidate.model
-        samples = partial(calibration_samples, data, storage.calibration.images)
+        samples = partial(calibration_samples, candidate, data, storage.calibration.images)
         converter = make_converter(model)
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.representative_dataset = samples

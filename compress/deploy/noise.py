@@ -45,7 +45,7 @@ def quantization_noise(candidate: Candidate, data: Data, path: Path, images: int
     """
     with complaints_explained("float32"):
         floats = bytes(make_converter(candidate.model).convert())
-    samples = [sample for (sample,) in calibration_samples(data, images)]
+    samples = [sample for (sample,) in calibration_samples(candidate, data, images)]
     weighted = [layer.name for layer in candidate.model.layers if kernel_attributes(layer)]
     layers = [*weighted, *(layer.name for layer in reversed(candidate.model.layers))]
     return measure_noise(floats, path.read_bytes(), samples, layers)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.candidate import Calibration
+from compress.candidate import Calibration, Candidate
 from compress.data.source import Data
 from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.ranges import choose, collect, computed_values
@@ -38,17 +38,18 @@ class Points:
 
 
 def calibrated_points(
-    model: tf_keras.Model, data: Data, calibration: Calibration
+    candidate: Candidate, data: Data, calibration: Calibration
 ) -> tuple[Points, dict[str, tuple[float, float]]]:
-    """Return the points of the model's float file, and the range of each layer that has one of its own.
+    """Return the points of the candidate's float file, and the range of each layer that has one of its own.
 
     Raises:
         CompressError: if the converter refuses the model.
     """
+    model = candidate.model
     converter = make_converter(model)
     with complaints_explained("int8"):
         content = bytes(converter.convert())
-    samples = [sample for (sample,) in calibration_samples(data, calibration.images)]
+    samples = [sample for (sample,) in calibration_samples(candidate, data, calibration.images)]
     points = find_points(content, model, samples[0])
     histograms = collect(content, samples)
     own = {layer: names[0] for layer, names in points.tensors.items() if layer not in points.tied}

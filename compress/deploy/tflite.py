@@ -61,7 +61,7 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
     if storage.scheme == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if storage.scheme == "int16":
-        converter.representative_dataset = partial(calibration_samples, data, storage.calibration.images)
+        converter.representative_dataset = partial(calibration_samples, candidate, data, storage.calibration.images)
         wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         # Operators without a 16-bit form go on computing with floats.
         converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
@@ -74,7 +74,7 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
 
 def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> bool:
     """Run both files in LiteRT on a few calibration images and compare their outputs."""
-    images = np.concatenate([image for (image,) in calibration_samples(data, _COMPARED_IMAGES)])
+    images = np.concatenate([image for (image,) in calibration_samples(candidate, data, _COMPARED_IMAGES)])
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         outputs = []
         for name, content in (("dense.tflite", dense), ("sparse.tflite", sparse)):

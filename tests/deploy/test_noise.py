@@ -26,7 +26,7 @@ def calibrated():
     part = Split(np.random.default_rng(0).normal(size=(64, 8, 8, 3)).astype(np.float32), np.arange(64) % 5)
     data = make_data("random", part, part)
     candidate = Candidate(model, storage=Storage("int8", Calibration(images=32)))
-    samples = [sample for (sample,) in calibration_samples(data, 16)]
+    samples = [sample for (sample,) in calibration_samples(candidate, data, 16)]
     return Calibrated.of(candidate, data), samples
 
 

@@ -71,7 +71,7 @@ class QuantizeAware(Strategy):
         one_scale = frozenset().union(*(g.weights() for g in candidate.guarantees if g.one_scale_per_tensor))
         quantizers = {k.name: self._quantizer(k, steps, whole=k.name in one_scale) for k in wanted}
         calibration = Calibration(self.calibration_images, self.ranges)
-        points, ranges = calibrated_points(model, context.data, calibration)
+        points, ranges = calibrated_points(candidate.evolve(model=model), context.data, calibration)
         rounding = with_fake_quantization(model, ranges, points.tied, self.activation_bits)
         trained = context.recover(candidate.evolve(model=rounding), quantizers=quantizers).model
         for layer in model.layers:

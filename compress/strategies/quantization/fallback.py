@@ -37,7 +37,7 @@ def keep_floats(candidate: Candidate, data: Data, layers: list[str], most: float
     """
     source = Calibrated.of(candidate, data)
     judged = Split(data.validation.x[:_JUDGED], data.validation.y[:_JUDGED])
-    compared = np.concatenate([sample for (sample,) in calibration_samples(data, _COMPARED)])
+    compared = np.concatenate([sample for (sample,) in calibration_samples(candidate, data, _COMPARED)])
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
 
         def outputs(content: bytes, inputs: np.ndarray) -> np.ndarray:

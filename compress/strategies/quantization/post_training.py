@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import numpy as np
 import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
@@ -19,6 +20,7 @@ from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.quantization.bias_correction import correct_biases
+from compress.strategies.quantization.data_free import synthetic_samples
 from compress.strategies.quantization.equalisation import equalise
 from compress.strategies.quantization.fallback import keep_floats
 from compress.strategies.quantization.grid import OnGrid
@@ -54,6 +56,8 @@ class Quantize(Strategy):
         ranges: how the ranges of integer activations are chosen, on ``calibration_images`` training images: from the
             smallest to the largest value, without the rarest ``100 - percentile`` percent at each end, or with the
             least squared error or divergence (entropy).
+        calibrate_on: the ``training`` part, or ``synthetic`` inputs, made from the statistics that batch norms of the
+            reference model remember: no data at all.
         equalise: first let neighbouring layers trade scale channel by channel, so that one step suits all channels.
         bias_correction: take the mean error of rounded weights out of the biases, on ``rounding_images`` images.
         float_fallback: keep as few layers as possible in float so that the accuracy of the file (validation part)
@@ -67,6 +71,7 @@ class Quantize(Strategy):
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Gt(50), Le(100)] = 99.99
     calibration_images: Annotated[int, Ge(1)] = 256
+    calibrate_on: Literal["training", "synthetic"] = "training"
     equalise: bool = False
     bias_correction: bool = False
     float_fallback: FloatFallback | None = None
@@ -84,6 +89,10 @@ class Quantize(Strategy):
             raise ValueError("float_fallback goes with scheme=int8 only")
         if self.bias_correction and self._on_grids:
             raise ValueError("bias_correction goes with rounding=nearest: second_order corrects biases as it rounds")
+
+    @property
+    def _reads_samples(self) -> bool:
+        return self._on_grids or self.bias_correction
 
     @property
     def _on_grids(self) -> bool:
@@ -108,9 +117,14 @@ class Quantize(Strategy):
                 received=f"scheme={self.scheme}, which the converter applies to the whole file",
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
+        samples = None
+        if self.calibrate_on == "synthetic":
+            count = max(self.calibration_images, self.rounding_images if self._reads_samples else 0)
+            samples = synthetic_samples(context.reference, count, context.seed, f"stage {context.stage}")
         calibration = Calibration(self.calibration_images, self.ranges, self.percentile)
         storage = Storage(self.scheme, calibration, float_layers=left_out)
-        result = candidate.evolve(model=self._prepared(candidate, context), storage=storage, skipped=())
+        model = self._prepared(candidate, context, samples)
+        result = candidate.evolve(model=model, storage=storage, samples=samples, skipped=())
         if self._on_grids:
             result = self._rounded(result, context, chosen)
         if self.float_fallback is not None:
@@ -120,7 +134,7 @@ class Quantize(Strategy):
             result = result.evolve(storage=replace(storage, float_layers=left_out))
         return result.with_guarantee(Stored(context.stage, self.scheme, left_out))
 
-    def _prepared(self, candidate: Candidate, context: Context) -> tf_keras.Model:
+    def _prepared(self, candidate: Candidate, context: Context, samples: np.ndarray | None) -> tf_keras.Model:
         """Return a copy of the model, its layers equalised and its biases corrected where that is asked for."""
         if not (self.equalise or self.bias_correction):
             return copy_model(candidate.model)
@@ -130,11 +144,11 @@ class Quantize(Strategy):
             bound = frozenset(name.rpartition("/")[0] for guarantee in valued for name in guarantee.weights())
             model = equalise(model, bound)
         if self.bias_correction:
-            model = correct_biases(model, context.calibration_samples(self.rounding_images))
+            model = correct_biases(model, self._rounding_samples(samples, context))
         return model
 
     def _rounded(self, candidate: Candidate, context: Context, chosen: frozenset[str]) -> Candidate:
-        samples = context.calibration_samples(self.rounding_images)
+        samples = self._rounding_samples(candidate.samples, context)
         repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
         wanted = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
         model, grids = round_layers(repair, wanted)
@@ -147,6 +161,11 @@ class Quantize(Strategy):
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose weights can be rounded", skipped)
         on_grid = OnGrid.of(context.stage, model, grids)
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(on_grid)
+
+    def _rounding_samples(self, synthetic: np.ndarray | None, context: Context) -> np.ndarray:
+        if synthetic is None:
+            return context.calibration_samples(self.rounding_images)
+        return synthetic[: self.rounding_images]
 
     def clashes_with(self, earlier: Strategy) -> str | None:
         """Refuse a second scheme after a first one."""

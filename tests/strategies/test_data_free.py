@@ -1,0 +1,83 @@
+"""Calibration without data: the inputs give batch norms the statistics that they remember."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Candidate
+from compress.data.source import Split, make_data
+from compress.deploy.conversion import calibration_samples
+from compress.deploy.tflite import export
+from compress.errors import CompressError
+from compress.metrics.accuracy import file_outputs
+from compress.strategies.quantization.data_free import synthetic_samples
+from compress.strategies.quantization.post_training import Quantize
+from compress.strategies.strategy import Context
+from compress.training import Recovery
+
+layers = tf_keras.layers
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    # Pixels with channels of their own brightness and contrast.
+    noise = np.random.default_rng(0).normal(size=(512, 8, 8, 3))
+    return (noise * [20, 40, 60] + [100, 120, 140]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model(images) -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 3))
+    x = layers.Rescaling(1 / 50, offset=-2.5)(image)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm1")(layers.Conv2D(8, 3, name="conv1")(x)))
+    x = layers.ReLU()(layers.BatchNormalization(name="norm2")(layers.Conv2D(8, 3, name="conv2")(x)))
+    built = tf_keras.Model(image, layers.Dense(4, name="dense")(layers.GlobalAveragePooling2D()(x)))
+    for name in ("norm1", "norm2"):
+        norm = built.get_layer(name)
+        values = np.asarray(tf_keras.Model(image, norm.input)(images))
+        norm.moving_mean.assign(values.mean((0, 1, 2)))
+        norm.moving_variance.assign(values.var((0, 1, 2)))
+    return built
+
+
+def test_batch_norms_see_what_they_remember(model):
+    samples = synthetic_samples(model, 100, seed=0, where="test")
+    assert samples.shape == (100, 8, 8, 3)
+    for name in ("norm1", "norm2"):
+        norm = model.get_layer(name)
+        values = np.asarray(tf_keras.Model(model.inputs, norm.input)(samples))
+        mean, variance = np.asarray(norm.moving_mean), np.asarray(norm.moving_variance)
+        assert np.abs(values.mean((0, 1, 2)) - mean).max() < 0.1 * np.sqrt(variance).max()
+        np.testing.assert_allclose(values.var((0, 1, 2)), variance, rtol=0.15)
+
+
+def test_another_seed_makes_other_samples(model):
+    one, again, other = (synthetic_samples(model, 8, seed, "test") for seed in (1, 1, 2))
+    np.testing.assert_allclose(one, again, rtol=1e-3, atol=1e-2)
+    assert np.abs(one - other).mean() > 1
+
+
+def test_the_file_is_calibrated_without_the_training_part(model, images, tmp_path):
+    dark = Split(np.zeros((32, 8, 8, 3), np.float32), np.arange(32) % 4)
+    data = make_data("dark", dark, Split(images[:64], np.arange(64) % 4))
+    context = Context("quantize", data, model, Recovery(method="none"), seed=0)
+    errors = {}
+    for source in ("training", "synthetic"):
+        strategy = Quantize(calibrate_on=source, calibration_images=64)
+        candidate = strategy.apply(Candidate(model), context)
+        export(candidate, data, tmp_path / "model.tflite")
+        difference = file_outputs(tmp_path / "model.tflite", images[:64]) - np.asarray(model(images[:64]))
+        errors[source] = np.abs(difference).max() / np.abs(np.asarray(model(images[:64]))).max()
+    assert errors["synthetic"] < 0.1 < errors["training"]
+    assert next(calibration_samples(candidate, data, 1))[0].mean() == pytest.approx(120, rel=0.3)
+
+
+def test_without_batch_norms_it_is_refused(model):
+    plain = tf_keras.Sequential([tf_keras.Input((4,)), layers.Dense(3)])
+    with pytest.raises(CompressError) as caught:
+        synthetic_samples(plain, 8, 0, "stage quantize")
+    assert "0 batch norms" in caught.value.received
+    assert "calibrate_on=training" in caught.value.fix
