@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Calibration, Candidate, Effect, Grid, Skipped, Storage
 from compress.deploy.points import calibrated_points
+from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
@@ -23,6 +24,7 @@ from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
 from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored
+from compress.strategies.quantization.tfmot_scheme import unwrap, wrapped_by_tfmot
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -41,6 +43,8 @@ class QuantizeAware(Strategy):
             level.
         rounding_images: below 8 bits, training starts from weights that are rounded in closed form on so many
             unlabelled images; 0: from the nearest levels.
+        scheme: ``own``, which any model can be trained with, or ``tfmot``: the toolkit's layers, with ranges that are
+            moving averages; for models that it takes, with 8 bits, whole, and before other stages.
         ranges: where the ranges of activations start, on ``calibration_images`` training images; they are trained, too.
     """
 
@@ -50,13 +54,21 @@ class QuantizeAware(Strategy):
     rounding_images: Annotated[int, Ge(0), Le(1_000_000)] = 500
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     calibration_images: Annotated[int, Ge(1)] = 256
+    scheme: Literal["own", "tfmot"] = "own"
 
     effects = frozenset({Effect.TRAIN, Effect.STORE})
     establishes = OnGrid
 
+    def __post_init__(self) -> None:
+        """Refuse fields that TFMOT's scheme does not have."""
+        if self.scheme == "tfmot" and (self.bits != 8 or self.activation_bits != 8 or self.learned_steps):
+            raise ValueError("scheme=tfmot goes with bits=8, activation_bits=8 and learned_steps=false only")
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Fold, insert the rounding, train, take the rounding out again."""
         context.require_training()
+        if self.scheme == "tfmot":
+            return self._by_tfmot(candidate, context)
         chosen = context.selection.names(candidate.model)
         model, steps = self._start(candidate, context, chosen)
         wanted = [kernel for kernel in kernels(model) if kernel.layer.name in chosen]
@@ -86,6 +98,25 @@ class QuantizeAware(Strategy):
         stored = Stored(context.stage, "int8", floats)
         result = candidate.evolve(model=model, storage=storage, skipped=left_alone)
         return result.with_guarantee(on_grid).with_guarantee(stored)
+
+    def _by_tfmot(self, candidate: Candidate, context: Context) -> Candidate:
+        bound = sorted({guarantee.stage for guarantee in candidate.guarantees})
+        everything = frozenset(layer.name for layer in candidate.model.layers)
+        if bound or context.selection.names(candidate.model) != everything:
+            raise CompressError(
+                f"strategy.{context.stage}.scheme",
+                expected="scheme=own beside only, skip, or stages whose properties have to be kept",
+                received=f"scheme=tfmot, whose layers know nothing of {', '.join(bound) or 'only and skip'}",
+                fix=f"Write strategy.{context.stage}.scheme=own.",
+            )
+        wrapped = wrapped_by_tfmot(candidate.model, f"stage {context.stage}")
+        context.recover(candidate.evolve(model=wrapped))
+        model, grids, ranges = unwrap(wrapped, candidate.model)
+        storage = Storage("int8", Calibration(self.calibration_images), (), ranges)
+        result = candidate.evolve(model=model, storage=storage, skipped=())
+        return result.with_guarantee(OnGrid.of(context.stage, model, grids)).with_guarantee(
+            Stored(context.stage, "int8", ())
+        )
 
     def _start(
         self, candidate: Candidate, context: Context, chosen: frozenset[str]

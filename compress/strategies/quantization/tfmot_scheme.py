@@ -1,0 +1,111 @@
+"""Quantization-aware training as the TensorFlow Model Optimization Toolkit does it, for models that it can carry.
+
+Its layers round to moving averages of the ranges they see. What they have learned is taken out of them: plain weights,
+their grids, and the ranges of the layers' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tf_keras
+
+from compress.candidate import Grid
+from compress.errors import CompressError
+from compress.graph.fold import fold_batch_norm, foldable_pairs
+from compress.graph.kernels import Kernel, kernels
+from compress.graph.rewrite import copy_model
+
+
+def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tf_keras.Model:
+    """Return a copy whose layers round their weights and outputs as TFMOT has them do.
+
+    Layers that its registry does not know, which ``quantize_model`` refuses, stay as they are.
+
+    Raises:
+        CompressError: with TFMOT's own reason, if it refuses the model.
+    """
+    from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import default_8bit_quantize_registry
+    from tensorflow_model_optimization.quantization.keras import quantize_annotate_layer, quantize_apply
+
+    registry = default_8bit_quantize_registry.Default8BitQuantizeRegistry()
+    folded = set(foldable_pairs(model).values())
+
+    def annotated(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+        known = layer.name in folded or registry.supports(layer)
+        return quantize_annotate_layer(layer) if known and not isinstance(layer, tf_keras.layers.InputLayer) else layer
+
+    try:
+        return quantize_apply(tf_keras.models.clone_model(copy_model(model), clone_function=annotated))
+    except Exception as error:
+        # It raises what it likes; any of it is a refusal.
+        raise CompressError(
+            where,
+            expected="a model that TFMOT's quantize_apply takes",
+            received=" ".join(str(error).split())[:200],
+            fix="Use the scheme that any model can be trained with: scheme=own.",
+        ) from error
+
+
+def unwrap(
+    wrapped: tf_keras.Model, model: tf_keras.Model
+) -> tuple[tf_keras.Model, dict[str, Grid], dict[str, tuple[float, float]]]:
+    """Return ``model``, folded, with the trained and rounded weights; their grids; the ranges of the layers' outputs.
+
+    Kernels that TFMOT leaves unrounded (of a convolution that a ReLU follows without a batch norm) have no grid.
+    """
+    from tensorflow_model_optimization.python.core.quantization.keras.quantize_layer import QuantizeLayer
+    from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import QuantizeWrapper
+
+    trained = copy_model(model)
+    steps: dict[str, np.ndarray] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    for layer in wrapped.layers:
+        if isinstance(layer, QuantizeLayer):
+            ranges[layer.input._keras_history.layer.name] = _range(layer.quantizer_vars)
+            continue
+        inner = layer.layer if isinstance(layer, QuantizeWrapper) else layer
+        # A wrapper has taken the kernel out of its layer and put it behind the other weights.
+        sources = {_last(weight): weight for weight in layer.weights}
+        for target in trained.get_layer(inner.name).weights:
+            target.assign(sources[_last(target)])
+        if inner is layer:
+            continue
+        for weight, quantizer, _ in layer._weight_vars:
+            steps[f"{inner.name}/{_last(weight)}"] = _steps(np.asarray(weight), quantizer)
+        activations = [getattr(a, "_post_activation_vars", None) for a in layer._quantize_activations]
+        for found in (*activations, getattr(layer, "_output_quantizer_vars", None)):
+            if found:
+                ranges[inner.name] = _range(found)
+    before = {kernel.name: kernel for kernel in kernels(trained) if kernel.name in steps}
+    for name, kernel in before.items():
+        levels = np.clip(np.rint(kernel.value / steps[name]), -127, 127)
+        getattr(kernel.layer, kernel.attribute).assign(levels * steps[name])
+    folded = fold_batch_norm(trained)
+    grids = {
+        kernel.name: Grid(steps[kernel.name] * _gain(kernel, before[kernel.name]), 8)
+        for kernel in kernels(folded)
+        if kernel.name in steps
+    }
+    return folded, grids, ranges
+
+
+def _last(weight: Any) -> str:
+    return str(weight.name).rpartition("/")[2].split(":")[0]
+
+
+def _gain(folded: Kernel, before: Kernel) -> np.ndarray:
+    """Return what a batch norm has multiplied each output of a kernel with, in a shape that spreads over it."""
+    sizes = [np.abs(kernel.value).sum(kernel.inner_axes, keepdims=True) for kernel in (folded, before)]
+    return np.asarray(np.where(sizes[1] > 0, sizes[0] / np.maximum(sizes[1], 1e-30), 1.0), np.float32)
+
+
+def _steps(weight: np.ndarray, quantizer: Any) -> np.ndarray:
+    axes = tuple(range(weight.ndim - 1)) if quantizer.per_axis else None
+    return np.asarray(np.maximum(np.abs(weight).max(axes, keepdims=True), 1e-12) / 127, np.float32)
+
+
+def _range(found: Mapping[str, Any]) -> tuple[float, float]:
+    return min(float(found["min_var"]), 0.0), max(float(found["max_var"]), 0.0)

@@ -1,0 +1,116 @@
+"""Quantization-aware training: the integer file computes what the network was trained as."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Candidate
+from compress.data.digits import Digits
+from compress.deploy.tflite import export
+from compress.errors import CompressError
+from compress.graph.selection import Rule, Selection
+from compress.metrics.accuracy import accuracy, file_outputs
+from compress.metrics.tflite_file import TFLiteFile
+from compress.models.small import DigitsCnn
+from compress.models.source import Schedule
+from compress.reference import make_reference
+from compress.strategies.pruning.prune import Prune
+from compress.strategies.quantization import aware
+from compress.strategies.quantization.aware import QuantizeAware
+from compress.strategies.strategy import Context
+from compress.training import Recovery
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Digits().load()
+
+
+@pytest.fixture(scope="module")
+def context(data) -> Context:
+    model = make_reference(DigitsCnn(train=Schedule(epochs=6)), data, 0)
+    return Context("qat", data, model, Recovery(epochs=2.0, batch_size=64), seed=0)
+
+
+@pytest.fixture
+def fake(monkeypatch) -> list[tf_keras.Model]:
+    """Collect the models that are trained with fake quantization."""
+    trained: list[tf_keras.Model] = []
+
+    def spied(*args, **kwargs):
+        trained.append(inner(*args, **kwargs))
+        return trained[-1]
+
+    inner = aware.with_fake_quantization
+    monkeypatch.setattr(aware, "with_fake_quantization", spied)
+    return trained
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"bits": 4}, {"bits": 4, "learned_steps": True, "rounding_images": 0}], ids=["8", "4", "4-lsq"]
+)
+def test_the_file_agrees_with_the_fake_quantized_model(fields, context, data, fake, tmp_path):
+    candidate = QuantizeAware(**fields).apply(Candidate(context.reference), context)
+    (trained,) = fake
+    images = np.concatenate([data.test.x, data.validation.x]).astype(np.float32)
+    labels = np.concatenate([data.test.y, data.validation.y])
+    # The rounded weights are in the model by now; its activations are rounded as in training.
+    wanted = trained.predict(images, verbose=0)
+    export(candidate, data, tmp_path / "model.tflite")
+    found = file_outputs(tmp_path / "model.tflite", images)
+    assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.995
+    assert abs(accuracy(found, labels) - accuracy(wanted, labels)) <= 0.2
+
+
+def test_learned_steps_are_trained(context):
+    before = QuantizeAware(bits=4, rounding_images=0)
+    trained = QuantizeAware(bits=4, rounding_images=0, learned_steps=True)
+    grids = [
+        dict(next(iter(s.apply(Candidate(context.reference), context).guarantees)).grids()) for s in (before, trained)
+    ]
+    for name, grid in grids[1].items():
+        assert grid.steps.shape == grids[0][name].steps.shape
+        assert not np.allclose(grid.steps, grids[0][name].steps, rtol=1e-3)
+
+
+def test_zeros_are_kept_in_the_file(context, data, tmp_path):
+    pruned = Prune(sparsity=0.6).apply(Candidate(context.reference), context.for_stage("prune"))
+    candidate = QuantizeAware().apply(pruned, context)
+    export(candidate, data, tmp_path / "model.tflite")
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    for guarantee in candidate.guarantees:
+        assert guarantee.check(candidate.model) == []
+        assert guarantee.check_file(file) == []
+    kernel = file.kernel_of("conv3", candidate.model.get_layer("conv3").kernel.shape)
+    assert (kernel == 0).mean() >= 0.5
+
+
+def test_layers_that_are_left_out_stay_floats(context, data, tmp_path):
+    chosen = context.for_stage("qat", selection=Selection(skip=(Rule(name="fc1"),)))
+    candidate = QuantizeAware().apply(Candidate(context.reference), chosen)
+    export(candidate, data, tmp_path / "model.tflite")
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    assert file.kernel_of("fc1", candidate.model.get_layer("fc1").kernel.shape).dtype == np.float32
+    assert file.kernel_of("conv2", candidate.model.get_layer("conv2").kernel.shape).dtype == np.int8
+
+
+def test_tfmot_s_scheme_gives_a_file_that_is_as_good(context, data, tmp_path):
+    candidate = QuantizeAware(scheme="tfmot").apply(Candidate(context.reference), context)
+    export(candidate, data, tmp_path / "model.tflite")
+    images = data.test.x.astype(np.float32)
+    found = file_outputs(tmp_path / "model.tflite", images)
+    wanted = candidate.model.predict(images, verbose=0)
+    assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.98
+    assert candidate.storage.ranges.keys() >= {"fc1"}
+    assert {"conv1/kernel", "conv2/kernel", "fc1/kernel"} <= candidate.guarantees[0].grids().keys()
+
+
+def test_tfmot_s_scheme_is_refused_where_it_would_break_something(context):
+    pruned = Prune(sparsity=0.6).apply(Candidate(context.reference), context.for_stage("prune"))
+    with pytest.raises(CompressError) as caught:
+        QuantizeAware(scheme="tfmot").apply(pruned, context)
+    assert "prune" in caught.value.received
+    with pytest.raises(ValueError, match="scheme=tfmot goes with bits=8"):
+        QuantizeAware(scheme="tfmot", bits=4)
