@@ -11,8 +11,6 @@ command continues. Writes ``results/channel_coverage.md``.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,10 +22,11 @@ import_tensorflow()
 
 import numpy as np  # noqa: E402
 import tf_keras  # noqa: E402
+from architectures import ARCHITECTURES, accepts, build, random_data, randomise  # noqa: E402
+from finished_rows import FinishedRows, hand_over, run_apart  # noqa: E402
 
-from compress.candidate import Candidate, Storage  # noqa: E402
+from compress.candidate import Calibration, Candidate, Storage  # noqa: E402
 from compress.cli.experiment import machine, provenance  # noqa: E402
-from compress.data.source import Augmentation, Data, Split  # noqa: E402
 from compress.deploy.tflite import export  # noqa: E402
 from compress.errors import CompressError  # noqa: E402
 from compress.graph.rewrite import rewrite  # noqa: E402
@@ -37,42 +36,8 @@ from compress.strategies.pruning.channels import PruneChannels  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
 from compress.training import Recovery  # noqa: E402
 
-ARCHITECTURES = (
-    *("VGG16", "VGG19", "MobileNet", "MobileNetV2", "MobileNetV3Small", "MobileNetV3Large", "Xception"),
-    *("ResNet50", "ResNet101", "ResNet152", "ResNet50V2", "ResNet101V2", "ResNet152V2", "ResNetRS50", "ResNetRS101"),
-    *("DenseNet121", "DenseNet169", "DenseNet201", "InceptionV3", "InceptionResNetV2", "NASNetMobile", "NASNetLarge"),
-    *("EfficientNetB0", "EfficientNetB3", "EfficientNetB7", "EfficientNetV2B0", "EfficientNetV2S", "EfficientNetV2L"),
-    *("RegNetX002", "RegNetX032", "RegNetX320", "RegNetY002", "RegNetY032", "RegNetY320"),
-    *("ConvNeXtTiny", "ConvNeXtBase", "ConvNeXtXLarge"),
-)
-SIZES = {"InceptionV3": 96, "InceptionResNetV2": 96, "Xception": 96, "NASNetMobile": 96, "NASNetLarge": 96}
 KEEP = 0.5
-FILE = Path("results/channel_coverage.jsonl")
 MINUTES = 30
-
-
-def build(name: str) -> tf_keras.Model:
-    size = SIZES.get(name, 64)
-    make = getattr(tf_keras.applications, name)
-    return make(weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None)
-
-
-def randomise(model: tf_keras.Model) -> None:
-    """Give normalisations scales, shifts and statistics of their own: fresh ones would hide mistakes."""
-    rng = np.random.default_rng(0)
-    for weight in model.weights:
-        if any(part in weight.name for part in ("gamma", "variance")):
-            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
-        elif any(part in weight.name for part in ("beta", "moving_mean")):
-            weight.assign(rng.normal(size=weight.shape) * 0.2)
-
-
-def accepts(action) -> str:
-    try:
-        action()
-    except Exception as error:  # TFMOT raises what it likes; any of it is a refusal.
-        return f"no: {' '.join(str(error).split())[:90]}"
-    return "yes"
 
 
 def row(name: str) -> dict:
@@ -81,9 +46,7 @@ def row(name: str) -> dict:
     tf_keras.utils.set_random_seed(0)
     model = build(name)
     randomise(model)
-    rng = np.random.default_rng(0)
-    split = Split(rng.uniform(0, 255, (32, *model.input_shape[1:])).astype(np.float32), np.arange(32) % 10)
-    data = Data("random", split, split, split, 10, Augmentation(), "")
+    data = random_data(model)
     started = time.perf_counter()
     flat = rewrite(model)
     context = Context("prune_channels", data, flat, Recovery(method="none"), 0)
@@ -97,9 +60,9 @@ def row(name: str) -> dict:
         result["skipped"] = [f"{item.layer}: {item.reason}" for item in cut.skipped if not item.by_choice]
         with tempfile.TemporaryDirectory() as folder:
             for scheme in ("float32", "int8"):
-                stored = cut.evolve(storage=Storage(scheme, 4))
+                stored = cut.evolve(storage=Storage(scheme, Calibration(4)))
                 file = export(stored, data, Path(folder, f"{scheme}.tflite")).path
-                outputs = file_outputs(file, split.x[:2])
+                outputs = file_outputs(file, data.test.x[:2])
                 result[scheme] = "runs" if np.isfinite(outputs).all() else "gives NaN"
     except CompressError as error:
         result["failure"] = str(error)[:300]
@@ -144,29 +107,18 @@ def page(rows: list[dict]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
-        print("ROW " + json.dumps(row(sys.argv[2])))
+        hand_over(row(sys.argv[2]))
         return
-    rows = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
-    FILE.parent.mkdir(exist_ok=True)
+    rows = FinishedRows("channel_coverage", ["architecture"], page)
     for name in sys.argv[1:] or ARCHITECTURES:
-        if any(r["architecture"] == name for r in rows):
+        if (name,) in rows:
             continue
         print(f"{name} ...", flush=True)
-        command = [sys.executable, __file__, "--one", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: no result within {MINUTES} minutes; the same command tries again", flush=True)
-            continue
-        found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-        if not found:
-            print(f"{name}: no result (exit {done.returncode}): {done.stderr[-400:]}", flush=True)
-            continue
-        rows.append(json.loads(found[0].removeprefix("ROW ")))
-        with FILE.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        Path("results/channel_coverage.md").write_text(page(rows))
-        print(rows[-1], flush=True)
+        found = run_apart(__file__, ["--one", name], MINUTES)
+        if isinstance(found, str):
+            print(f"{name}: {found}; the same command tries again", flush=True)
+        else:
+            rows.add(found)
 
 
 if __name__ == "__main__":
