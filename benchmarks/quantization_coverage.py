@@ -47,7 +47,7 @@ STRATEGIES: dict[str, Strategy] = {"quantize": Quantize(), "qat": QuantizeAware(
 TFMOT = "quantize_model"
 ONE_STEP = Recovery(epochs=8 / 32, batch_size=8, learning_rate=1e-5)
 RUN_IMAGES = 8
-MINUTES = 30
+MINUTES = 60
 
 
 def measure(name: str, part: str) -> Row:
