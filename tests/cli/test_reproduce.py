@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from compress.cli.build import make_plan
+from compress.cli.compose import compose_config
 from compress.cli.experiment import Column, Experiment, Grid, PublishedTable, load_experiment, render
 from compress.cli.places import experiments_dir
 from compress.errors import CompressError
@@ -18,6 +20,14 @@ def test_every_experiment_can_be_read():
             assert experiment.table.value(row, experiment.table.columns[0]) == row
         for column in experiment.grid.columns:
             assert column.published is None or column.published in experiment.table.columns
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_row_is_a_pipeline_that_can_be_built(name):
+    grid = load_experiment(experiments_dir() / name, name).grid
+    for own in grid.runs.values():
+        plan = make_plan(compose_config([*grid.overrides, *own, "model.weights=scratch"]))
+        assert bool(plan.stages) == ("strategy=none" not in [*grid.overrides, *own])
 
 
 def test_an_unknown_experiment_names_the_nearest(capsys):
