@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -66,6 +66,32 @@ def calibration_samples(candidate: Candidate, data: Data, images: int) -> Iterat
     source = data.train.x if candidate.samples is None else candidate.samples
     for index in np.random.default_rng(0).permutation(len(source))[:images]:
         yield [source[index : index + 1].astype(np.float32)]
+
+
+def check_calibration(samples: Iterable[Sequence[np.ndarray]]) -> None:
+    """Refuse samples that ranges cannot be taken from.
+
+    Raises:
+        CompressError: if there are none, if one of their numbers is not finite, or if all of them are equal.
+    """
+    low, high, finite, count = np.inf, -np.inf, True, 0
+    for (sample,) in samples:
+        count += 1
+        finite = finite and bool(np.isfinite(sample).all())
+        low, high = min(low, float(sample.min())), max(high, float(sample.max()))
+    if count and finite and low < high:
+        return
+    raise CompressError(
+        "calibration",
+        expected="samples of finite numbers, not all equal, to take the ranges of activations from",
+        received="no sample"
+        if not count
+        else f"{count} samples of nothing but {low:g}"
+        if finite
+        else f"NaN or infinite values in {count} samples",
+        fix="Bring training images like those that the model will see, or, for a model with batch norms, calibrate "
+        "without data: calibrate_on=synthetic.",
+    )
 
 
 def _reason(error: Exception) -> str:

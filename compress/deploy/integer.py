@@ -15,13 +15,17 @@ from tensorflow.lite.python.convert import mlir_quantize
 
 from compress.candidate import Candidate, Grid
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
+from compress.deploy.conversion import calibration_samples, check_calibration, complaints_explained, make_converter
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids
-from compress.deploy.points import find_points
+from compress.deploy.points import find_points, layer_of
 from compress.deploy.ranges import choose, collect
+from compress.errors import CompressError
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
+
+_OVERFLOWN = 1e37
+"""The converter writes the largest float for an infinite limit."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Calibrated:
         """
         storage, model = candidate.storage, candidate.model
         samples = partial(calibration_samples, candidate, data, storage.calibration.images)
+        check_calibration(samples())
         converter = make_converter(model)
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.representative_dataset = samples
@@ -51,6 +56,7 @@ class Calibrated:
         converter._experimental_calibrate_only = True
         with complaints_explained(storage.scheme):
             content = bytes(converter.convert())
+        _check_finite(content, candidate)
         if storage.calibration.ranges != "minmax":
             found = collect(content, [sample for (sample,) in samples()])
             content = _with_ranges(content, {name: choose(h, storage.calibration) for name, h in found.items()})
@@ -99,6 +105,29 @@ def _of_tensors(content: bytes, candidate: Candidate, sample: np.ndarray) -> dic
         if source in known:
             found.update(dict.fromkeys(names, known[source]))
     return found
+
+
+def _check_finite(content: bytes, candidate: Candidate) -> None:
+    """Refuse a network whose float file computes numbers without end on the calibration samples.
+
+    Raises:
+        CompressError: naming the first layer that does.
+    """
+    file = parse(content)
+    for operator in file.subgraphs[0].operators:
+        for index in operator.outputs:
+            tensor = file.subgraphs[0].tensors[index]
+            found = None if tensor.quantization is None else tensor.quantization.min
+            if found is None or (np.abs([*found, *tensor.quantization.max]) < _OVERFLOWN).all():
+                continue
+            name = tensor.name.decode()
+            raise CompressError(
+                f"calibration, layer {layer_of(name, candidate.model) or name}",
+                expected="finite activations, which integers can stand for",
+                received=f"a range from {found[0]:g} to {tensor.quantization.max[0]:g}",
+                fix="The network overflows on its own inputs: check its weights and what the data hold; or bring the "
+                "model from before its training diverged.",
+            )
 
 
 def _with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> bytes:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tf_keras
 
 from compress.candidate import Candidate
 from compress.data.source import Data
 from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
+from compress.deploy.points import layer_of
 from compress.deploy.ranges import computed_values
-from compress.graph.kernels import kernel_attributes
 from compress.metrics.tflite_file import TFLiteFile
 
 _MOST_DECIBELS = 120.0
@@ -46,18 +47,16 @@ def quantization_noise(candidate: Candidate, data: Data, path: Path, images: int
     with complaints_explained("float32"):
         floats = bytes(make_converter(candidate.model).convert())
     samples = [sample for (sample,) in calibration_samples(candidate, data, images)]
-    weighted = [layer.name for layer in candidate.model.layers if kernel_attributes(layer)]
-    layers = [*weighted, *(layer.name for layer in reversed(candidate.model.layers))]
-    return measure_noise(floats, path.read_bytes(), samples, layers)
+    return measure_noise(floats, path.read_bytes(), samples, candidate.model)
 
 
 def measure_noise(
-    floats: bytes, quantized: bytes, samples: Sequence[np.ndarray], layers: Sequence[str]
+    floats: bytes, quantized: bytes, samples: Sequence[np.ndarray], model: tf_keras.Model
 ) -> tuple[Noise, ...]:
     """Compare what two files of one model compute for the same samples [1, ...], in the order of computation.
 
-    Tensors are compared by their names; what only one of the files computes is left out. ``layers``: the model's; of
-    several that one tensor is named after, the first here is told.
+    Tensors are compared by their names; what only one of the files computes is left out. ``model``: what both files
+    were made from.
     """
     file = TFLiteFile(quantized)
     writers = {file.tensors[index].name: op.name for op in file.operators for index in op.outputs}
@@ -77,7 +76,7 @@ def measure_noise(
             beyond.setdefault(name, []).append(float(np.mean((right < low) | (right > high))))
     return tuple(
         Noise(
-            _layer_of(name, layers),
+            layer_of(name, model),
             name,
             writers[name],
             _decibels(signal[name], noise[name]),
@@ -85,12 +84,6 @@ def measure_noise(
         )
         for name in signal
     )
-
-
-def _layer_of(tensor: str, layers: Sequence[str]) -> str:
-    """Return the layer that a tensor ``model/layer/operation;...`` is named after."""
-    segments = [f"/{segment}/" for segment in tensor.split(";")]
-    return next((name for name in layers if any(f"/{name}/" in segment for segment in segments)), "")
 
 
 def _decibels(signal: float, noise: float) -> float:

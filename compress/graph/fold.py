@@ -79,6 +79,16 @@ def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalizati
     )
 
 
+def folding_gains(model: tf_keras.Model) -> dict[str, np.ndarray]:
+    """Return linear layer -> what folding multiplies each output of its kernel with; it spreads over the kernel."""
+    gains = {}
+    for name, norm in foldable_pairs(model).items():
+        layer, gain = model.get_layer(name), gain_of(model.get_layer(norm))
+        depthwise = isinstance(layer, tf_keras.layers.DepthwiseConv2D)
+        gains[name] = gain.reshape(layer.depthwise_kernel.shape[2:]) if depthwise else gain
+    return gains
+
+
 def gain_of(norm: tf_keras.layers.BatchNormalization) -> np.ndarray:
     """Return what a batch norm multiplies each channel [c] with in inference mode."""
     scale = np.asarray(norm.gamma) if norm.scale else 1.0

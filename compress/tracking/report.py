@@ -122,7 +122,7 @@ def notes(result: Result) -> list[str]:
         reason = (
             "TFLite stores repeated values like any others, and so zeros where they are too few for its sparse form "
             "or LiteRT cannot run it; gzip_bytes shows what a download would save"
-            if kinds & {"Zeros", "Codebook"}
+            if kinds & {"Zeros", "Codebook", "Levels"}
             else "no stage removed weights or stored them in fewer bits"
         )
         found.append(f"The .tflite file did not shrink: {reason}.")
@@ -152,6 +152,7 @@ _A_GRAPH = (
 )
 _SLOW_REASONS = {
     "Zeros": "the runtime multiplies by zeros like by any other weight",
+    "Levels": "the runtime sees no levels, only floats or integers",
     "Codebook": "the runtime sees no codebook, only floats or integers",
     "Rank": "two small operators cost more than their multiply-adds say",
     "SeparableForm": "depthwise convolutions do little work for each byte that they move",

@@ -27,7 +27,7 @@ def calibrated():
     data = make_data("random", part, part)
     candidate = Candidate(model, storage=Storage("int8", Calibration(images=32)))
     samples = [sample for (sample,) in calibration_samples(candidate, data, 16)]
-    return Calibrated.of(candidate, data), samples
+    return Calibrated.of(candidate, data), model, samples
 
 
 def by_layer(noise) -> dict[str, float]:
@@ -35,20 +35,20 @@ def by_layer(noise) -> dict[str, float]:
 
 
 def test_a_file_equals_itself(calibrated):
-    source, samples = calibrated
-    assert {row.signal_to_noise_db for row in measure_noise(source.floats, source.floats, samples, KERNELS)} == {120.0}
+    source, model, samples = calibrated
+    assert {row.signal_to_noise_db for row in measure_noise(source.floats, source.floats, samples, model)} == {120.0}
 
 
 def test_eight_bits_are_tens_of_decibels_and_fewer_in_deeper_layers(calibrated):
-    source, samples = calibrated
-    found = by_layer(measure_noise(source.floats, source.quantized(), samples, KERNELS))
+    source, model, samples = calibrated
+    found = by_layer(measure_noise(source.floats, source.quantized(), samples, model))
     assert set(found) == {"first", "second"}
     assert all(25 < ratio < 60 for ratio in found.values())
     assert found["second"] < found["first"] + 1
 
 
 def test_a_layer_that_stays_float_is_nearer(calibrated):
-    source, samples = calibrated
-    plain = by_layer(measure_noise(source.floats, source.quantized(), samples, KERNELS))
-    spared = by_layer(measure_noise(source.floats, source.quantized(("first",)), samples, KERNELS))
+    source, model, samples = calibrated
+    plain = by_layer(measure_noise(source.floats, source.quantized(), samples, model))
+    spared = by_layer(measure_noise(source.floats, source.quantized(("first",)), samples, model))
     assert spared["first"] > plain["first"]

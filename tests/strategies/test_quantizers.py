@@ -107,7 +107,8 @@ def test_trained_ternary(seed):
     above, below = kernel > limit, kernel < -limit
     sizes = [kernel[above].mean(), -kernel[below].mean()]
     np.testing.assert_allclose(value, above * sizes[0] - below * sizes[1], atol=1e-6)
-    np.testing.assert_allclose(of_sizes, [upstream[above].sum(), -upstream[below].sum()], rtol=1e-3, atol=1e-3)
+    wanted = np.array([upstream[above].sum(), -upstream[below].sum()]) / np.sqrt(kernel.size)
+    np.testing.assert_allclose(of_sizes, wanted, rtol=1e-3, atol=1e-3)
     factor = np.where(above, sizes[0], np.where(below, sizes[1], 1))
     np.testing.assert_allclose(gradient, upstream * factor, atol=1e-5)
 

@@ -14,7 +14,7 @@ import tf_keras
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Calibration, Candidate, Effect, Grid, Skipped, Storage
+from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
 from compress.deploy.points import calibrated_points
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
@@ -25,6 +25,7 @@ from compress.strategies.quantization.quantizers import StepQuantizer, UniformQu
 from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored
 from compress.strategies.quantization.tfmot_scheme import unwrap, wrapped_by_tfmot
+from compress.strategies.quantization.unfolding import fold_grids, folded_ranges, unfold
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -33,8 +34,8 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 class QuantizeAware(Strategy):
     """Train the network with rounded weights and activations; the file holds the very levels and ranges.
 
-    Batch norms are folded first. Layers that the stage leaves out (``only``, ``skip``) keep float weights and compute
-    with floats in the file.
+    Batch norms learn along and are folded at the end. Layers that the stage leaves out (``only``, ``skip``) keep float
+    weights and compute with floats in the file.
 
     Args:
         bits: of a weight; one step for each output. 4 and fewer are packed in the file where LiteRT reads them so.
@@ -65,7 +66,7 @@ class QuantizeAware(Strategy):
             raise ValueError("scheme=tfmot goes with bits=8, activation_bits=8 and learned_steps=false only")
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        """Fold, insert the rounding, train, take the rounding out again."""
+        """Insert the rounding, train, take the rounding out again, fold."""
         context.require_training()
         if self.scheme == "tfmot":
             return self._by_tfmot(candidate, context)
@@ -80,7 +81,7 @@ class QuantizeAware(Strategy):
         if not wanted:
             raise context.nothing_done("a layer with a kernel to quantize", skipped)
         left_alone = context.skip(skipped)
-        one_scale = frozenset().union(*(g.weights() for g in candidate.guarantees if g.one_scale_per_tensor))
+        one_scale = _one_scale(candidate)
         quantizers = {k.name: self._quantizer(k, steps, whole=k.name in one_scale) for k in wanted}
         calibration = Calibration(self.calibration_images, self.ranges)
         points, ranges = calibrated_points(candidate.evolve(model=model), context.data, calibration)
@@ -88,13 +89,15 @@ class QuantizeAware(Strategy):
         trained = context.recover(candidate.evolve(model=rounding), quantizers=quantizers).model
         for layer in model.layers:
             layer.set_weights(trained.get_layer(layer.name).get_weights())
-        grids = {
-            name: Grid(quantizer.steps(tf.constant(get_weight(model, name))).numpy(), self.bits)
+        found = {
+            name: quantizer.steps(tf.constant(get_weight(model, name))).numpy()
             for name, quantizer in quantizers.items()
         }
+        storage_ranges = folded_ranges(model, trained_ranges(trained))
+        model, grids = fold_grids(model, found, self.bits)
         on_grid = OnGrid.of(context.stage, model, grids)
         floats = tuple(k.layer.name for k in kernels(model) if k.layer.name not in chosen)
-        storage = Storage("int8", calibration, floats, trained_ranges(trained))
+        storage = Storage("int8", calibration, floats, storage_ranges)
         stored = Stored(context.stage, "int8", floats)
         result = candidate.evolve(model=model, storage=storage, skipped=left_alone)
         return result.with_guarantee(on_grid).with_guarantee(stored)
@@ -121,14 +124,16 @@ class QuantizeAware(Strategy):
     def _start(
         self, candidate: Candidate, context: Context, chosen: frozenset[str]
     ) -> tuple[tf_keras.Model, Mapping[str, np.ndarray]]:
-        """Return the folded model that training starts from, and the steps that are known already."""
+        """Return the model that training starts from, and the steps that are known already."""
+        # One step for a whole kernel does not survive the folding.
+        bound = frozenset(name.rpartition("/")[0] for name in _one_scale(candidate))
+        start = fold_batch_norm(candidate.model, bound)
         if self.bits == 8 or not self.rounding_images:
-            return fold_batch_norm(candidate.model), {}
+            return start, {}
         samples = context.calibration_samples(self.rounding_images)
-        repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
+        repair = Repair(start, samples, context.seed, candidate.guarantees)
         names = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
-        model, grids = round_layers(repair, names)
-        return model, {name: grid.steps for name, grid in grids.items()}
+        return unfold(start, *round_layers(repair, names))
 
     def _quantizer(
         self, kernel: Kernel, known: Mapping[str, np.ndarray], *, whole: bool
@@ -140,3 +145,8 @@ class QuantizeAware(Strategy):
         if steps is None:
             steps = plain.steps(tf.constant(kernel.value)).numpy()
         return StepQuantizer(self.bits, steps, kernel.size, trained=self.learned_steps)
+
+
+def _one_scale(candidate: Candidate) -> frozenset[str]:
+    """Return the weights that earlier stages need on one integer scale for the whole tensor."""
+    return frozenset().union(*(g.weights() for g in candidate.guarantees if g.one_scale_per_tensor))

@@ -1,6 +1,7 @@
 """Fake quantization of activations: a model that computes as its integer file will.
 
-Source: Jacob et al. (arXiv 1712.05877, section 3); the ranges' gradients are those of TensorFlow's operator.
+Sources: Jacob et al. (arXiv 1712.05877, section 3); the ranges' gradients are those of TensorFlow's operator, scaled as
+in Esser et al. (arXiv 1902.08153, section 2.2).
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
 from compress.graph.rewrite import nodes, rewrite
+from compress.strategies.quantization.quantizers import paced
 
 
 class FakeQuantize(tf_keras.layers.Layer):
@@ -25,7 +28,10 @@ class FakeQuantize(tf_keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Return the nearest levels."""
-        return tf.quantization.fake_quant_with_min_max_vars(inputs, self.low, self.high, self._bits)
+        # Their gradients are sums over all the values that are cut off. Slowed as those of learned steps are.
+        pace = 1.0 / np.sqrt(np.prod([size or 1 for size in inputs.shape[1:]]) * (2**self._bits - 1))
+        low, high = paced(self.low, pace), paced(self.high, pace)
+        return tf.quantization.fake_quant_with_min_max_vars(inputs, low, high, self._bits)
 
 
 Range = tuple[float, float]

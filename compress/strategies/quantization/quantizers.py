@@ -15,6 +15,11 @@ def straight_through(rounded: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
     return value + tf.stop_gradient(rounded - value)
 
 
+def paced(value: tf.Tensor, pace: float) -> tf.Tensor:
+    """Return ``value`` with its gradient times ``pace``."""
+    return straight_through(value, value * pace)
+
+
 class UniformQuantizer:
     """Whole multiples of a step for each output; the step makes the largest weight the outermost level."""
 
@@ -44,7 +49,7 @@ class StepQuantizer:
 
     def steps(self, latent: tf.Tensor) -> tf.Tensor:
         """Return the steps, in a shape that spreads over the weight's."""
-        return tf.maximum(straight_through(self._steps, self._steps * self._slowed), 1e-12)
+        return tf.maximum(paced(self._steps, self._slowed), 1e-12)
 
     def __call__(self, latent: tf.Tensor) -> tf.Tensor:
         """Return the nearest levels."""

@@ -14,9 +14,10 @@ import tf_keras
 
 from compress.candidate import Grid
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm, foldable_pairs
-from compress.graph.kernels import Kernel, kernels
+from compress.graph.fold import foldable_pairs
+from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
+from compress.strategies.quantization.unfolding import fold_grids
 
 
 def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tf_keras.Model:
@@ -79,27 +80,15 @@ def unwrap(
         for found in (*activations, getattr(layer, "_output_quantizer_vars", None)):
             if found:
                 ranges[inner.name] = _range(found)
-    before = {kernel.name: kernel for kernel in kernels(trained) if kernel.name in steps}
-    for name, kernel in before.items():
-        levels = np.clip(np.rint(kernel.value / steps[name]), -127, 127)
-        getattr(kernel.layer, kernel.attribute).assign(levels * steps[name])
-    folded = fold_batch_norm(trained)
-    grids = {
-        kernel.name: Grid(steps[kernel.name] * _gain(kernel, before[kernel.name]), 8)
-        for kernel in kernels(folded)
-        if kernel.name in steps
-    }
-    return folded, grids, ranges
+    for kernel in kernels(trained):
+        if kernel.name in steps:
+            step = steps[kernel.name]
+            getattr(kernel.layer, kernel.attribute).assign(np.clip(np.rint(kernel.value / step), -127, 127) * step)
+    return (*fold_grids(trained, steps, 8), ranges)
 
 
 def _last(weight: Any) -> str:
     return str(weight.name).rpartition("/")[2].split(":")[0]
-
-
-def _gain(folded: Kernel, before: Kernel) -> np.ndarray:
-    """Return what a batch norm has multiplied each output of a kernel with, in a shape that spreads over it."""
-    sizes = [np.abs(kernel.value).sum(kernel.inner_axes, keepdims=True) for kernel in (folded, before)]
-    return np.asarray(np.where(sizes[1] > 0, sizes[0] / np.maximum(sizes[1], 1e-30), 1.0), np.float32)
 
 
 def _steps(weight: np.ndarray, quantizer: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Trained ternary quantization: three values for each kernel, two of them trained with the weights.
 
-Source: Zhu, Han, Mao, Dally (arXiv 1612.01064, equations 6 to 9).
+Source: Zhu, Han, Mao, Dally (arXiv 1612.01064, equations 6 to 9). The gradient of the two values is divided by the root
+of the number of weights, as that of learned steps is (arXiv 1902.08153): they are trained at the weights' own rate.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ class TrainedTernaryQuantizer:
         @tf.custom_gradient  # type: ignore[untyped-decorator]
         def ternary(value: tf.Tensor, sizes: tf.Tensor) -> tuple[tf.Tensor, object]:
             limit = self._threshold * tf.reduce_max(tf.abs(value))
+            # The paper's sum over all weights would move the two sizes by many times themselves in one step.
+            slowed = 1.0 / np.sqrt(float(np.prod(value.shape)))
             above, below = tf.cast(value > limit, value.dtype), tf.cast(value < -limit, value.dtype)
 
             def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 scaled = upstream * (above * sizes[0] + below * sizes[1] + (1 - above - below))
-                return scaled, tf.stack([tf.reduce_sum(upstream * above), -tf.reduce_sum(upstream * below)])
+                of_sizes = tf.stack([tf.reduce_sum(upstream * above), -tf.reduce_sum(upstream * below)])
+                return scaled, slowed * of_sizes
 
             return above * sizes[0] - below * sizes[1], gradients
 

@@ -1,0 +1,62 @@
+"""What ranges cannot be taken from is refused, and what overflows is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Calibration, Candidate, Storage
+from compress.data.source import Split, make_data
+from compress.deploy.integer import Calibrated
+from compress.errors import CompressError
+
+layers = tf_keras.layers
+LABELS = np.arange(16) % 3
+
+
+@pytest.fixture(scope="module")
+def model() -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((6, 6, 2))
+    x = layers.Conv2D(4, 3, activation="relu", name="first")(image)
+    x = layers.Conv2D(4, 3, name="second")(x)
+    return tf_keras.Model(image, layers.Dense(3, name="dense")(layers.Flatten()(x)))
+
+
+def calibrate(model: tf_keras.Model, x: np.ndarray, samples: np.ndarray | None = None) -> Calibrated:
+    part = Split(x.astype(np.float32), LABELS[: len(x)])
+    candidate = Candidate(model, storage=Storage("int8", Calibration(images=8)), samples=samples)
+    return Calibrated.of(candidate, make_data("made", part, part))
+
+
+def test_all_equal_samples(model):
+    with pytest.raises(CompressError, match="samples of nothing but 3"):
+        calibrate(model, np.full((16, 6, 6, 2), 3.0))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none(value, model):
+    good = np.random.default_rng(0).normal(size=(16, 6, 6, 2)).astype(np.float32)
+    bad = good.copy()
+    bad[:, 2, 3, 1] = value
+    with pytest.raises(CompressError, match="NaN or infinite"):
+        calibrate(model, good, samples=bad)
+
+
+def test_no_samples(model):
+    good = np.random.default_rng(0).normal(size=(16, 6, 6, 2)).astype(np.float32)
+    with pytest.raises(CompressError, match="no sample"):
+        calibrate(model, good, samples=good[:0])
+
+
+def test_the_layer_that_overflows_is_named(model):
+    x = np.random.default_rng(0).normal(size=(16, 6, 6, 2)).astype(np.float32)
+    bad = tf_keras.models.clone_model(model)
+    bad.set_weights(model.get_weights())
+    bad.get_layer("first").kernel.assign(1e20 * np.abs(bad.get_layer("first").kernel))
+    bad.get_layer("second").kernel.assign(1e20 * np.abs(bad.get_layer("second").kernel))
+    with pytest.raises(CompressError) as caught:
+        calibrate(bad, np.abs(x))
+    assert "layer second" in caught.value.where
+    assert "e+38" in caught.value.received
