@@ -61,9 +61,10 @@ def test_the_file_agrees_with_the_fake_quantized_model(fields, context, data, fa
     export(candidate, data, tmp_path / "model.tflite")
     found = file_outputs(tmp_path / "model.tflite", images)
     # The file rounds its outputs, too: of two that fall on one level, the first is the largest.
-    (last,) = (op for op in TFLiteFile.read(tmp_path / "model.tflite").operators if op.name == "DEQUANTIZE")
-    scale = TFLiteFile.read(tmp_path / "model.tflite").tensors[last.inputs[0]].scales[0]
-    wanted = np.rint(wanted / scale) * scale
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    (last,) = (file.tensors[op.inputs[0]] for op in file.operators if op.name == "DEQUANTIZE")
+    scale, zero = last.scales[0], last.zero_point
+    wanted = (np.clip(np.rint(wanted / scale) + zero, -128, 127) - zero) * scale
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.995
     assert np.abs(found - wanted).max() <= 4 * scale
     assert abs(accuracy(found, labels) - accuracy(wanted, labels)) <= 0.2
