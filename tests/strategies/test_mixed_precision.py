@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.strategies.quantization.mixed_precision import choose_bits
+from compress.candidate import Candidate, Latency, Measurement
+from compress.data.digits import Digits
+from compress.errors import CompressError
+from compress.metrics.tflite_file import TFLiteFile
+from compress.models.small import DigitsCnn
+from compress.models.source import Schedule
+from compress.reference import make_reference
+from compress.strategies.quantization.float_share import worth_most
+from compress.strategies.quantization.mixed_precision import MixedPrecision, choose_bits
+from compress.strategies.strategy import Context
+from compress.training import Recovery
 
 
 @given(seed=st.integers(0, 1000), layers=st.integers(1, 6), share=st.floats(0, 1))
@@ -32,3 +42,53 @@ def test_the_choice_is_the_best_one_that_fits(seed, layers, share):
 
 def test_a_budget_below_the_cheapest_choice_has_no_answer():
     assert choose_bits({"a": {4: 1.0, 8: 0.0}}, {"a": {4: 50.0, 8: 100.0}}, 49.0) is None
+
+
+@given(seed=st.integers(0, 1000), layers=st.integers(1, 7), most=st.floats(0, 3))
+@settings(deadline=None, max_examples=30)
+def test_floats_are_those_that_are_worth_most(seed, layers, most):
+    rng = np.random.default_rng(seed)
+    gains = {f"layer{i}": max(value, 0.0) for i, value in enumerate(rng.normal(0.5, 0.5, layers))}
+    costs = {f"layer{i}": value for i, value in enumerate(rng.exponential(1.0, layers))}
+    found = worth_most(gains, costs, most)
+    assert sum(costs[name] for name in found) <= most * (1 + 1e-6)
+    subsets = (s for n in range(layers + 1) for s in itertools.combinations(gains, n))
+    best = max(sum(gains[n] for n in s) for s in subsets if sum(costs[n] for n in s) <= most * (1 - 1e-9))
+    assert sum(gains[name] for name in found) >= best * (1 - 1e-6)
+
+
+def weighted_board(artifact) -> Measurement:
+    """A board that takes one millisecond for each kernel, and a tenth for an integer one."""
+    kinds = [tensor.dtype for _, tensor in TFLiteFile.read(artifact.path).weighted]
+    time = sum(1.0 if kind == np.float32 else 0.1 for kind in kinds)
+    return Measurement("weighted", Latency(time, time, time, time, 100, 1))
+
+
+@pytest.fixture(scope="module")
+def context() -> Context:
+    data = Digits(train_limit=512, test_limit=128).load()
+    model = make_reference(DigitsCnn(train=Schedule(epochs=3)), data, 0)
+    return Context("mixed", data, model, Recovery(method="none"), seed=0, measure=weighted_board)
+
+
+def test_the_latency_says_how_many_layers_stay_floats(context):
+    # Five kernels: 5 ms as floats, 0.5 ms as integers, 0.9 ms more for each that stays a float.
+    candidate = MixedPrecision(latency=0.5, calibration_images=64).apply(Candidate(context.reference), context)
+    assert len(candidate.storage.float_layers) == 2
+    assert {item.layer for item in candidate.skipped} == set(candidate.storage.float_layers)
+
+
+def test_a_latency_below_that_of_the_integer_file_is_refused(context):
+    with pytest.raises(CompressError) as caught:
+        MixedPrecision(latency=0.05, calibration_images=64).apply(Candidate(context.reference), context)
+    assert "at least 0.1" in caught.value.expected
+
+
+def test_a_latency_without_a_board_is_refused(context):
+    with pytest.raises(CompressError, match="no board"):
+        MixedPrecision(latency=0.5).apply(Candidate(context.reference), context.for_stage("mixed", measure=None))
+
+
+def test_two_budgets_are_one_too_many():
+    with pytest.raises(ValueError, match="one of bytes, latency"):
+        MixedPrecision(bytes=0.2, latency=0.5)

@@ -12,7 +12,6 @@ from scipy.optimize import brentq
 
 from compress.candidate import Candidate
 from compress.deploy.tflite import export
-from compress.errors import CompressError
 from compress.metrics.size import file_bytes
 from compress.strategies.pruning.plan import Size
 from compress.strategies.strategy import Context
@@ -56,15 +55,7 @@ def _measure(candidate: Candidate, context: Context, unit: str) -> float:
         artifact = export(candidate, context.data, Path(folder, "model.tflite"))
         if unit == "bytes":
             return float(file_bytes(artifact.path))
-        measurement = None if context.measure is None else context.measure(artifact)
-    if measurement is None or measurement.latency_ms is None:
-        raise CompressError(
-            f"strategy.{context.stage}.latency",
-            expected="a board that measures latency",
-            received="no board" if measurement is None else f"{measurement.board}: {measurement.failure}",
-            fix=f"Choose another board, or give strategy.{context.stage}.macs instead.",
-        )
-    return measurement.latency_ms.p50
+        return context.median_latency(artifact, "macs")
 
 
 def largest_share(measured: Callable[[float], float], goal: float) -> tuple[float, float]:

@@ -6,7 +6,8 @@ as the change of the logits when one layer alone is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
+from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
+from compress.strategies.quantization.float_share import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
 from compress.strategies.quantization.stored import Stored
@@ -38,13 +41,16 @@ class MixedPrecision(Strategy):
     Layers that are no Dense or ordinary Conv2D have 8 bits.
 
     Args:
-        bytes: share of the bytes of the float file that is kept, at most.
+        bytes: share of the bytes of the float file that is kept, at most; 0.2 if neither is given.
+        latency: instead, share of the float file's median latency on the board that is kept, at most: integer weights
+            of fewer bits run no faster, so layers have 8 bits or stay floats.
         choices: bits that a layer may have. LiteRT packs 4 and fewer; 5 to 7 take as much room as 8.
         images: unlabelled calibration samples for sensitivities and rounding.
         ranges: how the ranges of activations are chosen, on ``calibration_images`` training images.
     """
 
-    bytes: Annotated[float, Gt(0), Lt(1)] = 0.2
+    bytes: Annotated[float, Gt(0), Lt(1)] | None = None
+    latency: Annotated[float, Gt(0), Lt(1)] | None = None
     choices: Annotated[tuple[Annotated[int, Ge(2), Le(8)], ...], MinLen(2)] = (4, 8)
     images: Annotated[int, Ge(16), Le(1_000_000)] = 500
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
@@ -53,12 +59,22 @@ class MixedPrecision(Strategy):
     effects = frozenset({Effect.STORE})
     establishes = OnGrid
 
+    def __post_init__(self) -> None:
+        """Refuse two budgets."""
+        self._budget()
+
+    def _budget(self) -> Budget:
+        return one_budget(Budget("bytes", 0.2), bytes=self.bytes, latency=self.latency)
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Measure, choose, round."""
         chosen = context.selection.names(candidate.model)
         left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
         storage = Storage("int8", Calibration(self.calibration_images, self.ranges), float_layers=left_out)
         result = candidate.evolve(model=copy_model(candidate.model), storage=storage, skipped=())
+        budget = self._budget()
+        if budget.unit == "latency":
+            return self._within_latency(result, context, chosen, budget.keep)
         samples = context.calibration_samples(self.images)
         repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
         table = {kernel.layer.name: kernel for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
@@ -68,14 +84,14 @@ class MixedPrecision(Strategy):
         costs = {name: {bits: table[name].size * (0.5 if bits <= 4 else 1) for bits in errors[name]} for name in errors}
         source = Calibrated.of(result, context.data)
         rest = len(source.quantized(left_out)) - sum(table[name].size for name in errors)
-        most = self.bytes * len(source.floats)
+        most = budget.keep * len(source.floats)
         bits = choose_bits(errors, costs, most - rest)
         if bits is None:
             least = rest + sum(min(cost.values()) for cost in costs.values())
             raise CompressError(
                 f"strategy.{context.stage}.bytes",
                 expected=f"at least {least / len(source.floats):.3f}, what all layers take at {min(self.choices)} bits",
-                received=f"{self.bytes:g}",
+                received=f"{budget.keep:g}",
                 fix="Allow more, add fewer bits to choices, or remove weights first (prune_channels, lowrank).",
             )
         model, grids = round_layers(repair, bits)
@@ -92,6 +108,15 @@ class MixedPrecision(Strategy):
             .with_guarantee(OnGrid.of(context.stage, model, grids))
             .with_guarantee(Stored(context.stage, "int8", left_out))
         )
+
+    def _within_latency(
+        self, candidate: Candidate, context: Context, chosen: Collection[str], share: float
+    ) -> Candidate:
+        names = [kernel.layer.name for kernel in kernels(candidate.model) if kernel.layer.name in chosen]
+        floats = (*candidate.storage.float_layers, *keep_floats_within(candidate, context, names, share))
+        skipped = tuple(Skipped(name, "it stays a float: the latency allows it", by_choice=True) for name in floats)
+        result = candidate.evolve(storage=replace(candidate.storage, float_layers=floats), skipped=skipped)
+        return result.with_guarantee(Stored(context.stage, "int8", floats))
 
 
 def measure_sensitivity(repair: Repair, layers: Sequence[str], choices: Sequence[int]) -> dict[str, dict[int, float]]:
