@@ -14,6 +14,7 @@ import tf_keras
 from compress.candidate import Candidate, Scheme
 from compress.data.source import Data
 from compress.errors import CompressError
+from compress.graph.kernels import kernel_attributes
 from compress.quiet import stderr_aside
 
 
@@ -38,8 +39,11 @@ def make_converter(model: tf_keras.Model) -> tf.lite.TFLiteConverter:
 
 
 @contextmanager
-def complaints_explained(scheme: Scheme) -> Iterator[None]:
-    """Turn what the converter raises into a :class:`CompressError`, and keep what it prints aside."""
+def complaints_explained(scheme: Scheme, model: tf_keras.Model | None = None) -> Iterator[None]:
+    """Turn what the converter raises into a :class:`CompressError`, and keep what it prints aside.
+
+    Layers whose operations LiteRT does not have are named if the ``model`` is given.
+    """
     try:
         with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
             warnings.simplefilter("ignore")
@@ -48,6 +52,14 @@ def complaints_explained(scheme: Scheme) -> Iterator[None]:
         raise
     except Exception as error:
         # The converter raises many types; each of them means that it refuses the model.
+        unknown = sorted(set(re.findall(r"'tf\.(\w+)' op is neither", str(error))))
+        if unknown and model is not None:
+            raise CompressError(
+                f"export as {scheme}, layer {', '.join(_layers_with(unknown, model)) or '?'}",
+                expected="operations that LiteRT has",
+                received=", ".join(f"tf.{name}" for name in unknown),
+                fix="Put layers in their place that do the same with other operations, or end the model before them.",
+            ) from error
         raise CompressError(
             f"export as {scheme}",
             expected="a model that the TFLite converter accepts",
@@ -92,6 +104,29 @@ def check_calibration(samples: Iterable[Sequence[np.ndarray]]) -> None:
         fix="Bring training images like those that the model will see, or, for a model with batch norms, calibrate "
         "without data: calibrate_on=synthetic.",
     )
+
+
+def _layers_with(operations: Sequence[str], model: tf_keras.Model) -> list[str]:
+    """Return the layers in whose graphs there are operations of these types."""
+    shape = (1, *model.inputs[0].shape[1:])
+    call = tf.function(lambda image: model(image, training=False))
+    graph = call.get_concrete_function(tf.TensorSpec(shape, tf.float32)).graph
+    found = [layer_of(op.name, model) for op in graph.get_operations() if op.type in operations]
+    return list(dict.fromkeys(name for name in found if name))
+
+
+def layer_of(tensor: str, model: tf_keras.Model) -> str:
+    """Return the layer whose weights made a tensor ``model/layer/operation;...``, else one that it is named after.
+
+    Empty if it names none.
+    """
+    segments = [f"/{segment}/" for segment in tensor.split(";")]
+    # What is fused into an operator stands behind it: the last layer says what the tensor is.
+    weighted = [layer for layer in model.layers if kernel_attributes(layer)]
+    named = (
+        layer.name for layer in (*weighted, *model.layers[::-1]) if any(f"/{layer.name}/" in text for text in segments)
+    )
+    return next(named, "")
 
 
 def _reason(error: Exception) -> str:

@@ -15,10 +15,16 @@ from tensorflow.lite.python.convert import mlir_quantize
 
 from compress.candidate import Candidate, Grid
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, check_calibration, complaints_explained, make_converter
+from compress.deploy.conversion import (
+    calibration_samples,
+    check_calibration,
+    complaints_explained,
+    layer_of,
+    make_converter,
+)
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids
-from compress.deploy.points import find_points, layer_of
+from compress.deploy.points import find_points
 from compress.deploy.ranges import choose, collect
 from compress.errors import CompressError
 from compress.graph.kernels import get_weight
@@ -54,7 +60,7 @@ class Calibrated:
         converter.representative_dataset = samples
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter._experimental_calibrate_only = True
-        with complaints_explained(storage.scheme):
+        with complaints_explained(storage.scheme, model):
             content = bytes(converter.convert())
         _check_finite(content, candidate)
         if storage.calibration.ranges != "minmax":

@@ -15,8 +15,7 @@ import tf_keras
 
 from compress.candidate import Candidate
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
-from compress.deploy.points import layer_of
+from compress.deploy.conversion import calibration_samples, complaints_explained, layer_of, make_converter
 from compress.deploy.ranges import computed_values
 from compress.metrics.tflite_file import TFLiteFile
 
@@ -44,7 +43,7 @@ def quantization_noise(candidate: Candidate, data: Data, path: Path, images: int
     Raises:
         CompressError: if the converter refuses the model.
     """
-    with complaints_explained("float32"):
+    with complaints_explained("float32", candidate.model):
         floats = bytes(make_converter(candidate.model).convert())
     samples = [sample for (sample,) in calibration_samples(candidate, data, images)]
     return measure_noise(floats, path.read_bytes(), samples, candidate.model)

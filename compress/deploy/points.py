@@ -13,7 +13,6 @@ from compress.candidate import Calibration, Candidate
 from compress.data.source import Data
 from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.ranges import choose, collect, computed_values
-from compress.graph.kernels import kernel_attributes
 from compress.graph.rewrite import nodes
 
 _TOLERANCE = 1e-4
@@ -38,24 +37,6 @@ class Points:
     tied: Mapping[str, str]
 
 
-def layer_of(tensor: str, model: tf_keras.Model) -> str:
-    """Return the layer whose weights made a tensor ``model/layer/operation;...``, else one that it is named after.
-
-    Empty if it names none.
-    """
-    segments = [f"/{segment}/" for segment in tensor.split(";")]
-    # What is fused into an operator stands behind it: the last layer says what the tensor is.
-    weighted = [layer for layer in model.layers if kernel_attributes(layer)]
-    return next(
-        (
-            layer.name
-            for layer in (*weighted, *model.layers[::-1])
-            if any(f"/{layer.name}/" in text for text in segments)
-        ),
-        "",
-    )
-
-
 def calibrated_points(
     candidate: Candidate, data: Data, calibration: Calibration
 ) -> tuple[Points, dict[str, tuple[float, float]]]:
@@ -66,7 +47,7 @@ def calibrated_points(
     """
     model = candidate.model
     converter = make_converter(model)
-    with complaints_explained("int8"):
+    with complaints_explained("int8", model):
         content = bytes(converter.convert())
     samples = [sample for (sample,) in calibration_samples(candidate, data, calibration.images)]
     points = find_points(content, model, samples[0])

@@ -65,7 +65,7 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
         wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         # Operators without a 16-bit form go on computing with floats.
         converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
-    with complaints_explained(storage.scheme):
+    with complaints_explained(storage.scheme, candidate.model):
         content = bytes(converter.convert())
     if storage.scheme == "weight_only":
         return expand_from_grids(content, grids_of(candidate), per_tensor=whole, spared=storage.float_layers)

@@ -166,7 +166,7 @@ def test_what_the_converter_refuses_is_refused_with_the_scheme_and_leaves_the_ol
     inverse = tf_keras.Model(image, layers.Flatten()(tf.linalg.inv(image)))
     with pytest.raises(CompressError) as caught:
         export(Candidate(inverse, storage=Storage("float16")), data, path)
-    assert "float16" in caught.value.where
+    assert caught.value.where == "export as float16, layer tf.linalg.inv"
     assert "MatrixInverse" in caught.value.received
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
