@@ -29,7 +29,10 @@ class Effect(Enum):
 
     TRAIN = "changes the values of its weights"
     ZERO = "sets some of its weights to zero"
+    FILL = "leaves none of its weights at zero"
     SHARE = "lets its weights share values"
+    ROUND = "rounds its weights to a grid"
+    SPREAD = "gives the weights of each output values of their own"
     CUT = "removes channels of it"
     REPLACE = "puts other layers in its place"
     STORE = "chooses how its weights are written"

@@ -53,13 +53,29 @@ def fingerprint(model: tf_keras.Model) -> tuple[str, bytes]:
     return model.to_json(), b"".join(np.ascontiguousarray(w).tobytes() for w in model.get_weights())
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_never_changes_its_input_and_keeps_shapes(name, context, reference):
-    before = fingerprint(reference)
-    candidate = Candidate(reference)
-    result = make(name).apply(candidate, context)
+@pytest.fixture(scope="module", params=STRATEGIES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def before(reference) -> tuple[str, bytes]:
+    return fingerprint(reference)
+
+
+@pytest.fixture(scope="module")
+def result(name, before, context, reference) -> Candidate:
+    """What the strategy makes of the reference, with its defaults; made once for all tests."""
+    return make(name).apply(Candidate(reference), context)
+
+
+@pytest.fixture(scope="module")
+def artifact(result, data, tmp_path_factory):
+    return export(result, data, tmp_path_factory.mktemp("exported") / "model.tflite")
+
+
+def test_never_changes_its_input_and_keeps_shapes(result, before, reference):
     assert fingerprint(reference) == before
-    assert result is not candidate
     assert result.model is not reference
     assert result.model.input_shape == reference.input_shape
     assert result.model.output_shape == reference.output_shape
@@ -67,17 +83,13 @@ def test_never_changes_its_input_and_keeps_shapes(name, context, reference):
     assert not shared
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_same_seed_same_weights(name, context, reference):
-    first, second = (make(name).apply(Candidate(reference), context) for _ in range(2))
-    for a, b in zip(first.model.get_weights(), second.model.get_weights(), strict=True):
+def test_same_seed_same_weights(name, result, context, reference):
+    again = make(name).apply(Candidate(reference), context)
+    for a, b in zip(result.model.get_weights(), again.model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_the_exported_file_agrees_with_keras(name, context, reference, data, tmp_path):
-    result = make(name).apply(Candidate(reference), context)
-    artifact = export(result, data, tmp_path / "model.tflite")
+def test_the_exported_file_agrees_with_keras(result, artifact, data):
     ours, theirs = file_outputs(artifact.path, data.test.x), keras_outputs(result.model, data.test.x)
     spread = np.abs(theirs).max()
     tolerance = {"float32": 1e-5, "float16": 1e-2, "dynamic": 0.05, "int8": 0.15}[result.storage.scheme]
@@ -85,13 +97,10 @@ def test_the_exported_file_agrees_with_keras(name, context, reference, data, tmp
     assert (ours.argmax(1) == theirs.argmax(1)).mean() >= 0.97
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_guarantees_hold_after_save_and_load(name, context, reference, data, tmp_path):
+def test_guarantees_hold_after_save_and_load(result, artifact, data, tmp_path):
     from compress.cache import Entry, StageCache
     from compress.metrics.tflite_file import TFLiteFile
 
-    result = make(name).apply(Candidate(reference), context)
-    artifact = export(result, data, tmp_path / "model.tflite")
     cache = StageCache(tmp_path / "cache")
     cache.store("key", Entry(result, {"skipped": []}, artifact.path.read_bytes()))
     entry = cache.load("key")
@@ -113,9 +122,10 @@ def budgets() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "unit"), budgets())
+@pytest.mark.parametrize(("strategy", "unit"), budgets())
 @pytest.mark.parametrize("keep", [0.6, 0.8])
-def test_a_budget_is_met(name, unit, keep, context, reference):
+def test_a_budget_is_met(strategy, unit, keep, context, reference):
+    name = strategy
     if name == "compact" and keep == 0.6:
         keep = 0.7
     result = make(name, **{unit: keep}).apply(Candidate(reference), context)
@@ -144,7 +154,6 @@ def test_a_budget_is_met(name, unit, keep, context, reference):
             assert count_macs(result.model) / count_macs(reference) >= keep - 0.05
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_wrong_field_is_a_clear_error(name):
     with pytest.raises(CompressError) as caught:
         make_plan(compose_config([f"strategy={name}", f"+strategy.{name}.onyl=1"]))
@@ -152,7 +161,6 @@ def test_a_wrong_field_is_a_clear_error(name):
     assert "only" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_stage_yaml_names_only_its_own_fields(name):
     text = (conf_dir() / "strategy" / f"{name}.yaml").read_text()
     fields = {item.name for item in dataclasses.fields(make(name))}

@@ -21,7 +21,7 @@ class Zeros(Guarantee):
 
     masks: Mapping[str, np.ndarray]
 
-    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE})
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.FILL})
     comes_first: ClassVar[bool] = True
 
     @property
@@ -70,4 +70,4 @@ class Zeros(Guarantee):
 class PatternedZeros(Zeros):
     """Zeros in a pattern along the channels (N:M, blocks), which a cut would break."""
 
-    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.CUT})
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.FILL, Effect.CUT})

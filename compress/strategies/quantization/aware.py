@@ -57,7 +57,7 @@ class QuantizeAware(Strategy):
     calibration_images: Annotated[int, Ge(1)] = 256
     scheme: Literal["own", "tfmot"] = "own"
 
-    effects = frozenset({Effect.TRAIN, Effect.STORE})
+    effects = frozenset({Effect.TRAIN, Effect.STORE, Effect.ROUND})
     establishes = OnGrid
 
     def __post_init__(self) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 from pydantic.dataclasses import dataclass
 
+from compress.candidate import Effect
 from compress.graph.kernels import Kernel
+from compress.strategies.quantization.levels import NonzeroLevels
 from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
 from compress.strategies.quantization.quantizers import straight_through
 from compress.strategies.strategy import STRICT
@@ -35,6 +37,9 @@ class SignQuantizer:
 @dataclass(frozen=True, config=STRICT)
 class BinaryConnect(LowBit):
     """Train binary weights; the constant of each kernel is the mean size of its weights before."""
+
+    effects = LowBit.effects | {Effect.FILL}
+    establishes = NonzeroLevels
 
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
         """Return the sign."""

@@ -9,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 from pydantic.dataclasses import dataclass
 
+from compress.candidate import Effect
 from compress.graph.kernels import Kernel
+from compress.strategies.quantization.levels import NonzeroLevels
 from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
 from compress.strategies.quantization.quantizers import straight_through
 from compress.strategies.strategy import STRICT
@@ -35,6 +37,9 @@ class ScaledSignQuantizer:
 @dataclass(frozen=True, config=STRICT)
 class BinaryFilters(LowBit):
     """Train binary weights with one scale for each filter."""
+
+    effects = LowBit.effects | {Effect.FILL, Effect.SPREAD}
+    establishes = NonzeroLevels
 
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
         """Return the scaled sign."""

@@ -14,7 +14,9 @@ import tf_keras
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
+from compress.candidate import Effect
 from compress.graph.kernels import Kernel
+from compress.strategies.quantization.levels import NonzeroLevels
 from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
 from compress.strategies.quantization.low_bit_inputs import once_called, uniform_inputs, with_rounded_inputs
 from compress.strategies.quantization.quantizers import straight_through
@@ -58,6 +60,9 @@ class DoReFa(LowBit):
     bits: Annotated[int, Ge(1), Le(8)] = 2
     input_bits: Annotated[int, Ge(1), Le(8)] | None = None
     calibration_images: Annotated[int, Ge(1)] = 128
+
+    effects = LowBit.effects | {Effect.FILL}
+    establishes = NonzeroLevels
 
     def prepared(self, model: tf_keras.Model, names: Collection[str], context: Context) -> tf_keras.Model:
         """Round the inputs of the layers."""

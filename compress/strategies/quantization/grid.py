@@ -30,7 +30,7 @@ class OnGrid(Guarantee):
     bits: Mapping[str, int]
     shapes: Mapping[str, Sequence[int]]
 
-    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE})
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE, Effect.ROUND})
 
     @classmethod
     def of(cls, stage: str, model: tf_keras.Model, grids: Mapping[str, Grid]) -> OnGrid:

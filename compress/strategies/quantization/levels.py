@@ -30,7 +30,7 @@ class Levels(Guarantee):
     scales: Mapping[str, np.ndarray]
     shapes: Mapping[str, Sequence[int]]
 
-    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE})
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE, Effect.ROUND})
 
     @property
     def layers(self) -> frozenset[str]:
@@ -84,6 +84,13 @@ class Levels(Guarantee):
             if most > len(levels):
                 found.append(Violation(name, f"{most} distinct values in an output, at most {len(levels)}"))
         return found
+
+
+@dataclass(frozen=True)
+class NonzeroLevels(Levels):
+    """Levels of which none is zero."""
+
+    broken_by: ClassVar[frozenset[Effect]] = Levels.broken_by | {Effect.ZERO}
 
 
 def _count_distinct(values: np.ndarray, spread: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import tf_keras
@@ -32,7 +32,7 @@ class LowBit(Strategy):
     """Train the selected kernels as levels. Subclasses say which."""
 
     effects = frozenset({Effect.TRAIN, Effect.SHARE})
-    establishes = Levels
+    establishes: ClassVar[type[Levels]] = Levels
 
     @abstractmethod
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
@@ -65,7 +65,7 @@ class LowBit(Strategy):
                 1 if axis in kernel.inner_axes else kernel.value.shape[axis] for axis in range(-kernel.value.ndim, 0)
             ]
             found[kernel.name] = values, np.broadcast_to(scales, spread).copy()
-        levels = Levels(
+        levels = self.establishes(
             context.stage,
             levels={name: values for name, (values, _) in found.items()},
             scales={name: scales for name, (_, scales) in found.items()},

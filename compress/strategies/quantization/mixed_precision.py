@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.dataclasses import dataclass
 from scipy.optimize import LinearConstraint, milp
 
-from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
+from compress.candidate import Calibration, Candidate, Effect, Guarantee, Skipped, Storage
 from compress.deploy.integer import Calibrated
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
@@ -56,8 +56,16 @@ class MixedPrecision(Strategy):
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     calibration_images: Annotated[int, Ge(1)] = 256
 
-    effects = frozenset({Effect.STORE})
-    establishes = OnGrid
+    @property
+    def effects(self) -> frozenset[Effect]:  # type: ignore[override]
+        """What it does to a layer: under a latency it leaves the weights alone."""
+        rounds = self._budget().unit == "bytes"
+        return frozenset({Effect.STORE, *((Effect.ROUND, Effect.SPREAD) if rounds else ())})
+
+    @property
+    def establishes(self) -> type[Guarantee]:  # type: ignore[override]
+        """The kind of guarantee that it adds."""
+        return OnGrid if self._budget().unit == "bytes" else Stored
 
     def __post_init__(self) -> None:
         """Refuse two budgets."""

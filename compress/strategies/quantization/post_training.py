@@ -13,7 +13,7 @@ import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
+from compress.candidate import Calibration, Candidate, Effect, Guarantee, Skipped, Storage
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
@@ -76,8 +76,15 @@ class Quantize(Strategy):
     bias_correction: bool = False
     float_fallback: FloatFallback | None = None
 
-    effects = frozenset({Effect.STORE})
-    establishes = Stored
+    @property
+    def establishes(self) -> type[Guarantee]:  # type: ignore[override]
+        """The kind of guarantee that it adds; the one that more would break, of two."""
+        return OnGrid if self._on_grids else Stored
+
+    @property
+    def effects(self) -> frozenset[Effect]:  # type: ignore[override]
+        """What it does to a layer: fewer bits than 8 change the weights themselves."""
+        return frozenset({Effect.STORE, *((Effect.ROUND, Effect.SPREAD) if self._on_grids else ())})
 
     def __post_init__(self) -> None:
         """Refuse fields that only the other schemes have."""
