@@ -125,11 +125,10 @@ def budgets() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("strategy", "unit"), budgets())
 @pytest.mark.parametrize("keep", [0.6, 0.8])
 def test_a_budget_is_met(strategy, unit, keep, context, reference):
-    name = strategy
-    if name == "compact" and keep == 0.6:
+    if strategy == "compact" and keep == 0.6:
         keep = 0.7
-    result = make(name, **{unit: keep}).apply(Candidate(reference), context)
-    sparse = name == "prune"
+    result = make(strategy, **{unit: keep}).apply(Candidate(reference), context)
+    sparse = strategy == "prune"
     kernels = {w.name: np.asarray(w) for w in result.model.trainable_weights if "kernel" in w.name}
     if unit in ("sparsity", "weights"):
         zeros = np.mean(np.concatenate([k.ravel() for k in kernels.values()]) == 0)
@@ -150,7 +149,7 @@ def test_a_budget_is_met(strategy, unit, keep, context, reference):
         assert done / count_macs(reference) == pytest.approx(keep, abs=0.001)
     else:
         assert count_macs(result.model) / count_macs(reference) <= keep + 1e-9
-        if name != "compact":  # a convolution is replaced as a whole or not at all
+        if strategy != "compact":  # a convolution is replaced as a whole or not at all
             assert count_macs(result.model) / count_macs(reference) >= keep - 0.05
 
 
