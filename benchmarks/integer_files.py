@@ -44,9 +44,13 @@ from compress.strategies.strategy import Context  # noqa: E402
 from compress.training import Recovery  # noqa: E402
 
 FLOAT, PLAIN, PUBLISHED = "float", "plain converter, int8", "MLPerf Tiny's file, int8"
-OURS = {f"quantize, {ranges}": ranges for ranges in ("minmax", "percentile", "mse", "entropy")}
-WORSE_THAN_PLAIN = 0.05
 SAMPLES = 256
+OURS = {
+    **{f"quantize, {ranges}": {"ranges": ranges} for ranges in ("minmax", "percentile", "mse", "entropy")},
+    "quantize, mse, second_order": {"ranges": "mse", "rounding": "second_order"},
+    "quantize, synthetic samples": {"calibrate_on": "synthetic"},
+}
+WORSE_THAN_PLAIN = 0.05
 ROUNDS = 5
 KEYWORDS = "mlperf_tiny/kws01.npz"
 
@@ -133,15 +137,15 @@ def plain_int8(model: tf_keras.Model, data: Data, path: Path) -> Path:
     """Write the file that TensorFlow alone makes, as its guide says."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = partial(calibration_samples, data, SAMPLES)
+    converter.representative_dataset = partial(calibration_samples, Candidate(model), data, SAMPLES)
     with complaints_explained("int8"):
         path.write_bytes(converter.convert())
     return path
 
 
-def ours(model: tf_keras.Model, data: Data, ranges: str, path: Path) -> Path:
+def ours(model: tf_keras.Model, data: Data, fields: dict, path: Path) -> Path:
     """Write the file of ``quantize``."""
-    strategy = Quantize(ranges=ranges, calibration_images=SAMPLES)
+    strategy = Quantize(calibration_images=SAMPLES, rounding_images=SAMPLES, **fields)
     context = Context("quantize", data, model, Recovery(method="none"), 0)
     return export(strategy.apply(Candidate(model), context), data, path).path
 
@@ -149,7 +153,7 @@ def ours(model: tf_keras.Model, data: Data, ranges: str, path: Path) -> Path:
 def makers(case: Case, model: tf_keras.Model, data: Data, folder: Path) -> dict[str, Callable[[], Path]]:
     """Return what makes each file."""
     made: dict[str, Callable[[], Path]] = {PLAIN: partial(plain_int8, model, data, folder / "plain.tflite")}
-    made |= {name: partial(ours, model, data, ranges, folder / f"{ranges}.tflite") for name, ranges in OURS.items()}
+    made |= {name: partial(ours, model, data, fields, folder / "ours.tflite") for name, fields in OURS.items()}
     return made | ({PUBLISHED: partial(needed, case.published)} if case.published else {})
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from compress.quiet import import_tensorflow
 
@@ -30,7 +31,7 @@ from compress.cli.places import conf_dir  # noqa: E402
 from compress.graph.rewrite import copy_model  # noqa: E402
 from compress.reference import make_reference  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
-from compress.training import LossTerm, Projection, train, training_batches  # noqa: E402
+from compress.training import LossTerm, Projection, WeightQuantizer, train, training_batches  # noqa: E402
 
 SHORT, LONG, ROUNDS = 10, 60, 3
 DEFAULT = ("model=resnet20", "data=cifar10")
@@ -53,6 +54,7 @@ class TimedContext(Context):
         *,
         projections: Sequence[Projection] = (),
         terms: Sequence[LossTerm] = (),
+        quantizers: Mapping[str, WeightQuantizer] = MappingProxyType({}),
     ) -> Candidate:
         """Time ``ROUNDS`` interleaved pairs."""
         batch = self.recovery.batch_size
@@ -69,6 +71,7 @@ class TimedContext(Context):
                 guarantees=candidate.guarantees,
                 projections=projections,
                 terms=prepared,
+                quantizers=quantizers,
                 progress=clock,
             )
             return clock.seconds()
