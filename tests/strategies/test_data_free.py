@@ -54,6 +54,20 @@ def test_batch_norms_see_what_they_remember(model):
         np.testing.assert_allclose(values.var((0, 1, 2)), variance, rtol=0.15)
 
 
+def test_a_network_that_reads_pixels_as_they_are(model, images):
+    image = tf_keras.Input((8, 8, 3))
+    norm = layers.BatchNormalization(name="norm")
+    conv = layers.Conv2D(8, 3, use_bias=False, name="conv")
+    raw = tf_keras.Model(image, layers.Dense(4)(layers.GlobalAveragePooling2D()(norm(conv(image)))))
+    values = np.asarray(tf_keras.Model(image, norm.input)(images))
+    norm.moving_mean.assign(values.mean((0, 1, 2)))
+    norm.moving_variance.assign(values.var((0, 1, 2)))
+    found = np.asarray(tf_keras.Model(image, norm.input)(synthetic_samples(raw, 64, 0, "test")))
+    spread = values.std((0, 1, 2))
+    assert (np.abs(found.mean((0, 1, 2)) - values.mean((0, 1, 2))) < 0.2 * spread).all()
+    np.testing.assert_allclose(found.std((0, 1, 2)), spread, rtol=0.2)
+
+
 def test_another_seed_makes_other_samples(model):
     one, again, other = (synthetic_samples(model, 8, seed, "test") for seed in (1, 1, 2))
     np.testing.assert_allclose(one, again, rtol=1e-3, atol=1e-2)
@@ -61,7 +75,8 @@ def test_another_seed_makes_other_samples(model):
 
 
 def test_the_file_is_calibrated_without_the_training_part(model, images, tmp_path):
-    dark = Split(np.zeros((32, 8, 8, 3), np.float32), np.arange(32) % 4)
+    noise = np.random.default_rng(0).uniform(0, 1, (32, 8, 8, 3)).astype(np.float32)
+    dark = Split(noise, np.arange(32) % 4)
     data = make_data("dark", dark, Split(images[:64], np.arange(64) % 4))
     context = Context("quantize", data, model, Recovery(method="none"), seed=0)
     errors = {}

@@ -17,6 +17,7 @@ from compress.progress import progress
 _STEPS = 300
 _RATE = 0.1
 _BATCH = 64
+_SIZES = (1.0, 4.0, 16.0, 64.0)
 
 
 def synthetic_samples(model: tf_keras.Model, count: int, seed: int, where: str) -> np.ndarray:
@@ -45,7 +46,7 @@ def synthetic_samples(model: tf_keras.Model, count: int, seed: int, where: str) 
             fix="Calibrate on the training part: calibrate_on=training.",
         )
     look = tf_keras.Model(model.inputs, [norm.input for norm in norms])
-    gain, shift = _preprocessing(model)
+    gain, shift = _start(look, norms, *_preprocessing(model))
     parts = []
     with progress("synthetic samples") as shown:
         total = -(-count // _BATCH)
@@ -69,20 +70,38 @@ def _batch(
     @tf.function  # type: ignore[untyped-decorator]
     def step() -> None:
         with tf.GradientTape() as tape:
-            loss = tf.constant(0.0)
-            values = tf.nest.flatten(look((latent - shift) / gain, training=False))
-            for norm, value in zip(norms, values, strict=True):
-                axes = [axis for axis in range(len(value.shape)) if axis not in norm.axis]
-                mean, variance = tf.nn.moments(value, axes)
-                # In units of the remembered spread, so that each batch norm counts alike.
-                spread = norm.moving_variance + norm.epsilon
-                loss += tf.reduce_mean((mean - norm.moving_mean) ** 2 / spread)
-                loss += tf.reduce_mean((tf.sqrt(variance / spread + 1e-6) - 1.0) ** 2)
+            loss = _distance(look, norms, (latent - shift) / gain)
         optimizer.minimize(loss, [latent], tape=tape)
 
     for _ in range(_STEPS):
         step()
     return np.asarray((latent - shift) / gain, np.float32)
+
+
+def _distance(look: tf_keras.Model, norms: list[tf_keras.layers.BatchNormalization], inputs: tf.Tensor) -> tf.Tensor:
+    """Return how far the means and spreads that the batch norms see are from those that they remember."""
+    loss = tf.constant(0.0)
+    for norm, value in zip(norms, tf.nest.flatten(look(inputs, training=False)), strict=True):
+        axes = [axis for axis in range(len(value.shape)) if axis not in norm.axis]
+        mean, variance = tf.nn.moments(value, axes)
+        # In units of the remembered spread, so that each batch norm counts alike.
+        spread = norm.moving_variance + norm.epsilon
+        loss += tf.reduce_mean((mean - norm.moving_mean) ** 2 / spread)
+        loss += tf.reduce_mean((tf.sqrt(variance / spread + 1e-6) - 1.0) ** 2)
+    return loss
+
+
+def _start(
+    look: tf_keras.Model, norms: list[tf_keras.layers.BatchNormalization], gain: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return gain and shift with which noise is nearest to what the batch norms remember.
+
+    A network that reads pixels as they are needs inputs a hundred times as large as one that reads normalised ones.
+    """
+    noise = tf.random.stateless_normal((_BATCH, *look.inputs[0].shape[1:]), (0, 0))
+    choices = [(gain / size, shift / size - offset) for size in _SIZES for offset in (0.0, 1.0, 2.0)]
+    distances = [float(_distance(look, norms, (noise - own_shift) / own)) for own, own_shift in choices]
+    return choices[int(np.argmin(distances))]
 
 
 def _preprocessing(model: tf_keras.Model) -> tuple[np.ndarray, np.ndarray]:
