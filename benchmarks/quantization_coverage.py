@@ -61,6 +61,7 @@ def measure(name: str, part: str) -> Row:
     model = build(name)
     randomise(model)
     data = random_data(model)
+    settle(model, data.train.x)
     flat = rewrite(model)
     context = Context(part, data, flat, ONE_STEP, 0)
     started = time.perf_counter()
@@ -79,6 +80,17 @@ def measure(name: str, part: str) -> Row:
     except CompressError as error:
         row["failure"] = str(error)[:300]
     return row
+
+
+def settle(model: tf_keras.Model, images: np.ndarray) -> None:
+    """Give batch norms the statistics of the images, as training would have: ranges hold for no others."""
+    norms = [layer for layer in model.submodules if isinstance(layer, tf_keras.layers.BatchNormalization)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    model(images, training=True)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
 
 
 def fake_quantized(candidate: Candidate, data: Data) -> tf_keras.Model:

@@ -14,6 +14,7 @@ from compress.data.source import Data
 from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.ranges import choose, collect, computed_values
 from compress.graph.rewrite import nodes
+from compress.metrics.tflite_file import TFLiteFile
 
 _TOLERANCE = 1e-4
 _AVERAGING = (
@@ -86,24 +87,51 @@ def find_points(content: bytes, model: tf_keras.Model, sample: np.ndarray) -> Po
         ]
         if found:
             tensors[layer] = found
-    return Points(tensors, _tied(model, tensors, outputs))
+    return Points(tensors, _tied(model, tensors, outputs, _written(content)))
 
 
 def _tied(
-    model: tf_keras.Model, tensors: Mapping[str, Sequence[str]], outputs: Mapping[str, np.ndarray]
+    model: tf_keras.Model,
+    tensors: Mapping[str, Sequence[str]],
+    outputs: Mapping[str, np.ndarray],
+    order: Sequence[str],
 ) -> dict[str, str]:
-    tied: dict[str, str] = {}
+    """Return layer -> the layer whose scale its output has.
+
+    What only passes one tensor on keeps its scale; what puts several together (concatenation, maximum) brings them to
+    its own beforehand. Of several that read a tensor, the last one in the file decides; the
+    others requantize it.
+    """
+    kept: dict[str, str] = {}
+    joiners: list[tuple[str, list[str]]] = []
     for node in nodes(model):
         name = node.layer.name
-        if node.is_input or name not in tensors or len(node.keras_inputs) != 1:
+        sources = [tensor._keras_history.layer.name for tensor in node.keras_inputs]
+        if node.is_input or not {name, *sources} <= tensors.keys():
             continue
-        source = node.keras_inputs[0]._keras_history.layer.name
-        rectifies = isinstance(node.layer, _RECTIFYING) or "relu" in getattr(node.layer, "symbol", "")
-        if source not in tensors or rectifies:
-            continue
-        if (
-            isinstance(node.layer, _AVERAGING)
-            or np.isin(outputs[name], np.append(outputs[source], np.float32(0))).all()
-        ):
-            tied[name] = tied.get(source, source)
+        given = np.concatenate([np.zeros(1), *(outputs[source].reshape(-1) for source in sources)])
+        passes_on = np.isin(outputs[name], given).all()
+        if len(sources) > 1 and passes_on:
+            joiners.append((name, sources))
+        elif len(sources) == 1 and (passes_on or isinstance(node.layer, _AVERAGING)) and not _rectifies(node.layer):
+            kept[name] = kept.get(sources[0], sources[0])
+    joined: dict[str, str] = {}
+    for name, sources in sorted(joiners, key=lambda joiner: order.index(tensors[joiner[0]][0])):
+        joined.update({kept.get(source, source): name for source in sources})
+    tied = {}
+    for name in (*kept, *joined):
+        scale = kept.get(name, name)
+        while scale in joined:
+            scale = joined[scale]
+        tied[name] = scale
     return tied
+
+
+def _written(content: bytes) -> list[str]:
+    """Return the names of the tensors that the file computes, in the order of its operators."""
+    file = TFLiteFile(content)
+    return [file.tensors[index].name for operator in file.operators for index in operator.outputs]
+
+
+def _rectifies(layer: tf_keras.layers.Layer) -> bool:
+    return isinstance(layer, _RECTIFYING) or "relu" in getattr(layer, "symbol", "")
