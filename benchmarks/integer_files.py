@@ -47,7 +47,10 @@ FLOAT, PLAIN, PUBLISHED = "float", "plain converter, int8", "MLPerf Tiny's file,
 SAMPLES = 256
 OURS = {
     **{f"quantize, {ranges}": {"ranges": ranges} for ranges in ("minmax", "percentile", "mse", "entropy")},
-    "quantize, mse, second_order": {"ranges": "mse", "rounding": "second_order"},
+    **{
+        f"quantize, {ranges}, second_order": {"ranges": ranges, "rounding": "second_order"}
+        for ranges in ("mse", "percentile")
+    },
     "quantize, synthetic samples": {"calibrate_on": "synthetic"},
 }
 WORSE_THAN_PLAIN = 0.05

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from compress.boards import host as module
 from compress.boards.host import Host
-from compress.candidate import Artifact, Candidate, Storage
+from compress.candidate import Artifact, Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 
@@ -25,7 +25,7 @@ def artifact(folder: Path, filters: int = 2, scheme: str = "float32") -> Artifac
     x = layers.Conv2D(filters, 3, padding="same")(image)
     model = tf_keras.Model(image, layers.GlobalAveragePooling2D()(layers.Conv2D(filters, 3, padding="same")(x)))
     part = Split(np.random.default_rng(0).normal(size=(8, 16, 16, filters)).astype(np.float32), np.arange(8) % 2)
-    candidate = Candidate(model, storage=Storage(scheme, 4))
+    candidate = Candidate(model, storage=Storage(scheme, Calibration(4)))
     return export(candidate, make_data("random", part, part), folder / f"{filters}.tflite")
 
 
