@@ -154,3 +154,4 @@ def _rescale(model: schema.ModelT, bias: schema.TensorT, ratios: np.ndarray) -> 
     limits = np.iinfo(kind)
     bias.buffer = add_buffer(model, np.clip(np.rint(values), limits.min, limits.max).astype(kind))
     bias.quantization.scale = (np.asarray(bias.quantization.scale) * ratios).astype(np.float32)
+    bias.quantization.zeroPoint = np.zeros(len(ratios), np.int64)

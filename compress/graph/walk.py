@@ -68,9 +68,9 @@ class Walk:
                     self.changed_values[id(tensor)] = self.values[id(tensor)]
             else:
                 self._store(self.changed_values, node, self.run(node, layer, self.changed_values))
-            for tensor in node.keras_inputs:
-                if self._last_use.get(id(tensor)) == position:
-                    del self.values[id(tensor)], self.changed_values[id(tensor)]
+            for key in set(read):
+                if self._last_use.get(key) == position:
+                    del self.values[key], self.changed_values[key]
 
     def run(self, node: Any, layer: tf_keras.layers.Layer, values: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """Return the outputs of one call on all samples."""

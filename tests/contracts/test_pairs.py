@@ -5,6 +5,7 @@ What the exported file holds is read with LiteRT's own interpreter, not with the
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,22 @@ def test_pair(first, second, pipeline, tmp_path):
         assert widths
         for layer, channels in widths.items():
             assert channels_written(file, layer) <= channels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["quantize", "qat"])
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("others", [("prune", "share"), ("share", "prune")], ids="-".join)
+def test_zeros_clusters_and_integers_live_together(others, position, last, pipeline, tmp_path):
+    order = [*others[:position], last, *others[position:]]
+    built = pipeline(f"strategy={'+'.join(order)}", *(f"strategy.{k}.{v}" for k, v in SETTINGS.items()))
+    if last == "qat" and order.index("qat") < order.index("share"):
+        with pytest.raises(CompressError, match="share after stage qat"):
+            built.run(tmp_path)
+        return
+    result = built.run(tmp_path)
+    assert result.final.accuracy > 60
+    for tensor in weights_in(tmp_path / "model.tflite"):
+        assert tensor.dtype == np.int8
+        assert np.mean(tensor == 0) >= SPARSITY - 1 / tensor.size
+        assert len(np.unique(tensor)) <= CLUSTERS
