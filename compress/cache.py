@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,24 @@ class StageCache:
                         raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def remembered(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returns, in JSON's types; what it returned the last time if that is known."""
+        if self.folder is None:
+            return make()
+        file = self.folder / "measured" / f"{key}.json"
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".partial-{uuid.uuid4().hex}")
+        partial.write_text(json.dumps(found))
+        partial.replace(file)
+        return found
 
 
 def code_digest(kind: type) -> str:

@@ -201,7 +201,9 @@ class Pipeline:
         )
         candidate, results = reference, []
         for number, stage in enumerate(self.stages, start=1):
-            key = _digest([key, stage.name, stage.config(), code_digest(type(stage.strategy)), self.seed, self.strict])
+            code = code_digest(type(stage.strategy))
+            start = [key, code, self.seed, number]
+            key = _digest([key, stage.name, stage.config(), code, self.seed, self.strict])
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(
@@ -209,8 +211,12 @@ class Pipeline:
                 before: Candidate = candidate,
                 config: dict[str, Any] = config,
                 number: int = number,
+                start: Sequence[Any] = start,
             ) -> tuple[Candidate, StageResult]:
-                own = dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name))
+                def remember(name: str, settings: Sequence[Any], measure: Callable[[], Any]) -> Any:
+                    return self.cache.remembered(_digest([*start, stage.name, name, *settings]), measure)
+
+                own = dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
                 return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder)
 
             candidate, result, artifact = self._cached(key, make, folder)

@@ -108,6 +108,27 @@ def test_without_a_folder_nothing_is_kept(entry, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_measurement_is_made_once(tmp_path, warnings):
+    made = []
+
+    def measure() -> dict:
+        made.append(1)
+        return {"conv": {"4": 0.1}}
+
+    cache = StageCache(tmp_path)
+    assert cache.remembered(KEY, measure) == cache.remembered(KEY, measure) == {"conv": {"4": 0.1}}
+    assert len(made) == 1
+    cache.remembered(KEY[::-1], measure)
+    assert len(made) == 2
+    (file,) = tmp_path.rglob(f"{KEY}.json")
+    file.write_text(file.read_text()[:-1])
+    assert cache.remembered(KEY, measure) == {"conv": {"4": 0.1}}
+    assert len(made) == 3
+    assert len(warnings) == 1
+    StageCache(None).remembered(KEY, measure)
+    assert len(made) == 4
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
 def test_one_changed_byte_is_noticed_and_the_entry_removed(name, place, entry, tmp_path, warnings):

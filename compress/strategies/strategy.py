@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -26,6 +26,10 @@ from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, a
 STRICT = ConfigDict(extra="forbid")
 
 
+def _anew(_name: str, _settings: Sequence[Any], make: Callable[[], Any]) -> Any:
+    return make()
+
+
 @dataclass(frozen=True)
 class Context:
     """What a strategy may use besides the candidate. Nothing else is global."""
@@ -41,6 +45,11 @@ class Context:
     strict: bool = False
     measure: Callable[[Artifact], Measurement] | None = None
     """Runs an exported file on the target board; None if there is none."""
+    remember: Callable[[str, Sequence[Any], Callable[[], Any]], Any] = _anew
+    """Returns what the callable makes, in JSON's types; what it made before for the same name, settings and candidate.
+
+    For measurements that runs with other budgets share.
+    """
     channel_multiple: int = 1
     """The board computes as long for fewer channels than the next multiple of this."""
 

@@ -5,7 +5,6 @@ What the exported file holds is read with LiteRT's own interpreter, not with the
 
 from __future__ import annotations
 
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np

@@ -16,6 +16,7 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
+from compress.strategies.quantization import mixed_precision
 from compress.strategies.quantization.float_share import worth_most
 from compress.strategies.quantization.mixed_precision import MixedPrecision, choose_bits
 from compress.strategies.strategy import Context
@@ -92,3 +93,22 @@ def test_a_latency_without_a_board_is_refused(context):
 def test_two_budgets_are_one_too_many():
     with pytest.raises(ValueError, match="one of bytes, latency"):
         MixedPrecision(bytes=0.2, latency=0.5)
+
+
+def test_another_budget_takes_the_sensitivities_that_were_measured(pipeline, tmp_path, monkeypatch):
+    measured = []
+
+    def spied(*arguments):
+        measured.append(arguments)
+        return inner(*arguments)
+
+    inner = mixed_precision.measure_sensitivity
+    monkeypatch.setattr(mixed_precision, "measure_sensitivity", spied)
+    bits = []
+    for number, keep in enumerate((0.25, 0.4, 0.25)):
+        (tmp_path / str(number)).mkdir()
+        built = pipeline("strategy=mixed_precision", f"strategy.mixed_precision.bytes={keep}", "seed=3")
+        result = built.run(tmp_path / str(number))
+        bits.append(result.stages[0].measured["mean_bits"])
+    assert len(measured) == 1
+    assert bits[0] == bits[2] < bits[1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.graph.kernels import kernels
 from compress.strategies.quantization.binary_connect import SignQuantizer
 from compress.strategies.quantization.binary_filters import ScaledSignQuantizer
-from compress.strategies.quantization.dorefa import SquashedQuantizer
+from compress.strategies.quantization.dorefa import DoReFa, SquashedQuantizer
 from compress.strategies.quantization.power_of_two import PowerOfTwoQuantizer
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
 from compress.strategies.quantization.ternary import TernaryQuantizer
@@ -170,3 +172,11 @@ def test_the_levels_that_it_tells_are_those_that_it_gives(name):
     relative = value / scales
     assert np.abs(relative[..., None] - levels).min(-1).max() < 1e-5
     assert len(np.unique(np.round(relative, 5))) > 1
+
+
+def test_one_bit_of_dorefa_is_the_sign_times_the_mean_size():
+    layer = tf_keras.layers.Conv2D(4, 3, name="conv")
+    model = tf_keras.Sequential([tf_keras.layers.Input((8, 8, 3)), layer])
+    (kernel,) = kernels(model)
+    value, _ = run(DoReFa(bits=1).quantizer(kernel), kernel.value, np.ones_like(kernel.value))
+    np.testing.assert_allclose(value, np.sign(kernel.value) * np.abs(kernel.value).mean(), rtol=1e-5)

@@ -1,6 +1,6 @@
 """DoReFa-Net: weights of a few bits between minus and plus one, after a squashing that is trained through; and inputs.
 
-Source: Zhou et al. (arXiv 1606.06160, equations 5, 7 and 8 to 9; for one bit, equation 8's mean size).
+Source: Zhou et al. (arXiv 1606.06160, section 2.3; for one bit section 2.2, the sign times the kernel's mean size).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Effect
 from compress.graph.kernels import Kernel
+from compress.strategies.quantization.binary_filters import ScaledSignQuantizer
 from compress.strategies.quantization.levels import NonzeroLevels
 from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
 from compress.strategies.quantization.low_bit_inputs import once_called, uniform_inputs, with_rounded_inputs
@@ -73,5 +74,7 @@ class DoReFa(LowBit):
         return with_rounded_inputs(model, uniform_inputs(model, layers, samples, self.input_bits))
 
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
-        """Return the squashed quantizer."""
+        """Return the squashed quantizer; for one bit the scaled sign."""
+        if self.bits == 1:
+            return ScaledSignQuantizer(tuple(range(kernel.value.ndim)))
         return SquashedQuantizer(self.bits, max(float(np.abs(kernel.value).max()), 1e-6))

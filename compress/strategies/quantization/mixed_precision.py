@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -86,7 +86,14 @@ class MixedPrecision(Strategy):
         samples = context.calibration_samples(self.images)
         repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
         table = {kernel.layer.name: kernel for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
-        errors = measure_sensitivity(repair, list(table), sorted(set(self.choices)))
+        choices = sorted(set(self.choices))
+        errors = _numbered(
+            context.remember(
+                "bit sensitivity",
+                [sorted(table), choices, self.images],
+                lambda: measure_sensitivity(repair, list(table), choices),
+            )
+        )
         if not errors:
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose bits can be chosen", ())
         costs = {name: {bits: table[name].size * (0.5 if bits <= 4 else 1) for bits in errors[name]} for name in errors}
@@ -125,6 +132,11 @@ class MixedPrecision(Strategy):
         skipped = tuple(Skipped(name, "it stays a float: the latency allows it", by_choice=True) for name in floats)
         result = candidate.evolve(storage=replace(candidate.storage, float_layers=floats), skipped=skipped)
         return result.with_guarantee(Stored(context.stage, "int8", floats))
+
+
+def _numbered(errors: Mapping[str, Mapping[Any, float]]) -> dict[str, dict[int, float]]:
+    """Return the errors with bits that are numbers: JSON knows no such keys."""
+    return {layer: {int(bits): error for bits, error in row.items()} for layer, row in errors.items()}
 
 
 def measure_sensitivity(repair: Repair, layers: Sequence[str], choices: Sequence[int]) -> dict[str, dict[int, float]]:
