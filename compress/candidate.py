@@ -31,6 +31,7 @@ class Effect(Enum):
     ZERO = "sets some of its weights to zero"
     FILL = "leaves none of its weights at zero"
     SHARE = "lets its weights share values"
+    LEVEL = "brings its weights to few levels of its own"
     ROUND = "rounds its weights to a grid"
     SPREAD = "gives the weights of each output values of their own"
     CUT = "removes channels of it"

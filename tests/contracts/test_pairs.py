@@ -25,7 +25,7 @@ PAIRS = [
 REFUSED = {
     *((first, second) for first in ("prune", "share") for second in ("lowrank", "compact")),
     *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor")),
-    *(("share", second) for second in ("binary_filters", "mixed_precision", "xnor")),
+    *(("share", second) for second in OTHERS if second != "qat"),
 }
 CLUSTERS = 16
 SPARSITY = 0.6

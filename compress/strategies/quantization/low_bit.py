@@ -31,7 +31,7 @@ class LevelQuantizer(WeightQuantizer, Protocol):
 class LowBit(Strategy):
     """Train the selected kernels as levels. Subclasses say which."""
 
-    effects = frozenset({Effect.TRAIN, Effect.SHARE})
+    effects = frozenset({Effect.TRAIN, Effect.SHARE, Effect.LEVEL})
     establishes: ClassVar[type[Levels]] = Levels
 
     @abstractmethod

@@ -25,7 +25,7 @@ class Codebook(Guarantee):
     clusters: int
     labels: Mapping[str, np.ndarray]
 
-    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.SPREAD})
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.SPREAD, Effect.LEVEL})
     # Two equal weights in channels with different scales would become two different integers.
     one_scale_per_tensor: ClassVar[bool] = True
 
