@@ -17,6 +17,9 @@ from compress.errors import CompressError
 from compress.graph.kernels import kernel_attributes
 from compress.quiet import stderr_aside
 
+_OVERFLOWN = 1e37
+"""The converter writes the largest float for an infinite limit."""
+
 
 def make_converter(model: tf_keras.Model) -> tf.lite.TFLiteConverter:
     """Return a converter of the model for one sample at a time.
@@ -104,6 +107,22 @@ def check_calibration(samples: Iterable[Sequence[np.ndarray]]) -> None:
         fix="Bring training images like those that the model will see, or, for a model with batch norms, calibrate "
         "without data: calibrate_on=synthetic.",
     )
+
+
+def refuse_overflow(layer: str, low: float, high: float) -> None:
+    """Refuse a layer whose outputs on the calibration samples, from ``low`` to ``high``, are not finite.
+
+    Raises:
+        CompressError: naming the layer.
+    """
+    if not (abs(low) < _OVERFLOWN and abs(high) < _OVERFLOWN):
+        raise CompressError(
+            f"calibration, layer {layer}",
+            expected="finite activations, which integers can stand for",
+            received=f"a range from {low:g} to {high:g}",
+            fix="The network overflows on its own inputs: check its weights and what the data hold; or bring the model "
+            "from before its training diverged.",
+        )
 
 
 def _layers_with(operations: Sequence[str], model: tf_keras.Model) -> list[str]:

@@ -21,17 +21,14 @@ from compress.deploy.conversion import (
     complaints_explained,
     layer_of,
     make_converter,
+    refuse_overflow,
 )
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids
 from compress.deploy.points import find_points
 from compress.deploy.ranges import choose, collect
-from compress.errors import CompressError
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
-
-_OVERFLOWN = 1e37
-"""The converter writes the largest float for an infinite limit."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +120,10 @@ def _check_finite(content: bytes, candidate: Candidate) -> None:
     for operator in file.subgraphs[0].operators:
         for index in operator.outputs:
             tensor = file.subgraphs[0].tensors[index]
-            found = None if tensor.quantization is None else tensor.quantization.min
-            if found is None or (np.abs([*found, *tensor.quantization.max]) < _OVERFLOWN).all():
-                continue
-            name = tensor.name.decode()
-            raise CompressError(
-                f"calibration, layer {layer_of(name, candidate.model) or name}",
-                expected="finite activations, which integers can stand for",
-                received=f"a range from {found[0]:g} to {tensor.quantization.max[0]:g}",
-                fix="The network overflows on its own inputs: check its weights and what the data hold; or bring the "
-                "model from before its training diverged.",
-            )
+            if tensor.quantization is not None and tensor.quantization.min is not None:
+                name = tensor.name.decode()
+                low, high = tensor.quantization.min[0], tensor.quantization.max[0]
+                refuse_overflow(layer_of(name, candidate.model) or name, low, high)
 
 
 def _with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> bytes:

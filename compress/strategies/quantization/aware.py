@@ -19,6 +19,7 @@ from compress.deploy.points import calibrated_points
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
+from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
@@ -68,6 +69,7 @@ class QuantizeAware(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Insert the rounding, train, take the rounding out again, fold."""
         context.require_training()
+        check_activations(candidate, context.data, self.calibration_images)
         if self.scheme == "tfmot":
             return self._by_tfmot(candidate, context)
         chosen = context.selection.names(candidate.model)

@@ -14,9 +14,10 @@ import tf_keras
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Effect
+from compress.candidate import Candidate, Effect
 from compress.graph.kernels import Kernel
 from compress.strategies.quantization.binary_filters import ScaledSignQuantizer
+from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.levels import NonzeroLevels
 from compress.strategies.quantization.low_bit import LevelQuantizer, LowBit
 from compress.strategies.quantization.low_bit_inputs import once_called, uniform_inputs, with_rounded_inputs
@@ -69,6 +70,7 @@ class DoReFa(LowBit):
         """Round the inputs of the layers."""
         if self.input_bits is None:
             return super().prepared(model, names, context)
+        check_activations(Candidate(model), context.data, self.calibration_images)
         layers = once_called(model, names)
         samples = context.calibration_samples(self.calibration_images)
         return with_rounded_inputs(model, uniform_inputs(model, layers, samples, self.input_bits))

@@ -24,6 +24,7 @@ from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
+from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.float_share import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
@@ -76,6 +77,7 @@ class MixedPrecision(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Measure, choose, round."""
+        check_activations(candidate, context.data, self.calibration_images)
         chosen = context.selection.names(candidate.model)
         left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
         storage = Storage("int8", Calibration(self.calibration_images, self.ranges), float_layers=left_out)

@@ -20,6 +20,7 @@ from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.quantization.bias_correction import correct_biases
+from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
 from compress.strategies.quantization.equalisation import equalise
 from compress.strategies.quantization.fallback import keep_floats
@@ -31,6 +32,8 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 
 _ON_GRIDS = ("int8", "weight_only")
 """Schemes whose weights are written layer by layer."""
+_CALIBRATED = ("int8", "int16")
+"""Schemes of integer activations."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -130,6 +133,8 @@ class Quantize(Strategy):
             samples = synthetic_samples(context.reference, count, context.seed, f"stage {context.stage}")
         calibration = Calibration(self.calibration_images, self.ranges, self.percentile)
         storage = Storage(self.scheme, calibration, float_layers=left_out)
+        if self.scheme in _CALIBRATED or self._reads_samples:
+            check_activations(candidate.evolve(samples=samples), context.data, self.calibration_images)
         model = self._prepared(candidate, context, samples)
         result = candidate.evolve(model=model, storage=storage, samples=samples, skipped=())
         if self._on_grids:

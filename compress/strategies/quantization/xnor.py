@@ -12,7 +12,9 @@ import tf_keras
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
+from compress.candidate import Candidate
 from compress.strategies.quantization.binary_filters import BinaryFilters
+from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.low_bit_inputs import once_called, sign_inputs, with_rounded_inputs
 from compress.strategies.strategy import STRICT, Context
 
@@ -29,6 +31,7 @@ class XnorNet(BinaryFilters):
 
     def prepared(self, model: tf_keras.Model, names: Collection[str], context: Context) -> tf_keras.Model:
         """Put a batch norm and the sign before each layer."""
+        check_activations(Candidate(model), context.data, self.calibration_images)
         layers = once_called(model, names)
         samples = context.calibration_samples(self.calibration_images)
         return with_rounded_inputs(model, sign_inputs(model, layers, samples))
