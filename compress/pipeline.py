@@ -51,13 +51,12 @@ class Stage(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Apply the strategy ``repeat`` times to the selected layers, and check every guarantee afterwards."""
-        for guarantee in candidate.guarantees:
-            if guarantee.stage in self.release:
-                note = f"{guarantee.stage}: {guarantee.describe()} (released by {self.name})"
-                candidate = candidate.evolve(released=(*candidate.released, note))
-                if isinstance(guarantee, Stored):
-                    candidate = candidate.evolve(storage=Storage())
-        candidate = candidate.evolve(guarantees=tuple(g for g in candidate.guarantees if g.stage not in self.release))
+        gone = [guarantee for guarantee in candidate.guarantees if guarantee.stage in self.release]
+        left = tuple(guarantee for guarantee in candidate.guarantees if guarantee.stage not in self.release)
+        notes = (f"{guarantee.stage}: {guarantee.describe()} (released by {self.name})" for guarantee in gone)
+        candidate = candidate.evolve(guarantees=left, released=(*candidate.released, *notes))
+        if any(isinstance(g, Stored) for g in gone) and not any(isinstance(g, Stored) for g in left):
+            candidate = candidate.evolve(storage=Storage(), samples=None)
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
         candidate = candidate.evolve(measured={})
         for _ in range(self.repeat):
@@ -329,6 +328,10 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
                 received=", ".join(sorted(unknown)),
                 fix="Name a stage as it appears under strategy in the configuration.",
             )
+        released = {name for stage in stages[: index + 1] for name in stage.release}
+        kept = [earlier for earlier in stages[:index] if earlier.name not in released]
+        for earlier in kept:
+            _refuse_another_scheme(later, earlier)
         try:
             targets = later.strategy.targets(model, later.selection)
         except CompressError:
@@ -336,9 +339,7 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
             if not any(Effect.REPLACE in earlier.strategy.effects for earlier in stages[:index]):
                 raise
             continue
-        for earlier in stages[:index]:
-            if earlier.name in later.release:
-                continue
+        for earlier in kept:
             reason = later.strategy.clashes_with(earlier.strategy)
             both = targets & earlier.strategy.targets(model, earlier.selection)
             if reason is not None and both:
@@ -349,6 +350,18 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
                     fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
                     f"or write strategy.{later.name}.release=[{earlier.name}].",
                 )
+
+
+def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:
+    """Refuse a stage that would write the file otherwise than an earlier one says, on whatever layers."""
+    before, after = earlier.strategy.stores, later.strategy.stores
+    if before is not None and after is not None and before != after:
+        raise CompressError(
+            f"stage {later.name} after stage {earlier.name}",
+            expected=f"one way to store the weights: {before}, which {earlier.name} establishes",
+            received=f"{later.name}, which would store them as {after}",
+            fix=f"Leave one of the two stages out, or write strategy.{later.name}.release=[{earlier.name}].",
+        )
 
 
 def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: str, where: str) -> None:

@@ -120,6 +120,55 @@ def test_releasing_a_quantization_resets_how_weights_are_written(context):
     assert "quantize" in given_up.released[0]
 
 
+@pytest.mark.parametrize(
+    ("order", "scheme", "given", "wanted"),
+    [
+        ("quantize+qat", "strategy.quantize.scheme=int16", "int16", "int8"),
+        ("quantize+mixed_precision", "strategy.quantize.scheme=dynamic", "dynamic", "int8"),
+        ("quantize+qat", "strategy.quantize.scheme=float16", "float16", "int8"),
+        ("qat+quantize", "strategy.quantize.scheme=float16", "int8", "float16"),
+        ("quantize+finetune+quantize", "strategy.quantize2.scheme=weight_only", "int8", "weight_only"),
+    ],
+)
+def test_two_ways_to_store_the_weights_clash_on_whatever_layers(order, scheme, given, wanted, pipeline):
+    model = tf_keras.Sequential([layers.Dense(8, input_shape=(4,), name="a"), layers.Dense(3, name="b")])
+    first, last = order.partition("+")[0], order.rpartition("+")[2]
+    last = f"{last}2" if last == first else last
+    apart = [f"strategy.{first}.skip=last", f"strategy.{last}.skip=first"]
+    for rules in ([], apart):
+        with pytest.raises(CompressError) as caught:
+            refuse_clashes(stages(pipeline, f"strategy={order}", scheme, *rules), model)
+        assert caught.value.where == f"stage {last} after stage {first}"
+        assert given in caught.value.expected
+        assert wanted in caught.value.received
+    refuse_clashes(stages(pipeline, f"strategy={order}", scheme, f"strategy.{last}.release=[{first}]"), model)
+
+
+@pytest.mark.parametrize("order", ["quantize+qat", "quantize+mixed_precision", "mixed_precision+quantize"])
+def test_one_way_to_store_the_weights_does_not_clash(order, pipeline):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    refuse_clashes(stages(pipeline, f"strategy={order}"), model)
+
+
+def test_what_a_stage_between_has_released_does_not_clash(pipeline):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    between = ("strategy=quantize+prune+qat", "strategy.quantize.scheme=int16")
+    with pytest.raises(CompressError, match="qat after stage quantize"):
+        refuse_clashes(stages(pipeline, *between), model)
+    refuse_clashes(stages(pipeline, *between, "strategy.prune.release=[quantize]"), model)
+
+
+def test_releasing_one_of_two_quantizations_leaves_the_other(context):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    guarantees = (Stored("quantize", "int8"), Stored("qat", "int8"))
+    samples = np.zeros((2, 4), np.float32)
+    before = Candidate(model, storage=Storage("int8"), guarantees=guarantees, samples=samples)
+    one = Stage("witness", SeedWitness(), release=("quantize",)).apply(before, context)
+    assert (one.storage.scheme, one.guarantees, one.samples is samples) == ("int8", guarantees[1:], True)
+    both = Stage("witness", SeedWitness(), release=("quantize", "qat")).apply(before, context)
+    assert (both.storage, both.guarantees, both.samples) == (Storage(), (), None)
+
+
 @pytest.fixture
 def context(pipeline) -> Context:
     data = pipeline("strategy=none", "model.train.epochs=0").data

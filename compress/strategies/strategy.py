@@ -13,7 +13,7 @@ import tensorflow as tf
 import tf_keras
 from pydantic import ConfigDict
 
-from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Skipped
+from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Scheme, Skipped
 from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
@@ -195,6 +195,8 @@ class Strategy(ABC):
     """What it does to the layers that it touches."""
     establishes: ClassVar[type[Guarantee] | None] = None
     """The kind of guarantee that it adds."""
+    stores: ClassVar[Scheme | None] = None
+    """How the file is written from then on, if it decides that."""
 
     @abstractmethod
     def apply(self, candidate: Candidate, context: Context) -> Candidate:

@@ -60,6 +60,7 @@ class QuantizeAware(Strategy):
 
     effects = frozenset({Effect.TRAIN, Effect.STORE, Effect.ROUND})
     establishes = OnGrid
+    stores = "int8"
 
     def __post_init__(self) -> None:
         """Refuse fields that TFMOT's scheme does not have."""

@@ -57,6 +57,8 @@ class MixedPrecision(Strategy):
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     calibration_images: Annotated[int, Ge(1)] = 256
 
+    stores = "int8"
+
     @property
     def effects(self) -> frozenset[Effect]:  # type: ignore[override]
         """What it does to a layer: under a latency it leaves the weights alone."""

@@ -13,7 +13,7 @@ import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Calibration, Candidate, Effect, Guarantee, Skipped, Storage
+from compress.candidate import Calibration, Candidate, Effect, Guarantee, Scheme, Skipped, Storage
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
@@ -85,6 +85,11 @@ class Quantize(Strategy):
         return OnGrid if self._on_grids else Stored
 
     @property
+    def stores(self) -> Scheme:  # type: ignore[override]
+        """How the file is written."""
+        return self.scheme
+
+    @property
     def effects(self) -> frozenset[Effect]:  # type: ignore[override]
         """What it does to a layer: fewer bits than 8 change the weights themselves."""
         return frozenset({Effect.STORE, *((Effect.ROUND, Effect.SPREAD) if self._on_grids else ())})
@@ -110,14 +115,6 @@ class Quantize(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Round the weights where that is asked for, and set the candidate's storage."""
-        for guarantee in candidate.guarantees:
-            if isinstance(guarantee, Stored) and guarantee.scheme != self.scheme:
-                raise CompressError(
-                    f"stage {context.stage}",
-                    expected=f"scheme={guarantee.scheme}, which stage {guarantee.stage} established",
-                    received=f"scheme={self.scheme}",
-                    fix=f"Leave one out, or write strategy.{context.stage}.release=[{guarantee.stage}].",
-                )
         chosen = context.selection.names(candidate.model)
         left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
         if left_out and self.scheme not in _ON_GRIDS:
@@ -178,9 +175,3 @@ class Quantize(Strategy):
         if synthetic is None:
             return context.calibration_samples(self.rounding_images)
         return synthetic[: self.rounding_images]
-
-    def clashes_with(self, earlier: Strategy) -> str | None:
-        """Refuse a second scheme after a first one."""
-        if isinstance(earlier, Quantize) and earlier.scheme != self.scheme:
-            return f"it would store the weights as {self.scheme} instead of {earlier.scheme}"
-        return super().clashes_with(earlier)
