@@ -80,7 +80,8 @@ def test_a_branch_is_no_pair():
 def test_rounded_weights_give_the_same_means_with_corrected_biases(bits):
     model = network()
     x = np.random.default_rng(1).normal(1, 1, size=(300, 8, 8, 3)).astype(np.float32)
-    corrected = correct_biases(model, x, bits)
+    names = ("stem/kernel", "depthwise/depthwise_kernel", "pointwise/kernel", "dense/kernel")
+    corrected = correct_biases(model, x, names, bits)
     for name in ("stem", "depthwise", "pointwise", "dense"):
         layer = model.get_layer(name)
         kernel, bias = (np.asarray(w) for w in layer.weights)

@@ -5,6 +5,8 @@ Source: Nagel et al., Data-Free Quantization (arXiv 1906.04721, section 4.2, equ
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import tensorflow as tf
 import tf_keras
@@ -13,15 +15,19 @@ from compress.graph.kernels import Kernel, kernels
 from compress.graph.rewrite import calls, copy_model
 
 
-def correct_biases(model: tf_keras.Model, samples: np.ndarray, bits: int = 8) -> tf_keras.Model:
-    """Return a copy whose biases make up for rounding each kernel to the nearest of ``bits`` bits for each output.
+def correct_biases(
+    model: tf_keras.Model, samples: np.ndarray, rounded: Collection[str], bits: int = 8, *, per_tensor: bool = False
+) -> tf_keras.Model:
+    """Return a copy whose biases make up for rounding kernels to the nearest of ``bits`` bits.
 
     A layer is linear in its input, so the mean of its error is the error of the mean input: one pass over the samples.
 
     Args:
         model: a flat functional model without batch norms behind linear layers.
         samples: unlabelled inputs [n, ...].
+        rounded: names of the kernels that will be rounded; the biases of other layers are left alone.
         bits: of a weight.
+        per_tensor: round each kernel to one grid instead of one for each output.
     """
     result = copy_model(model)
     times = calls(model)
@@ -29,8 +35,13 @@ def correct_biases(model: tf_keras.Model, samples: np.ndarray, bits: int = 8) ->
     chosen = [
         kernel
         for kernel in kernels(result)
-        if times[kernel.layer.name] == 1 and kernel.layer.use_bias and not hasattr(kernel.layer, "pointwise_kernel")
+        if kernel.name in rounded
+        and times[kernel.layer.name] == 1
+        and kernel.layer.use_bias
+        and not hasattr(kernel.layer, "pointwise_kernel")
     ]
+    if not chosen:
+        return result
     look = tf_keras.Model(model.inputs, [model.get_layer(kernel.layer.name).input for kernel in chosen])
     means = [np.zeros((1, *tensor.shape[1:])) for tensor in look.outputs]
     for start in range(0, len(samples), 128):
@@ -38,14 +49,15 @@ def correct_biases(model: tf_keras.Model, samples: np.ndarray, bits: int = 8) ->
         for mean, value in zip(means, part, strict=True):
             mean += np.asarray(value, np.float64).sum(0, keepdims=True) / len(samples)
     for kernel, mean in zip(chosen, means, strict=True):
-        error = _linear(kernel, _rounding_error(kernel, bits), mean)
+        error = _linear(kernel, _rounding_error(kernel, bits, None if per_tensor else kernel.inner_axes), mean)
         kernel.layer.bias.assign(np.asarray(kernel.layer.bias) - error)
     return result
 
 
-def _rounding_error(kernel: Kernel, bits: int) -> np.ndarray:
+def _rounding_error(kernel: Kernel, bits: int, together: tuple[int, ...] | None) -> np.ndarray:
+    """Return what rounding adds to the kernel, whose weights along the axes ``together`` share a step (None: all)."""
     most = 2 ** (bits - 1) - 1
-    steps = np.maximum(np.abs(kernel.value).max(kernel.inner_axes, keepdims=True), 1e-12) / most
+    steps = np.maximum(np.abs(kernel.value).max(together, keepdims=True), 1e-12) / most
     return np.asarray(np.rint(kernel.value / steps) * steps - kernel.value)
 
 

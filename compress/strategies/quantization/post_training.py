@@ -5,6 +5,7 @@ Sources: Jacob et al. (arXiv 1712.05877) for the integer scheme; the TFLite quan
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Calibration, Candidate, Effect, Guarantee, Scheme, Skipped, Storage
+from compress.deploy.integer import grids_of, one_scale_per_tensor
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
@@ -26,7 +28,7 @@ from compress.strategies.quantization.equalisation import equalise
 from compress.strategies.quantization.fallback import keep_floats
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers
-from compress.strategies.quantization.stored import Stored
+from compress.strategies.quantization.stored import Stored, stays_float
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -104,6 +106,8 @@ class Quantize(Strategy):
             raise ValueError("float_fallback goes with scheme=int8 only")
         if self.bias_correction and self._on_grids:
             raise ValueError("bias_correction goes with rounding=nearest: second_order corrects biases as it rounds")
+        if self.bias_correction and self.scheme == "float16":
+            raise ValueError("bias_correction goes with schemes that round weights to integers, not with float16")
 
     @property
     def _reads_samples(self) -> bool:
@@ -132,18 +136,17 @@ class Quantize(Strategy):
         storage = Storage(self.scheme, calibration, float_layers=left_out)
         if self.scheme in _CALIBRATED or self._reads_samples:
             check_activations(candidate.evolve(samples=samples), context.data, self.calibration_images)
-        model = self._prepared(candidate, context, samples)
+        model = self._prepared(candidate, context, samples, left_out)
         result = candidate.evolve(model=model, storage=storage, samples=samples, skipped=())
         if self._on_grids:
             result = self._rounded(result, context, chosen)
         if self.float_fallback is not None:
-            names = [kernel.layer.name for kernel in kernels(result.model) if kernel.layer.name in chosen]
-            drop = self.float_fallback.accuracy_drop
-            left_out += keep_floats(result, context.data, names, drop, context.stage)
-            result = result.evolve(storage=replace(storage, float_layers=left_out))
-        return result.with_guarantee(Stored(context.stage, self.scheme, left_out))
+            result = self._with_floats(result, candidate, context, chosen, self.float_fallback.accuracy_drop)
+        return result.with_guarantee(Stored(context.stage, self.scheme, result.storage.float_layers))
 
-    def _prepared(self, candidate: Candidate, context: Context, samples: np.ndarray | None) -> tf_keras.Model:
+    def _prepared(
+        self, candidate: Candidate, context: Context, samples: np.ndarray | None, floats: Collection[str]
+    ) -> tf_keras.Model:
         """Return a copy of the model, its layers equalised and its biases corrected where that is asked for."""
         if not (self.equalise or self.bias_correction):
             return copy_model(candidate.model)
@@ -153,8 +156,32 @@ class Quantize(Strategy):
             bound = frozenset(name.rpartition("/")[0] for guarantee in valued for name in guarantee.weights())
             model = equalise(model, bound)
         if self.bias_correction:
-            model = correct_biases(model, self._rounding_samples(samples, context))
+            on_grids = grids_of(candidate)
+            rounded = {
+                kernel.name
+                for kernel in kernels(model)
+                if kernel.layer.name not in floats
+                and kernel.name not in on_grids
+                and not stays_float(self.scheme, kernel.size)
+            }
+            whole = one_scale_per_tensor(candidate)
+            model = correct_biases(model, self._rounding_samples(samples, context), rounded, per_tensor=whole)
         return model
+
+    def _with_floats(
+        self, result: Candidate, before: Candidate, context: Context, chosen: frozenset[str], most: float
+    ) -> Candidate:
+        """Return the quantized candidate with as few floats as its accuracy needs; ``before``: what it was made of."""
+        names = [kernel.layer.name for kernel in kernels(result.model) if kernel.layer.name in chosen]
+        while more := keep_floats(result, context.data, names, most, context.stage):
+            floats = (*result.storage.float_layers, *more)
+            result = result.evolve(storage=replace(result.storage, float_layers=floats))
+            if not self.bias_correction:
+                break
+            # Floats have no rounding to make up for. Without their corrections the accuracy is another one.
+            result = result.evolve(model=self._prepared(before, context, result.samples, floats))
+            names = [name for name in names if name not in more]
+        return result
 
     def _rounded(self, candidate: Candidate, context: Context, chosen: frozenset[str]) -> Candidate:
         samples = self._rounding_samples(candidate.samples, context)

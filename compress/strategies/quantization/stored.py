@@ -17,6 +17,11 @@ _SPARE_SMALL, _SPARE_SMALL_BELOW = ("dynamic", "weight_only"), 1024
 """Schemes that leave kernels with fewer weights than this in float."""
 
 
+def stays_float(scheme: Scheme, weights: int) -> bool:
+    """Say whether a kernel of so many weights is too small for the scheme to round it."""
+    return scheme in _SPARE_SMALL and weights < _SPARE_SMALL_BELOW
+
+
 @dataclass(frozen=True)
 class Stored(Guarantee):
     """The exported file is written under ``scheme``, all but the weights of ``floats``, a few layers."""
@@ -48,7 +53,5 @@ class Stored(Guarantee):
         return [
             Violation(tensor.name, f"stored as {tensor.dtype}, expected {wanted}")
             for op, tensor in file.weighted
-            if tensor.dtype != wanted
-            and op not in spared
-            and not (self.scheme in _SPARE_SMALL and np.prod(tensor.shape) < _SPARE_SMALL_BELOW)
+            if tensor.dtype != wanted and op not in spared and not stays_float(self.scheme, int(np.prod(tensor.shape)))
         ]
