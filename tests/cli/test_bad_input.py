@@ -49,6 +49,10 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["strategy=prune+lowrank"], ["lowrank", "prune", "release"]),
         (["strategy=quantize+quantize", "strategy.quantize2.scheme=float16"], ["quantize2", "quantize", "float16"]),
         (["strategy=quantize+qat", "strategy.quantize.scheme=int16"], ["qat", "quantize", "int16", "release"]),
+        (
+            ["strategy=quantize", "strategy.quantize.scheme=int16", "strategy.quantize.ranges=mse"],
+            ["strategy.quantize:", "expected ranges=mse only beside scheme=int8;", "received scheme=int16, ranges=mse"],
+        ),
         (["strategy=prune", "board.runs=10"], ["board.runs", "100"]),
         (["strategy=prune", "seed=x"], ["seed", "integer", "x"]),
         (["strategy=prune", "model.weights=nowhere.h5"], ["model.weights", "nowhere.h5"]),

@@ -118,5 +118,5 @@ def test_tfmot_s_scheme_is_refused_where_it_would_break_something(context):
     with pytest.raises(CompressError) as caught:
         QuantizeAware(scheme="tfmot").apply(pruned, context)
     assert "prune" in caught.value.received
-    with pytest.raises(ValueError, match="scheme=tfmot goes with bits=8"):
+    with pytest.raises(ValueError, match="bits=4 only beside scheme=own"):
         QuantizeAware(scheme="tfmot", bits=4)

@@ -19,6 +19,7 @@ from compress.deploy.points import calibrated_points
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
+from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
 from compress.strategies.quantization.grid import OnGrid
@@ -64,8 +65,8 @@ class QuantizeAware(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse fields that TFMOT's scheme does not have."""
-        if self.scheme == "tfmot" and (self.bits != 8 or self.activation_bits != 8 or self.learned_steps):
-            raise ValueError("scheme=tfmot goes with bits=8, activation_bits=8 and learned_steps=false only")
+        own = ("bits", "activation_bits", "learned_steps", "rounding_images", "ranges")
+        refuse_without_effect(self, [(self.scheme == "own", own, "scheme=own")])
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Insert the rounding, train, take the rounding out again, fold."""

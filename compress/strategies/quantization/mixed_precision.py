@@ -24,6 +24,7 @@ from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
+from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.float_share import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
@@ -71,8 +72,11 @@ class MixedPrecision(Strategy):
         return OnGrid if self._budget().unit == "bytes" else Stored
 
     def __post_init__(self) -> None:
-        """Refuse two budgets."""
+        """Refuse two budgets, choices that are none, and fields that have no effect."""
         self._budget()
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"choices that differ from one another, not {list(self.choices)}")
+        refuse_without_effect(self, [(self.latency is None, ("choices", "images"), "a budget of bytes")])
 
     def _budget(self) -> Budget:
         return one_budget(Budget("bytes", 0.2), bytes=self.bytes, latency=self.latency)

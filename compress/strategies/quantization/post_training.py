@@ -20,6 +20,7 @@ from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
+from compress.strategies.options import refuse_without_effect
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.quantization.bias_correction import correct_biases
 from compress.strategies.quantization.calibration import check_activations
@@ -58,9 +59,9 @@ class Quantize(Strategy):
         bits: of a weight under ``int8`` and ``weight_only``; 4 and fewer are packed where LiteRT reads them so.
         rounding: ``nearest`` level, or ``second_order``: each layer's weights make up for one another's rounding, on
             ``rounding_images`` unlabelled images. Fewer than 8 bits are always rounded so.
-        ranges: how the ranges of integer activations are chosen, on ``calibration_images`` training images: from the
+        ranges: how the ranges of 8-bit activations are chosen, on ``calibration_images`` training images: from the
             smallest to the largest value, without the rarest ``100 - percentile`` percent at each end, or with the
-            least squared error or divergence (entropy).
+            least squared error or divergence (entropy). Those of 16 bits go from the smallest to the largest value.
         calibrate_on: the ``training`` part, or ``synthetic`` inputs, made from the statistics that batch norms of the
             reference model remember: no data at all.
         equalise: first let neighbouring layers trade scale channel by channel, so that one step suits all channels.
@@ -97,17 +98,22 @@ class Quantize(Strategy):
         return frozenset({Effect.STORE, *((Effect.ROUND, Effect.SPREAD) if self._on_grids else ())})
 
     def __post_init__(self) -> None:
-        """Refuse fields that only the other schemes have."""
-        finer = {"bits": self.bits < 8, "rounding": self.rounding != "nearest"}
-        for name, given in finer.items():
-            if given and self.scheme not in _ON_GRIDS:
-                raise ValueError(f"{name}={getattr(self, name)} goes with scheme={' or '.join(_ON_GRIDS)} only")
-        if self.float_fallback is not None and self.scheme != "int8":
-            raise ValueError("float_fallback goes with scheme=int8 only")
-        if self.bias_correction and self._on_grids:
-            raise ValueError("bias_correction goes with rounding=nearest: second_order corrects biases as it rounds")
-        if self.bias_correction and self.scheme == "float16":
-            raise ValueError("bias_correction goes with schemes that round weights to integers, not with float16")
+        """Refuse fields that have no effect beside the others."""
+        refuse_without_effect(
+            self,
+            (
+                (self.scheme in _ON_GRIDS, ("bits", "rounding"), f"scheme={' or '.join(_ON_GRIDS)}"),
+                (self.scheme == "int8", ("ranges", "percentile", "float_fallback"), "scheme=int8"),
+                (self.ranges == "percentile", ("percentile",), "ranges=percentile"),
+                (self.scheme != "float16", ("bias_correction",), "schemes that round weights to integers"),
+                (not self._on_grids, ("bias_correction",), "rounding=nearest; second_order corrects biases, too"),
+                (
+                    self.scheme in _CALIBRATED or self._reads_samples,
+                    ("calibrate_on", "calibration_images"),
+                    f"scheme={' or '.join(_CALIBRATED)}, bias_correction or second_order rounding, which read samples",
+                ),
+            ),
+        )
 
     @property
     def _reads_samples(self) -> bool:
