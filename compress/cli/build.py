@@ -12,7 +12,7 @@ from annotated_types import Ge, Lt, MinLen
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
-from pydantic_core import ArgsKwargs
+from pydantic_core import ArgsKwargs, ErrorDetails
 
 from compress.boards.board import Board
 from compress.cache import StageCache
@@ -250,14 +250,11 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 def _invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) -> CompressError:
-    first = error.errors()[0]
-    path = [part for part in first["loc"] if isinstance(part, str) and "[" not in part and part not in _UNION_TAGS]
+    first, *others = error.errors()
+    path = [part for part in _place(first) if isinstance(part, str)]
     key = ".".join([where, *path])
-    message = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    also = [
-        str(e["msg"]).removeprefix("Input should be ") for e in error.errors()[1:] if e["loc"][:1] == first["loc"][:1]
-    ]
-    expected = " or ".join(dict.fromkeys([message, *also]))
+    also = [_wanted(other) for other in others if _place(other) == _place(first)]
+    expected = " or ".join(dict.fromkeys([_wanted(first), *also]))
     received = first["input"]
     if isinstance(received, ArgsKwargs):
         # The fields do not go together; each alone is valid.
@@ -268,7 +265,33 @@ def _invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) ->
             received=", ".join(f"{k}={v}" for k, v in set_.items())[:300],
             fix="Take back the ones that you do not mean.",
         )
-    return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=f"Change it: {key}=<value>.")
+    fix = f"Change it: {key}=<value>."
+    if first["type"] == "unexpected_keyword_argument":
+        fix = "Leave it out."
+    elif first["type"] == "missing" and len(path) > 1:
+        # Below a value that is null by default, a key of its own cannot be set.
+        fix = f"Write '{key.rpartition('.')[0]}={{{path[-1]}: <value>}}'."
+    return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=fix)
 
 
+def _place(error: ErrorDetails) -> tuple[str | int, ...]:
+    """Return where in the configuration it is, without the names that the check has for its alternatives."""
+    return tuple(
+        part for part in error["loc"] if isinstance(part, int) or ("[" not in part and part not in _UNION_TAGS)
+    )
+
+
+def _wanted(error: ErrorDetails) -> str:
+    """Return what was expected, in words about the value."""
+    if error["type"] in _WANTED:
+        return _WANTED[error["type"]].format(**error.get("ctx", {}))
+    return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+_WANTED = {
+    "missing": "a value for this key",
+    "unexpected_keyword_argument": "a key that exists",
+    "too_short": "at least {min_length} items",
+    "dataclass_type": "a mapping of its keys to values",
+}
 _UNION_TAGS = ("float", "int", "bool", "str", "none")

@@ -81,7 +81,7 @@ def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
         return _missing_choice(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key and "not in struct" in str(cause):
-        return _unknown_key(cause)
+        return _unknown_key(cause, arguments)
     if isinstance(error, OSError):
         return CompressError(
             "files",
@@ -118,13 +118,19 @@ def _missing_choice(error: MissingConfigException) -> CompressError:
     )
 
 
-def _unknown_key(error: OmegaConfBaseException) -> CompressError:
+def _unknown_key(error: OmegaConfBaseException, arguments: Sequence[str]) -> CompressError:
     full_key = str(error.full_key)
     parent = error.parent_node
     keys = [str(key) for key in parent] if parent is not None and OmegaConf.is_dict(parent) else []
     name = full_key.rpartition(".")[2]
     # Only a misspelling of the last part is sure to be one of these keys.
     name = str(error.key) if error.key is not None else name
-    return CompressError(
-        full_key, expected="a key that exists", received=name, fix=did_you_mean(name, [k for k in keys if k[0] != "_"])
+    above, _, last = full_key.rpartition(".")
+    value = next((given.partition("=")[2] for given in arguments if given.startswith(f"{full_key}=")), None)
+    # Hydra has made an empty mapping of a value that is null.
+    fix = (
+        did_you_mean(name, [k for k in keys if k[0] != "_"])
+        if keys or value is None or "." not in above
+        else f"{above} holds nothing yet. Write '{above}={{{last}: {value}}}'."
     )
+    return CompressError(full_key, expected="a key that exists", received=name, fix=fix)

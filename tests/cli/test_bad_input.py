@@ -53,6 +53,31 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
             ["strategy=quantize", "strategy.quantize.scheme=int16", "strategy.quantize.ranges=mse"],
             ["strategy.quantize:", "expected ranges=mse only beside scheme=int8;", "received scheme=int16, ranges=mse"],
         ),
+        (
+            ["strategy=quantize", "strategy.quantize.float_fallback.accuracy_drop=0.5"],
+            [
+                "strategy.quantize.float_fallback.accuracy_drop:",
+                "Write 'strategy.quantize.float_fallback={accuracy_drop: 0.5}'.",
+            ],
+        ),
+        (["strategy=prune", "strategy.prune.only.type=Dense"], ["Write 'strategy.prune.only={type: Dense}'."]),
+        (["strategy=none", "strategy.prune=0.5"], ["strategy.prune", "There is no valid name here."]),
+        (
+            ["strategy=quantize", "strategy.quantize.float_fallback={drop: 0.5}"],
+            ["expected a value for this key;", "{'drop': 0.5}", "float_fallback={accuracy_drop: <value>}"],
+        ),
+        (
+            ["strategy=quantize", "strategy.quantize.float_fallback={accuracy_drop: 1, foo: 2}"],
+            ["float_fallback.foo: expected a key that exists; received 2. Leave it out."],
+        ),
+        (
+            ["strategy=mixed_precision", "strategy.mixed_precision.choices=[]"],
+            ["choices: expected at least 2 items; received []."],
+        ),
+        (
+            ["strategy=mixed_precision", "strategy.mixed_precision.choices=[1,16]"],
+            ["choices: expected greater than or equal to 2; received 1."],
+        ),
         (["strategy=prune", "board.runs=10"], ["board.runs", "100"]),
         (["strategy=prune", "seed=x"], ["seed", "integer", "x"]),
         (["strategy=prune", "model.weights=nowhere.h5"], ["model.weights", "nowhere.h5"]),

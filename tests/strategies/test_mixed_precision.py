@@ -90,6 +90,16 @@ def test_a_latency_without_a_board_is_refused(context):
         MixedPrecision(latency=0.5).apply(Candidate(context.reference), context.for_stage("mixed", measure=None))
 
 
+def test_too_few_bytes_are_refused_before_anything_is_measured(context, monkeypatch):
+    def measured(*args):
+        raise AssertionError("sensitivities were measured")
+
+    monkeypatch.setattr(mixed_precision, "measure_sensitivity", measured)
+    with pytest.raises(CompressError, match="what all layers take at 4 bits") as caught:
+        MixedPrecision(bytes=0.01, calibration_images=64, images=64).apply(Candidate(context.reference), context)
+    assert caught.value.where == "strategy.mixed.bytes"
+
+
 def test_two_budgets_are_one_too_many():
     with pytest.raises(ValueError, match="one of bytes, latency"):
         MixedPrecision(bytes=0.2, latency=0.5)

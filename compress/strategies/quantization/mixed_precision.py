@@ -19,7 +19,7 @@ from compress.candidate import Calibration, Candidate, Effect, Guarantee, Skippe
 from compress.deploy.integer import Calibrated
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
-from compress.graph.rewrite import copy_model
+from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
 from compress.strategies.budget import Budget, one_budget
@@ -94,23 +94,25 @@ class MixedPrecision(Strategy):
         samples = context.calibration_samples(self.images)
         repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
         table = {kernel.layer.name: kernel for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
-        choices = sorted(set(self.choices))
-        errors = _numbered(
-            context.remember(
-                "bit sensitivity",
-                [sorted(table), choices, self.images],
-                lambda: measure_sensitivity(repair, list(table), choices),
-            )
-        )
-        if not errors:
+        times = calls(repair.folded)
+        names = [name for name, kernel in table.items() if is_linear(kernel.layer) and times[name] == 1]
+        if not names:
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose bits can be chosen", ())
-        costs = {name: {bits: table[name].size * (0.5 if bits <= 4 else 1) for bits in errors[name]} for name in errors}
+        choices = sorted(self.choices)
+        costs = {name: {bits: table[name].size * (0.5 if bits <= 4 else 1) for bits in choices} for name in names}
         source = Calibrated.of(result, context.data)
-        rest = len(source.quantized(left_out)) - sum(table[name].size for name in errors)
+        rest = len(source.quantized(left_out)) - sum(table[name].size for name in names)
         most = budget.keep * len(source.floats)
-        bits = choose_bits(errors, costs, most - rest)
+        least = rest + sum(min(cost.values()) for cost in costs.values())
+        bits = None
+        if least <= most:
+            errors = context.remember(
+                "bit sensitivity",
+                [names, choices, self.images],
+                lambda: measure_sensitivity(repair, names, choices),
+            )
+            bits = choose_bits(_numbered(errors), costs, most - rest)
         if bits is None:
-            least = rest + sum(min(cost.values()) for cost in costs.values())
             raise CompressError(
                 f"strategy.{context.stage}.bytes",
                 expected=f"at least {least / len(source.floats):.3f}, what all layers take at {min(self.choices)} bits",
