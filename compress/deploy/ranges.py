@@ -58,7 +58,7 @@ def collect(content: bytes, samples: Sequence[np.ndarray]) -> dict[str, Histogra
 def computed_values(content: bytes, samples: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the value of every tensor of numbers that the file computes, sample after sample.
 
-    Integers with scales are what they stand for; others are left out.
+    Integers with scales are what they stand for; others are left out, and so are tensors without elements.
     """
     file = TFLiteFile(content)
     with warnings.catch_warnings(), stderr_aside(show_on_failure=False):
@@ -78,6 +78,8 @@ def computed_values(content: bytes, samples: Iterable[np.ndarray]) -> Iterator[t
         interpreter.invoke()
         for index, tensor in computed:
             value = interpreter.get_tensor(index)
+            if not value.size:
+                continue
             if tensor.scales.size:
                 value = (value.astype(np.float32) - tensor.zero_point) * np.float32(tensor.scales[0])
             yield tensor.name, value

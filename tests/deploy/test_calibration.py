@@ -10,6 +10,7 @@ from compress.candidate import Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
 from compress.deploy.integer import Calibrated
 from compress.errors import CompressError
+from compress.metrics.tflite_file import TFLiteFile
 
 layers = tf_keras.layers
 LABELS = np.arange(16) % 3
@@ -24,9 +25,11 @@ def model() -> tf_keras.Model:
     return tf_keras.Model(image, layers.Dense(3, name="dense")(layers.Flatten()(x)))
 
 
-def calibrate(model: tf_keras.Model, x: np.ndarray, samples: np.ndarray | None = None) -> Calibrated:
+def calibrate(
+    model: tf_keras.Model, x: np.ndarray, samples: np.ndarray | None = None, ranges: str = "minmax"
+) -> Calibrated:
     part = Split(x.astype(np.float32), LABELS[: len(x)])
-    candidate = Candidate(model, storage=Storage("int8", Calibration(images=8)), samples=samples)
+    candidate = Candidate(model, storage=Storage("int8", Calibration(8, ranges)), samples=samples)
     return Calibrated.of(candidate, make_data("made", part, part))
 
 
@@ -48,6 +51,14 @@ def test_no_samples(model):
     good = np.random.default_rng(0).normal(size=(16, 6, 6, 2)).astype(np.float32)
     with pytest.raises(CompressError, match="no sample"):
         calibrate(model, good, samples=good[:0])
+
+
+def test_a_recurrent_layer_some_of_whose_tensors_are_empty():
+    sequence = tf_keras.Input((2, 2))
+    model = tf_keras.Model(sequence, layers.LSTM(3)(sequence))
+    x = np.random.default_rng(0).normal(size=(16, 2, 2))
+    operators = {operator.name for operator in TFLiteFile(calibrate(model, x, ranges="mse").quantized()).operators}
+    assert "UNIDIRECTIONAL_SEQUENCE_LSTM" in operators
 
 
 def test_the_layer_that_overflows_is_named(model):
