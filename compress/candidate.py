@@ -141,7 +141,7 @@ class Storage:
     float_layers: tuple[str, ...] = ()
     """Layers that compute with floats all the same."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Layer -> the range of its output, where training has settled it."""
+    """Layer -> the range of its output, where training has settled it; ``layer:1`` is that of its second call."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Storage:

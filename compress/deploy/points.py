@@ -1,4 +1,7 @@
-"""Where a file quantizes what a Keras model computes: its tensors and the layers whose outputs they hold."""
+"""Where a file quantizes what a Keras model computes: its tensors and the layers whose outputs they hold.
+
+A layer that is called several times has a point for each call, named by :func:`~compress.graph.rewrite.call_name`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from compress.candidate import Calibration, Candidate
 from compress.data.source import Data
 from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
 from compress.deploy.ranges import choose, collect, computed_values
-from compress.graph.rewrite import nodes
+from compress.graph.rewrite import named_calls
 from compress.metrics.tflite_file import TFLiteFile
 
 _TOLERANCE = 1e-4
@@ -60,18 +63,16 @@ def calibrated_points(
 def find_points(content: bytes, model: tf_keras.Model, sample: np.ndarray) -> Points:
     """Compare what the float file and the model compute for one sample [1, ...].
 
-    The converter fuses layers and names tensors as it likes; equal values are what tells. Layers that are called
-    several times or give several tensors are left out.
+    The converter fuses layers and names tensors as it likes; equal values are what tells. Layers that give several
+    tensors are left out.
     """
-    single = [
-        node.layer
-        for node in nodes(model)
-        if len(node.layer.inbound_nodes) == 1 and len(tf.nest.flatten(node.outputs)) == 1
-    ]
-    look = tf_keras.Model(model.inputs, [layer.output for layer in single])
+    single = {
+        name: given[0] for name, node in named_calls(model) if len(given := tf.nest.flatten(node.outputs)) == 1
+    }
+    look = tf_keras.Model(model.inputs, list(single.values()))
     outputs = {
-        layer.name: np.asarray(value, np.float32)
-        for layer, value in zip(single, tf.nest.flatten(look(sample, training=False)), strict=True)
+        name: np.asarray(value, np.float32)
+        for name, value in zip(single, tf.nest.flatten(look(sample, training=False)), strict=True)
     }
     stored = [(name, value.reshape(-1)) for name, value in computed_values(content, [sample])]
     tensors: dict[str, list[str]] = {}
@@ -104,9 +105,10 @@ def _tied(
     """
     kept: dict[str, str] = {}
     joiners: list[tuple[str, list[str]]] = []
-    for node in nodes(model):
-        name = node.layer.name
-        sources = [tensor._keras_history.layer.name for tensor in node.keras_inputs]
+    made_by: dict[int, str] = {}
+    for name, node in named_calls(model):
+        made_by.update((id(tensor), name) for tensor in tf.nest.flatten(node.outputs))
+        sources = [made_by[id(tensor)] for tensor in node.keras_inputs if not node.is_input]
         if node.is_input or not {name, *sources} <= tensors.keys():
             continue
         given = np.concatenate([np.zeros(1), *(outputs[source].reshape(-1) for source in sources)])

@@ -145,6 +145,21 @@ def calls(model: tf_keras.Model) -> dict[str, int]:
     return result
 
 
+def named_calls(model: tf_keras.Model) -> list[tuple[str, Any]]:
+    """Return (name, node) of every call in the flat ``model``, in order, named by :func:`call_name`."""
+    times: dict[str, int] = {}
+    found = []
+    for node in nodes(model):
+        times[node.layer.name] = times.get(node.layer.name, -1) + 1
+        found.append((call_name(node.layer.name, times[node.layer.name]), node))
+    return found
+
+
+def call_name(layer: str, call: int) -> str:
+    """Return the name of one of a layer's calls, counted from 0: the layer's own, then ``layer:1`` and so on."""
+    return f"{layer}:{call}" if call else layer
+
+
 def positions(model: tf_keras.Model) -> list[tuple[tf_keras.layers.Layer, list[Shape], list[Shape]]]:
     """Return (layer, input shapes, output shapes) of every call in the flat ``model``, in order."""
     return [

@@ -10,6 +10,7 @@ from compress.candidate import Calibration, Candidate, Storage
 from compress.data.source import Augmentation, Data, Split
 from compress.deploy.points import calibrated_points
 from compress.deploy.tflite import export
+from compress.graph.rewrite import named_calls
 from compress.metrics.tflite_file import TFLiteFile
 
 layers = tf_keras.layers
@@ -44,7 +45,13 @@ def largest(value):
     return layers.Maximum(name="m")([conv(value, "a"), conv(value, "b")])
 
 
-@pytest.mark.parametrize("body", [dense_block, read_by_two, pooled, largest])
+def called_twice(value):
+    twice = layers.Conv2D(4, 1, name="twice", activation="relu", kernel_initializer="random_normal")
+    pool = layers.MaxPooling2D(2, 1, padding="same", name="pool")
+    return pool(twice(pool(twice(conv(value, "a")))))
+
+
+@pytest.mark.parametrize("body", [dense_block, read_by_two, pooled, largest, called_twice])
 def test_each_layer_has_the_scale_that_it_has_in_the_file(body, tmp_path):
     tf_keras.utils.set_random_seed(0)
     image = layers.Input((8, 8, 3), name="image")
@@ -62,4 +69,4 @@ def test_each_layer_has_the_scale_that_it_has_in_the_file(body, tmp_path):
             low, high = ranges[points.tied.get(layer, layer)]
             np.testing.assert_allclose(scales[name], (high - low) / 255, rtol=1e-3, err_msg=layer)
             compared.add(layer)
-    assert compared >= {layer.name for layer in model.layers} - {"image", "last"}
+    assert compared >= {name for name, _ in named_calls(model)} - {"image", "last"}

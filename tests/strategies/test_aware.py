@@ -20,7 +20,9 @@ from compress.strategies.pruning.prune import Prune
 from compress.strategies.quantization import aware
 from compress.strategies.quantization.aware import QuantizeAware
 from compress.strategies.strategy import Context
-from compress.training import Recovery
+from compress.training import Recovery, train
+
+layers = tf_keras.layers
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,10 @@ def fake(monkeypatch) -> list[tf_keras.Model]:
     "fields", [{}, {"bits": 4}, {"bits": 4, "learned_steps": True, "rounding_images": 0}], ids=["8", "4", "4-lsq"]
 )
 def test_the_file_agrees_with_the_fake_quantized_model(fields, context, data, fake, tmp_path):
-    candidate = QuantizeAware(**fields).apply(Candidate(context.reference), context)
+    assert_file_agrees(QuantizeAware(**fields).apply(Candidate(context.reference), context), fake, data, tmp_path)
+
+
+def assert_file_agrees(candidate, fake, data, tmp_path):
     (trained,) = fake
     images = np.concatenate([data.test.x, data.validation.x]).astype(np.float32)
     labels = np.concatenate([data.test.y, data.validation.y])
@@ -68,6 +73,23 @@ def test_the_file_agrees_with_the_fake_quantized_model(fields, context, data, fa
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.995
     assert np.abs(found - wanted).max() <= 4 * scale
     assert abs(accuracy(found, labels) - accuracy(wanted, labels)) <= 0.2
+
+
+def called_twice(x):
+    twice = layers.Conv2D(8, 3, padding="same", activation="relu", name="twice")
+    return twice(twice(layers.Conv2D(8, 3, padding="same", activation="relu")(x)))
+
+
+@pytest.mark.parametrize("body", [called_twice])
+def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data, fake, tmp_path):
+    tf_keras.utils.set_random_seed(0)
+    image = layers.Input((8, 8, 1), name="image")
+    pooled = layers.GlobalAveragePooling2D()(body(layers.Rescaling(1 / 16, name="scaled")(image)))
+    model = tf_keras.Model(image, layers.Dense(10, name="head")(pooled))
+    train(model, data, Recovery(epochs=4.0, batch_size=64, learning_rate=0.01), seed=0)
+    context = Context("qat", data, model, Recovery(epochs=0.5, batch_size=64), seed=0)
+    candidate = QuantizeAware(calibration_images=32).apply(Candidate(model), context)
+    assert_file_agrees(candidate, fake, data, tmp_path)
 
 
 def test_learned_steps_are_trained(context):

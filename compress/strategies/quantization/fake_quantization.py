@@ -13,15 +13,19 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.graph.rewrite import nodes, rewrite
+from compress.graph.rewrite import call_name, calls, rewrite
 from compress.strategies.quantization.quantizers import paced
 
 
 class FakeQuantize(tf_keras.layers.Layer):
-    """Rounds to the levels between ``low`` and ``high``, which are trained; for training only, never saved."""
+    """Rounds to the levels between ``low`` and ``high``, which are trained; for training only, never saved.
 
-    def __init__(self, low: float, high: float, bits: int, name: str) -> None:
-        super().__init__(name=name)
+    ``point``: the call whose output it rounds.
+    """
+
+    def __init__(self, point: str, low: float, high: float, bits: int) -> None:
+        super().__init__(name=f"{point.replace(':', '_call')}_range")
+        self.point = point
         self.low = tf.Variable(low, dtype=tf.float32, name="low")
         self.high = tf.Variable(high, dtype=tf.float32, name="high")
         self._bits = bits
@@ -40,41 +44,38 @@ Range = tuple[float, float]
 def with_fake_quantization(
     model: tf_keras.Model, ranges: Mapping[str, Range], tied: Mapping[str, str], bits: int = 8
 ) -> tf_keras.Model:
-    """Return a copy of the model in which what the named layers give is rounded wherever it is read.
+    """Return a copy of the model in which what the named calls of layers give is rounded wherever it is read.
 
     Args:
         model: a flat functional model.
-        ranges: layer -> the range of its output.
-        tied: layer -> the layer of ``ranges`` whose range its output is rounded in.
+        ranges: call -> the range of its output.
+        tied: call -> the call of ``ranges`` whose range its output is rounded in.
         bits: of an activation.
     """
-    made: dict[int, Any] = {}
-    layers = {name: FakeQuantize(low, high, bits, f"{name}_range") for name, (low, high) in ranges.items()}
+    known: dict[int, Any] = {}
+    layers = {name: FakeQuantize(name, low, high, bits) for name, (low, high) in ranges.items()}
 
     def rounded(value: Any) -> Any:
-        name = value._keras_history.layer.name if hasattr(value, "_keras_history") else ""
+        # The copy's layers are called in the order in which the model's calls are counted.
+        made = getattr(value, "_keras_history", None)
+        name = "" if made is None else call_name(made.layer.name, made.node_index)
         layer = layers.get(tied.get(name, name))
         if layer is None:
             return value
-        if id(value) not in made:
+        if id(value) not in known:
             # The tensor is kept, too: another one must not get its id.
-            made[id(value)] = (layer(value), value)
-        return made[id(value)][0]
+            known[id(value)] = (layer(value), value)
+        return known[id(value)][0]
 
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[:] = tf.nest.map_structure(rounded, args)
         kwargs.update({name: tf.nest.map_structure(rounded, value) for name, value in kwargs.items()})
 
-    times: dict[str, int] = {}
-    edits = {}
-    for node in nodes(model):
-        if not node.is_input:
-            times[node.layer.name] = times.get(node.layer.name, -1) + 1
-            edits[node.layer.name, times[node.layer.name]] = edit
+    edits = {(layer, call): edit for layer, times in calls(model).items() for call in range(times)}
     return rewrite(model, arguments=edits)
 
 
 def trained_ranges(model: tf_keras.Model) -> dict[str, Range]:
-    """Return layer -> range, from a model of :func:`with_fake_quantization`."""
+    """Return call -> range, from a model of :func:`with_fake_quantization`."""
     layers = (layer for layer in model.layers if isinstance(layer, FakeQuantize))
-    return {layer.name.removesuffix("_range"): (float(layer.low), float(layer.high)) for layer in layers}
+    return {layer.point: (float(layer.low), float(layer.high)) for layer in layers}
