@@ -15,6 +15,7 @@ from compress.candidate import Candidate, Scheme
 from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.kernels import kernel_attributes
+from compress.graph.norms import with_norms_as_convolutions
 from compress.quiet import stderr_aside
 
 _OVERFLOWN = 1e37
@@ -39,6 +40,17 @@ def make_converter(model: tf_keras.Model) -> tf.lite.TFLiteConverter:
     call = tf.function(lambda image: model(image, training=False))
     signature = call.get_concrete_function(tf.TensorSpec(shape, tf.float32, name="image"))
     return tf.lite.TFLiteConverter.from_concrete_functions([signature], model)
+
+
+def integer_form(candidate: Candidate) -> tf_keras.Model:
+    """Return the model that is converted for integers: the candidate's, or one that is the same to float precision."""
+    # One step for all channels would spoil what a convolution multiplies them with.
+    return candidate.model if one_scale_per_tensor(candidate) else with_norms_as_convolutions(candidate.model)
+
+
+def one_scale_per_tensor(candidate: Candidate) -> bool:
+    """Say whether a guarantee needs integer weights to share one scale per tensor."""
+    return any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
 
 
 @contextmanager

@@ -19,9 +19,11 @@ from compress.deploy.conversion import (
     calibration_samples,
     check_calibration,
     complaints_explained,
+    integer_form,
     layer_of,
     make_converter,
     refuse_overflow,
+    one_scale_per_tensor,
 )
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids
@@ -49,7 +51,7 @@ class Calibrated:
         Raises:
             CompressError: if the converter refuses the model.
         """
-        storage, model = candidate.storage, candidate.model
+        storage, model = candidate.storage, integer_form(candidate)
         samples = partial(calibration_samples, candidate, data, storage.calibration.images)
         check_calibration(samples())
         converter = make_converter(model)
@@ -92,11 +94,6 @@ def grids_of(candidate: Candidate) -> dict[str, tuple[np.ndarray, Grid]]:
     """Return the weights that lie on grids, by name, and their grids."""
     grids = {name: grid for guarantee in candidate.guarantees for name, grid in guarantee.grids().items()}
     return {name: (get_weight(candidate.model, name), grid) for name, grid in grids.items()}
-
-
-def one_scale_per_tensor(candidate: Candidate) -> bool:
-    """Say whether a guarantee needs integer weights to share one scale per tensor."""
-    return any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
 
 
 def _of_tensors(content: bytes, candidate: Candidate, sample: np.ndarray) -> dict[str, tuple[float, float]]:

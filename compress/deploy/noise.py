@@ -15,7 +15,7 @@ import tf_keras
 
 from compress.candidate import Candidate
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, layer_of, make_converter
+from compress.deploy.conversion import calibration_samples, complaints_explained, integer_form, layer_of, make_converter
 from compress.deploy.ranges import computed_values
 from compress.metrics.tflite_file import TFLiteFile
 
@@ -43,8 +43,9 @@ def quantization_noise(candidate: Candidate, data: Data, path: Path, images: int
     Raises:
         CompressError: if the converter refuses the model.
     """
-    with complaints_explained("float32", candidate.model):
-        floats = bytes(make_converter(candidate.model).convert())
+    model = integer_form(candidate) if candidate.storage.scheme == "int8" else candidate.model
+    with complaints_explained("float32", model):
+        floats = bytes(make_converter(model).convert())
     samples = [sample for (sample,) in calibration_samples(candidate, data, images)]
     return measure_noise(floats, path.read_bytes(), samples, candidate.model)
 

@@ -14,7 +14,7 @@ import tf_keras
 
 from compress.candidate import Calibration, Candidate
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
+from compress.deploy.conversion import calibration_samples, complaints_explained, integer_form, make_converter
 from compress.deploy.ranges import choose, collect, computed_values
 from compress.graph.rewrite import named_calls
 from compress.metrics.tflite_file import TFLiteFile
@@ -50,7 +50,7 @@ def calibrated_points(
         CompressError: if the converter refuses the model.
     """
     model = candidate.model
-    converter = make_converter(model)
+    converter = make_converter(integer_form(candidate))
     with complaints_explained("int8", model):
         content = bytes(converter.convert())
     samples = [sample for (sample,) in calibration_samples(candidate, data, calibration.images)]
@@ -66,9 +66,7 @@ def find_points(content: bytes, model: tf_keras.Model, sample: np.ndarray) -> Po
     The converter fuses layers and names tensors as it likes; equal values are what tells. Layers that give several
     tensors are left out.
     """
-    single = {
-        name: given[0] for name, node in named_calls(model) if len(given := tf.nest.flatten(node.outputs)) == 1
-    }
+    single = {name: given[0] for name, node in named_calls(model) if len(given := tf.nest.flatten(node.outputs)) == 1}
     look = tf_keras.Model(model.inputs, list(single.values()))
     outputs = {
         name: np.asarray(value, np.float32)

@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter
+from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter, one_scale_per_tensor
 from compress.deploy.grids import expand_from_grids
-from compress.deploy.integer import Calibrated, grids_of, one_scale_per_tensor
+from compress.deploy.integer import Calibrated, grids_of
 from compress.deploy.sparse import store_sparsely
 from compress.errors import CompressError
 from compress.metrics.accuracy import file_outputs

@@ -51,7 +51,13 @@ def called_twice(value):
     return pool(twice(pool(twice(conv(value, "a")))))
 
 
-@pytest.mark.parametrize("body", [dense_block, read_by_two, pooled, largest, called_twice])
+def normed(value):
+    a = layers.BatchNormalization(name="n", gamma_initializer="random_normal")(conv(value, "a", "relu"))
+    rows = layers.BatchNormalization(name="rows", beta_initializer="ones")(layers.Reshape((64, 4), name="r")(a))
+    return layers.Reshape((8, 8, 4), name="back")(rows)
+
+
+@pytest.mark.parametrize("body", [dense_block, read_by_two, pooled, largest, called_twice, normed])
 def test_each_layer_has_the_scale_that_it_has_in_the_file(body, tmp_path):
     tf_keras.utils.set_random_seed(0)
     image = layers.Input((8, 8, 3), name="image")

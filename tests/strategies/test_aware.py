@@ -80,7 +80,13 @@ def called_twice(x):
     return twice(twice(layers.Conv2D(8, 3, padding="same", activation="relu")(x)))
 
 
-@pytest.mark.parametrize("body", [called_twice])
+def normed(x):
+    x = layers.Conv2D(8, 3, padding="same", activation="relu")(layers.BatchNormalization()(x))
+    grown = layers.Concatenate()([x, layers.Conv2D(8, 3, padding="same")(layers.BatchNormalization()(x))])
+    return layers.ReLU()(layers.BatchNormalization()(grown))
+
+
+@pytest.mark.parametrize("body", [called_twice, normed])
 def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data, fake, tmp_path):
     tf_keras.utils.set_random_seed(0)
     image = layers.Input((8, 8, 1), name="image")
@@ -90,6 +96,8 @@ def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data,
     context = Context("qat", data, model, Recovery(epochs=0.5, batch_size=64), seed=0)
     candidate = QuantizeAware(calibration_images=32).apply(Candidate(model), context)
     assert_file_agrees(candidate, fake, data, tmp_path)
+    operators = {operator.name for operator in TFLiteFile.read(tmp_path / "model.tflite").operators}
+    assert not operators & {"MUL", "ADD"}
 
 
 def test_learned_steps_are_trained(context):
