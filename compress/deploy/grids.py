@@ -33,17 +33,22 @@ def write_grids(content: bytes, floats: bytes, kernels: Mapping[str, tuple[np.nd
     """
     file, model = TFLiteFile(content), parse(content)
     tensors = model.subgraphs[0].tensors
+    ratios: dict[int, np.ndarray] = {}
+    rescaled: set[int] = set()
     for place, values in _on_grids(TFLiteFile(floats), file, kernels):
-        weight = tensors[place.kernel]
-        before = np.asarray(weight.quantization.scale, np.float64)
-        # Of a channel of zeros any scale is right; a tiny one would leave no room for its bias.
-        used = values.levels.any(tuple(axis for axis in range(values.levels.ndim) if axis != place.channel_axis))
-        values = replace(values, scales=np.where(used, values.scales, before))
-        written = values.stored(model, place)
-        ratios = values.scales / before
-        weight.type, weight.buffer, weight.quantization = written.type, written.buffer, written.quantization
-        if place.bias is not None:
-            _rescale(model, tensors[place.bias], ratios)
+        if place.kernel not in ratios:
+            weight = tensors[place.kernel]
+            before = np.asarray(weight.quantization.scale, np.float64)
+            # Of a channel of zeros any scale is right; a tiny one would leave no room for its bias.
+            used = values.levels.any(tuple(axis for axis in range(values.levels.ndim) if axis != place.channel_axis))
+            values = replace(values, scales=np.where(used, values.scales, before))
+            written = values.stored(model, place)
+            ratios[place.kernel] = values.scales / before
+            weight.type, weight.buffer, weight.quantization = written.type, written.buffer, written.quantization
+        # Calls of one layer may share the kernel and have biases of their own: these depend on the inputs' scales.
+        if place.bias is not None and place.bias not in rescaled:
+            rescaled.add(place.bias)
+            _rescale(model, tensors[place.bias], ratios[place.kernel])
     return serialize(model)
 
 
@@ -105,24 +110,32 @@ class _Levels:
 def _on_grids(
     floats: TFLiteFile, file: TFLiteFile, kernels: Mapping[str, tuple[np.ndarray, Grid]]
 ) -> Iterator[tuple[KernelPlace, _Levels]]:
-    """Yield where the kernels are in the file, and their levels."""
+    """Yield where the kernels are in the file, each call's, and their levels."""
     for name, (kernel, grid) in kernels.items():
         layer = name.rpartition("/")[0]
-        place, before = file.kernel_place(layer, kernel.shape), floats.kernel_place(layer, kernel.shape)
-        if place is None or before is None:
+        places = zip(*(source.kernel_places_of(layer, kernel.shape) for source in (file, floats)), strict=False)
+        pairs = [(place, np.asarray(floats.tensors[before.kernel].data)) for place, before in places]
+        if not pairs:
             raise _lost(layer, kernel, "none")
-        own = np.moveaxis(place.to_file(kernel), place.channel_axis, 0)
-        written = np.moveaxis(np.asarray(floats.tensors[before.kernel].data), place.channel_axis, 0)
-        steps = np.moveaxis(place.to_file(np.broadcast_to(grid.steps, kernel.shape)), place.channel_axis, 0)
-        # The converter multiplies whole channels with what stands beside the layer, a rescaled input or a batch norm.
-        flat, other = own.reshape(len(own), -1), written.reshape(len(own), -1)
-        squares = (flat**2).sum(1)
-        factors = np.where(squares > 0, (flat * other).sum(1) / np.maximum(squares, 1e-30), 1.0)
-        if np.abs(other - factors[:, None] * flat).max() > _TOLERANCE * np.abs(other).max():
+        found = [(place, values) for place, data in pairs if (values := _read(place, data, kernel, grid)) is not None]
+        if not found:
             raise _lost(layer, kernel, "others, into which the converter has merged a normalisation of its inputs")
-        levels = np.rint(own / steps) * np.sign(factors).reshape(-1, *[1] * (own.ndim - 1))
-        scales = steps.reshape(len(own), -1)[:, 0] * np.maximum(np.abs(factors), 1e-12)
-        yield place, _Levels(np.moveaxis(levels.astype(np.int8), 0, place.channel_axis), scales, grid.bits)
+        yield from found
+
+
+def _read(place: KernelPlace, written: np.ndarray, kernel: np.ndarray, grid: Grid) -> _Levels | None:
+    """Return the levels of what the float file has for a kernel; None if it is another."""
+    own = np.moveaxis(place.to_file(kernel), place.channel_axis, 0)
+    steps = np.moveaxis(place.to_file(np.broadcast_to(grid.steps, kernel.shape)), place.channel_axis, 0)
+    # The converter multiplies whole channels with what stands beside the layer, a rescaled input or a batch norm.
+    flat, other = own.reshape(len(own), -1), np.moveaxis(written, place.channel_axis, 0).reshape(len(own), -1)
+    squares = (flat**2).sum(1)
+    factors = np.where(squares > 0, (flat * other).sum(1) / np.maximum(squares, 1e-30), 1.0)
+    if np.abs(other - factors[:, None] * flat).max() > _TOLERANCE * np.abs(other).max():
+        return None
+    levels = np.rint(own / steps) * np.sign(factors).reshape(-1, *[1] * (own.ndim - 1))
+    scales = steps.reshape(len(own), -1)[:, 0] * np.maximum(np.abs(factors), 1e-12)
+    return _Levels(np.moveaxis(levels.astype(np.int8), 0, place.channel_axis), scales, grid.bits)
 
 
 def _lost(layer: str, kernel: np.ndarray, received: str) -> CompressError:
@@ -130,7 +143,7 @@ def _lost(layer: str, kernel: np.ndarray, received: str) -> CompressError:
         f"export of layer {layer}",
         expected=f"its weights of shape {kernel.shape} under its name in the file",
         received=received,
-        fix="Leave the layer out: strategy.quantize.skip=[{name: " + layer + "}].",
+        fix="Leave the layer out of the stage that rounds it: skip=[{name: " + layer + "}].",
     )
 
 

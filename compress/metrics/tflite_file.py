@@ -235,7 +235,11 @@ class TFLiteFile:
         return None if place is None else place.to_keras(np.asarray(self.stored(place.kernel).values), shape)
 
     def kernel_place(self, layer: str, shape: tuple[int, ...]) -> KernelPlace | None:
-        """Return where the kernel of a Keras layer is, or None if the file has none of its name and size.
+        """Return where the kernel of a Keras layer is, or None if the file has none of its name and size."""
+        return next(iter(self.kernel_places_of(layer, shape)), None)
+
+    def kernel_places_of(self, layer: str, shape: tuple[int, ...]) -> list[KernelPlace]:
+        """Return where kernels of a Keras layer's name and size are: one for each call, maybe others'.
 
         The converter names tensors after the layers whose operations were fused into them.
         """
@@ -246,9 +250,7 @@ class TFLiteFile:
             # The converter gives the kernel of a grouped convolution no layer's name.
             nameless = [p for p in self.weighted if "/" not in p[1].name and np.asarray(p[1].data).size == size]
             found = nameless if len(nameless) == 1 else []
-        if not found:
-            return None
-        return KernelPlace.of(*found[0])
+        return [KernelPlace.of(*pair) for pair in found]
 
     @property
     def kernel_places(self) -> list[KernelPlace]:

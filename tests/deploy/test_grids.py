@@ -159,3 +159,23 @@ def test_layers_may_stay_floats(scheme, data, tmp_path):
         assert kinds["wide"] == kinds["pointwise"] == np.int8
         assert Stored("quantize", scheme, ("conv", "dense")).check_file(file) == []
         assert len(Stored("quantize", scheme).check_file(file)) == 2
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_every_call_of_a_shared_layer_computes_with_the_levels(normed, data, tmp_path: Path):
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((9, 9, 3), name="image")
+    shared = layers.Conv2D(3, 3, padding="same", name="shared", bias_initializer="random_normal")
+    norm = layers.BatchNormalization(gamma_initializer=tf_keras.initializers.RandomUniform(0.5, 2)) if normed else None
+    x = image
+    for _ in range(2):
+        x = layers.ReLU()(norm(shared(x)) if norm else shared(x))
+    model = tf_keras.Model(image, layers.Dense(5, name="dense")(layers.Flatten()(x)))
+    steps = np.abs(shared.kernel).max((0, 1, 2), keepdims=True) / 5
+    guarantee = OnGrid("quantize", {"shared/kernel": steps}, {"shared/kernel": 4}, {"shared/kernel": (3, 3, 3, 3)})
+    shared.kernel.assign(guarantee.project("shared/kernel", shared.kernel.value()))
+    export(Candidate(model, (guarantee,), Storage("int8", Calibration(32))), data, tmp_path / "model.tflite")
+    found, wanted = file_outputs(tmp_path / "model.tflite", data.test.x), model.predict(data.test.x, verbose=0)
+    assert np.mean((found - wanted) ** 2) < 0.003 * wanted.var()
+    kernels = [t.bits for op, t in TFLiteFile.read(tmp_path / "model.tflite").weighted if op.name == "CONV_2D"]
+    assert kernels == [4, 4]
