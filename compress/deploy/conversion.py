@@ -81,7 +81,7 @@ def complaints_explained(scheme: Scheme, model: tf_keras.Model | None = None) ->
             received=_reason(error),
             fix="Replace the layer that is named, or leave it out of the model that is exported."
             if scheme == "float32"
-            else "Choose another storage (strategy.quantize.scheme=dynamic), or replace the layer that is named.",
+            else "Choose another storage (quantize with scheme=dynamic), or replace the layer that is named.",
         ) from error
 
 

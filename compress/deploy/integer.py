@@ -22,8 +22,8 @@ from compress.deploy.conversion import (
     integer_form,
     layer_of,
     make_converter,
-    refuse_overflow,
     one_scale_per_tensor,
+    refuse_overflow,
 )
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids

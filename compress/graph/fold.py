@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import tf_keras
 
@@ -77,6 +79,42 @@ def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalizati
         layer.__class__.from_config(config),
         (scaled.astype(kernel.dtype), (old_bias * gain + shift).astype(kernel.dtype)),
     )
+
+
+def fold_layer_norm(model: tf_keras.Model, bound: Collection[str] = ()) -> tf_keras.Model:
+    """Return the flat ``model`` with what each layer norm multiplies with and adds in the Dense layers that read it.
+
+    As the converter does on export. A layer norm is left if it has other readers, or one that is called several times
+    or named in ``bound``. The outputs stay equal up to rounding; the model itself is returned if nothing changes.
+    """
+    readers, times = consumers(model), calls(model)
+    outputs = {t.node.layer.name for t in model.outputs}
+    replacements: dict[str, list[NewLayer]] = {}
+    for norm in model.layers:
+        following = readers[norm.name]
+        if (
+            isinstance(norm, tf_keras.layers.LayerNormalization)
+            and (norm.scale or norm.center)
+            and list(norm.axis) == [len(norm.output_shape) - 1]
+            and times[norm.name] == 1
+            and norm.name not in outputs
+            and all(
+                isinstance(layer, tf_keras.layers.Dense) and times[layer.name] == 1 and layer.name not in bound
+                for layer in following
+            )
+        ):
+            config = {**norm.get_config(), "scale": False, "center": False}
+            replacements[norm.name] = [NewLayer(norm.__class__.from_config(config))]
+            replacements.update((layer.name, [_behind(norm, layer)]) for layer in following)
+    return rewrite(model, replacements) if replacements else model
+
+
+def _behind(norm: tf_keras.layers.LayerNormalization, layer: tf_keras.layers.Dense) -> NewLayer:
+    kernel = np.asarray(layer.kernel)
+    bias = np.asarray(layer.bias) if layer.use_bias else np.zeros(layer.units, kernel.dtype)
+    bias = bias + (np.asarray(norm.beta) @ kernel if norm.center else 0.0)
+    scaled = kernel * np.asarray(norm.gamma)[:, None] if norm.scale else kernel
+    return NewLayer(layer.__class__.from_config({**layer.get_config(), "use_bias": True}), (scaled, bias))
 
 
 def folding_gains(model: tf_keras.Model) -> dict[str, np.ndarray]:

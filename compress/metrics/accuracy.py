@@ -49,7 +49,7 @@ def file_outputs(path: Path, inputs: np.ndarray, *, batch: int = 128, threads: i
                 f"LiteRT run of {path.name}",
                 expected="a file that the runtime accepts",
                 received=_last_line(done.stderr) or f"exit code {done.returncode}",
-                fix="Choose another storage, e.g. strategy.quantize.scheme=dynamic, or report the model.",
+                fix="Choose another storage, e.g. quantize with scheme=dynamic, or report the model.",
             )
         return np.asarray(np.load(target, allow_pickle=False))
 

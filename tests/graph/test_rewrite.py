@@ -8,7 +8,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm
+from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import NewLayer, copy_model, rewrite
 
@@ -198,3 +198,17 @@ def test_an_einstein_sum_of_another_form_stays():
     trace, norms = rewrite(model)(x)
     np.testing.assert_allclose(trace, x.trace(axis1=1, axis2=2), rtol=1e-5)
     np.testing.assert_allclose(norms, (x**2).sum(-1), rtol=1e-5)
+
+
+def test_a_layer_norm_is_folded_into_all_dense_layers_that_read_it():
+    image = tf_keras.Input((5, 4))
+    normed = layers.LayerNormalization(name="norm")(image)
+    both = layers.Dense(3, use_bias=False, name="left")(normed), layers.Dense(3, "relu", name="right")(normed)
+    model = random_weights(tf_keras.Model(image, layers.Add()(both)))
+    folded = fold_layer_norm(model)
+    assert folded.get_layer("norm").weights == []
+    x = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    np.testing.assert_allclose(folded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    assert fold_layer_norm(model, {"left"}) is model
+    other = tf_keras.Model(image, layers.Add()([layers.Dense(4)(x := layers.LayerNormalization()(image)), x]))
+    assert fold_layer_norm(other) is other

@@ -86,6 +86,28 @@ def normed(x):
     return layers.ReLU()(layers.BatchNormalization()(grown))
 
 
+def layer_normed(x):
+    rows = layers.Dense(12)(layers.Reshape((16, 4))(x))
+    norm = layers.LayerNormalization(gamma_initializer=tf_keras.initializers.RandomUniform(0.5, 2, seed=0))
+    both = norm(rows)
+    sides = layers.Dense(8, "relu", use_bias=False, name="left")(both), layers.Dense(8, name="right")(both)
+    return layers.Reshape((4, 4, 16))(layers.Concatenate()(sides))
+
+
+def test_a_layer_norm_s_scale_is_learned_in_the_kernels_behind_it(data, tmp_path):
+    tf_keras.utils.set_random_seed(0)
+    image = layers.Input((8, 8, 1), name="image")
+    model = tf_keras.Model(image, layers.Dense(10, name="head")(layers.GlobalAveragePooling2D()(layer_normed(image))))
+    context = Context("qat", data, model, Recovery(epochs=0.2, batch_size=64), seed=0)
+    candidate = QuantizeAware(calibration_images=16).apply(Candidate(model), context)
+    export(candidate, data, tmp_path / "model.tflite")
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    for guarantee in candidate.guarantees:
+        assert guarantee.check_file(file) == []
+    kernel = np.asarray(candidate.model.get_layer("left").kernel)
+    np.testing.assert_allclose(file.weights_of("left", kernel.shape), kernel, atol=1e-5)
+
+
 @pytest.mark.parametrize("body", [called_twice, normed])
 def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data, fake, tmp_path):
     tf_keras.utils.set_random_seed(0)

@@ -17,10 +17,11 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
 from compress.deploy.points import calibrated_points
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm
+from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
+from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
@@ -131,7 +132,7 @@ class QuantizeAware(Strategy):
         """Return the model that training starts from, and the steps that are known already."""
         # One step for a whole kernel does not survive the folding.
         bound = frozenset(name.rpartition("/")[0] for name in _one_scale(candidate))
-        start = fold_batch_norm(candidate.model, bound)
+        start = fold_batch_norm(fold_layer_norm(candidate.model, valued_layers(candidate.guarantees)), bound)
         if self.bits == 8 or not self.rounding_images:
             return start, {}
         samples = context.calibration_samples(self.rounding_images)

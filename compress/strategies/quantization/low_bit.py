@@ -14,8 +14,10 @@ import numpy as np
 import tf_keras
 
 from compress.candidate import Candidate, Effect, Skipped
+from compress.graph.fold import fold_layer_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
 from compress.graph.rewrite import copy_model
+from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.levels import Levels
 from compress.strategies.strategy import Context, Strategy
 from compress.training import WeightQuantizer
@@ -46,7 +48,8 @@ class LowBit(Strategy):
         """Train a copy behind the quantizers."""
         context.require_training()
         names = context.selection.names(candidate.model)
-        model = self.prepared(candidate.model, names, context)
+        folded = fold_layer_norm(candidate.model, valued_layers(candidate.guarantees))
+        model = self.prepared(folded, names, context)
         skipped = [
             Skipped(layer.name, f"weights of {type(layer).__name__} layers are not quantized")
             for layer in without_kernel(model)

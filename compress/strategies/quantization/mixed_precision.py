@@ -18,6 +18,7 @@ from scipy.optimize import LinearConstraint, milp
 from compress.candidate import Calibration, Candidate, Effect, Guarantee, Skipped, Storage
 from compress.deploy.integer import Calibrated
 from compress.errors import CompressError
+from compress.graph.fold import fold_layer_norm
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
@@ -26,6 +27,7 @@ from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
+from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.float_share import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
@@ -92,7 +94,8 @@ class MixedPrecision(Strategy):
         if budget.unit == "latency":
             return self._within_latency(result, context, chosen, budget.keep)
         samples = context.calibration_samples(self.images)
-        repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
+        folded = fold_layer_norm(candidate.model, valued_layers(candidate.guarantees))
+        repair = Repair(folded, samples, context.seed, candidate.guarantees)
         table = {kernel.layer.name: kernel for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
         times = calls(repair.folded)
         names = [name for name, kernel in table.items() if is_linear(kernel.layer) and times[name] == 1]

@@ -17,15 +17,14 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Calibration, Candidate, Effect, Guarantee, Scheme, Skipped, Storage
 from compress.deploy.integer import grids_of, one_scale_per_tensor
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm
+from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
 from compress.strategies.options import refuse_without_effect
-from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.quantization.bias_correction import correct_biases
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
-from compress.strategies.quantization.equalisation import equalise
+from compress.strategies.quantization.equalisation import equalise, valued_layers
 from compress.strategies.quantization.fallback import keep_floats
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers
@@ -158,9 +157,7 @@ class Quantize(Strategy):
             return copy_model(candidate.model)
         model = fold_batch_norm(candidate.model)
         if self.equalise:
-            valued = (guarantee for guarantee in candidate.guarantees if not isinstance(guarantee, Zeros))
-            bound = frozenset(name.rpartition("/")[0] for guarantee in valued for name in guarantee.weights())
-            model = equalise(model, bound)
+            model = equalise(model, valued_layers(candidate.guarantees))
         if self.bias_correction:
             on_grids = grids_of(candidate)
             rounded = {
@@ -191,7 +188,8 @@ class Quantize(Strategy):
 
     def _rounded(self, candidate: Candidate, context: Context, chosen: frozenset[str]) -> Candidate:
         samples = self._rounding_samples(candidate.samples, context)
-        repair = Repair(candidate.model, samples, context.seed, candidate.guarantees)
+        model = fold_layer_norm(candidate.model, valued_layers(candidate.guarantees))
+        repair = Repair(model, samples, context.seed, candidate.guarantees)
         wanted = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
         model, grids = round_layers(repair, wanted)
         skipped = [
