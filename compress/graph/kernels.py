@@ -82,6 +82,11 @@ def kernels(model: tf_keras.Model) -> list[Kernel]:
     return [Kernel(layers[key], key.rpartition("/")[2], count) for key, count in macs.items()]
 
 
+def has_integer_operator(layer: tf_keras.layers.Layer) -> bool:
+    """Say whether LiteRT can compute a layer with a kernel in integers."""
+    return not isinstance(layer, (tf_keras.layers.Conv3D, tf_keras.layers.Conv3DTranspose))
+
+
 def without_kernel(model: tf_keras.Model) -> list[tf_keras.layers.Layer]:
     """Return the layers whose weight matrices no strategy here works on yet: recurrent, attention, embedding, ..."""
     return [

@@ -19,6 +19,7 @@ from compress.reference import make_reference
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.quantization import aware
 from compress.strategies.quantization.aware import QuantizeAware
+from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
 from compress.training import Recovery, train
 
@@ -106,6 +107,21 @@ def test_a_layer_norm_s_scale_is_learned_in_the_kernels_behind_it(data, tmp_path
         assert guarantee.check_file(file) == []
     kernel = np.asarray(candidate.model.get_layer("left").kernel)
     np.testing.assert_allclose(file.weights_of("left", kernel.shape), kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [QuantizeAware(calibration_images=16), Quantize(calibration_images=16)])
+def test_layers_that_litert_cannot_compute_in_integers_stay_floats_and_are_listed(strategy, data, tmp_path):
+    image = layers.Input((8, 8, 1), name="image")
+    volume = layers.Conv3D(3, (3, 3, 1), activation="relu", name="volume")(layers.Reshape((8, 8, 1, 1))(image))
+    model = tf_keras.Model(image, layers.Dense(10, name="head")(layers.Flatten()(volume)))
+    context = Context("qat", data, model, Recovery(epochs=0.2, batch_size=64), seed=0)
+    candidate = strategy.apply(Candidate(model), context)
+    export(candidate, data, tmp_path / "model.tflite")
+    assert [(item.layer, "integer operator" in item.reason) for item in candidate.skipped] == [("volume", True)]
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    assert [violation for guarantee in candidate.guarantees for violation in guarantee.check_file(file)] == []
+    assert file.kernel_of("head", model.get_layer("head").kernel.shape).dtype == np.int8
+    assert file_outputs(tmp_path / "model.tflite", data.test.x[:8].astype(np.float32)).shape == (8, 10)
 
 
 @pytest.mark.parametrize("body", [called_twice, normed])

@@ -26,7 +26,7 @@ from compress.strategies.quantization.fake_quantization import trained_ranges, w
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
 from compress.strategies.quantization.rounding import round_layers
-from compress.strategies.quantization.stored import Stored
+from compress.strategies.quantization.stored import Stored, float_only
 from compress.strategies.quantization.tfmot_scheme import unwrap, wrapped_by_tfmot
 from compress.strategies.quantization.unfolding import fold_grids, folded_ranges, unfold
 from compress.strategies.repair import Repair
@@ -77,8 +77,10 @@ class QuantizeAware(Strategy):
             return self._by_tfmot(candidate, context)
         chosen = context.selection.names(candidate.model)
         model, steps = self._start(candidate, context, chosen)
+        lacking = float_only(model, chosen)
+        chosen -= {item.layer for item in lacking}
         wanted = [kernel for kernel in kernels(model) if kernel.layer.name in chosen]
-        skipped = [
+        skipped = lacking + [
             Skipped(layer.name, f"weights of {type(layer).__name__} layers are left to the converter")
             for layer in without_kernel(model)
             if layer.name in chosen

@@ -15,7 +15,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Calibration, Candidate, Effect, Guarantee, Scheme, Skipped, Storage
-from compress.deploy.integer import grids_of, one_scale_per_tensor
+from compress.deploy.conversion import one_scale_per_tensor
+from compress.deploy.integer import grids_of
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import kernels
@@ -28,7 +29,7 @@ from compress.strategies.quantization.equalisation import equalise, valued_layer
 from compress.strategies.quantization.fallback import keep_floats
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers
-from compress.strategies.quantization.stored import Stored, stays_float
+from compress.strategies.quantization.stored import Stored, float_only, stays_float
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -133,6 +134,9 @@ class Quantize(Strategy):
                 received=f"scheme={self.scheme}, which the converter applies to the whole file",
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
+        lacking = float_only(candidate.model, chosen) if self.scheme == "int8" else []
+        left_out += tuple(item.layer for item in lacking)
+        chosen -= set(left_out)
         samples = None
         if self.calibrate_on == "synthetic":
             count = max(self.calibration_images, self.rounding_images if self._reads_samples else 0)
@@ -147,6 +151,7 @@ class Quantize(Strategy):
             result = self._rounded(result, context, chosen)
         if self.float_fallback is not None:
             result = self._with_floats(result, candidate, context, chosen, self.float_fallback.accuracy_drop)
+        result = result.evolve(skipped=(*result.skipped, *context.skip(lacking)))
         return result.with_guarantee(Stored(context.stage, self.scheme, result.storage.float_layers))
 
     def _prepared(

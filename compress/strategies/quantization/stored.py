@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import tf_keras
 
-from compress.candidate import Guarantee, Scheme, Violation
+from compress.candidate import Guarantee, Scheme, Skipped, Violation
+from compress.graph.kernels import has_integer_operator, kernels
 from compress.metrics.tflite_file import TFLiteFile
 
 _INT8 = np.dtype(np.int8)
@@ -20,6 +21,15 @@ _SPARE_SMALL, _SPARE_SMALL_BELOW = ("dynamic", "weight_only"), 1024
 def stays_float(scheme: Scheme, weights: int) -> bool:
     """Say whether a kernel of so many weights is too small for the scheme to round it."""
     return scheme in _SPARE_SMALL and weights < _SPARE_SMALL_BELOW
+
+
+def float_only(model: tf_keras.Model, chosen: Collection[str]) -> list[Skipped]:
+    """Return those of the chosen layers that stay floats in an integer file whatever is asked for."""
+    return [
+        Skipped(kernel.layer.name, f"LiteRT has no integer operator for {type(kernel.layer).__name__} layers")
+        for kernel in kernels(model)
+        if kernel.layer.name in chosen and not has_integer_operator(kernel.layer)
+    ]
 
 
 @dataclass(frozen=True)
