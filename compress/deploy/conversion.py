@@ -53,6 +53,28 @@ def one_scale_per_tensor(candidate: Candidate) -> bool:
     return any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
 
 
+def check_loops(model: tf_keras.Model) -> None:
+    """Refuse recurrent layers that become loops, on which the converter crashes when it calibrates them.
+
+    A plain LSTM becomes one operator, an unrolled layer many.
+
+    Raises:
+        CompressError: naming the layer.
+    """
+    for layer in model.layers:
+        for inner in layer._flatten_layers():
+            if not isinstance(inner, tf_keras.layers.RNN) or getattr(inner, "unroll", False):
+                continue
+            plain = isinstance(inner, tf_keras.layers.LSTM) and getattr(inner, "_could_use_gpu_kernel", False)
+            if not plain or inner.return_state:
+                raise CompressError(
+                    f"export as int8, layer {layer.name}",
+                    expected="recurrent layers without loops: plain LSTMs that return no state, or unrolled ones",
+                    received=type(inner).__name__ + (" with return_state" if inner.return_state else ""),
+                    fix="Build it with unroll=True and the same weights, or quantize with scheme=dynamic.",
+                )
+
+
 @contextmanager
 def complaints_explained(scheme: Scheme, model: tf_keras.Model | None = None) -> Iterator[None]:
     """Turn what the converter raises into a :class:`CompressError`, and keep what it prints aside.

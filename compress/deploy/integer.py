@@ -18,6 +18,7 @@ from compress.data.source import Data
 from compress.deploy.conversion import (
     calibration_samples,
     check_calibration,
+    check_loops,
     complaints_explained,
     integer_form,
     layer_of,
@@ -51,6 +52,7 @@ class Calibrated:
         Raises:
             CompressError: if the converter refuses the model.
         """
+        check_loops(candidate.model)
         storage, model = candidate.storage, integer_form(candidate)
         samples = partial(calibration_samples, candidate, data, storage.calibration.images)
         check_calibration(samples())

@@ -14,7 +14,13 @@ import tf_keras
 
 from compress.candidate import Calibration, Candidate
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, integer_form, make_converter
+from compress.deploy.conversion import (
+    calibration_samples,
+    check_loops,
+    complaints_explained,
+    integer_form,
+    make_converter,
+)
 from compress.deploy.ranges import choose, collect, computed_values
 from compress.graph.rewrite import named_calls
 from compress.metrics.tflite_file import TFLiteFile
@@ -50,6 +56,7 @@ def calibrated_points(
         CompressError: if the converter refuses the model.
     """
     model = candidate.model
+    check_loops(model)
     converter = make_converter(integer_form(candidate))
     with complaints_explained("int8", model):
         content = bytes(converter.convert())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 
 from compress.candidate import Calibration, Candidate, Storage
@@ -59,6 +60,24 @@ def test_a_recurrent_layer_some_of_whose_tensors_are_empty():
     x = np.random.default_rng(0).normal(size=(16, 2, 2))
     operators = {operator.name for operator in TFLiteFile(calibrate(model, x, ranges="mse").quantized()).operators}
     assert "UNIDIRECTIONAL_SEQUENCE_LSTM" in operators
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.GRU(3),
+        layers.LSTM(3, return_state=True),
+        layers.Bidirectional(layers.SimpleRNN(3)),
+        layers.LSTM(3, "relu"),
+    ],
+)
+def test_loops_are_refused_before_the_converter_crashes_on_them(layer):
+    sequence = tf_keras.Input((2, 2))
+    model = tf_keras.Model(
+        sequence, layers.Concatenate()([*tf.nest.flatten(layer(sequence)), layers.Flatten()(sequence)])
+    )
+    with pytest.raises(CompressError, match=layer.name):
+        calibrate(model, np.random.default_rng(0).normal(size=(16, 2, 2)))
 
 
 def test_the_layer_that_overflows_is_named(model):

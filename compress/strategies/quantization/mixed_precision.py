@@ -31,7 +31,7 @@ from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.float_share import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
-from compress.strategies.quantization.stored import Stored
+from compress.strategies.quantization.stored import Stored, float_only
 from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -87,6 +87,8 @@ class MixedPrecision(Strategy):
         """Measure, choose, round."""
         check_activations(candidate, context.data, self.calibration_images)
         chosen = context.selection.names(candidate.model)
+        lacking = float_only(candidate.model, chosen)
+        chosen -= {item.layer for item in lacking}
         left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
         storage = Storage("int8", Calibration(self.calibration_images, self.ranges), float_layers=left_out)
         result = candidate.evolve(model=copy_model(candidate.model), storage=storage, skipped=())
@@ -123,7 +125,7 @@ class MixedPrecision(Strategy):
                 fix="Allow more, add fewer bits to choices, or remove weights first (prune_channels, lowrank).",
             )
         model, grids = round_layers(repair, bits)
-        skipped = [
+        skipped = lacking + [
             Skipped(name, "it has 8 bits: it is no Dense or ordinary Conv2D") for name in table if name not in bits
         ]
         widths = np.array([[bits[name], table[name].size] for name in bits], float)
