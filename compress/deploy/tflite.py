@@ -12,7 +12,13 @@ import tensorflow as tf
 
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
-from compress.deploy.conversion import calibration_samples, complaints_explained, make_converter, one_scale_per_tensor
+from compress.deploy.conversion import (
+    calibration_samples,
+    check_loops,
+    complaints_explained,
+    make_converter,
+    one_scale_per_tensor,
+)
 from compress.deploy.grids import expand_from_grids
 from compress.deploy.integer import Calibrated, grids_of
 from compress.deploy.sparse import store_sparsely
@@ -61,6 +67,7 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
     if storage.scheme == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if storage.scheme == "int16":
+        check_loops(candidate.model)
         converter.representative_dataset = partial(calibration_samples, candidate, data, storage.calibration.images)
         wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         # Operators without a 16-bit form go on computing with floats.

@@ -68,6 +68,7 @@ def test_a_recurrent_layer_some_of_whose_tensors_are_empty():
         layers.GRU(3),
         layers.LSTM(3, return_state=True),
         layers.Bidirectional(layers.SimpleRNN(3)),
+        layers.Bidirectional(layers.LSTM(3)),
         layers.LSTM(3, "relu"),
     ],
 )
