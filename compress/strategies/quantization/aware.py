@@ -19,6 +19,7 @@ from compress.deploy.points import calibrated_points
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
+from compress.graph.separable import split_separable
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.equalisation import valued_layers
@@ -76,7 +77,11 @@ class QuantizeAware(Strategy):
         if self.scheme == "tfmot":
             return self._by_tfmot(candidate, context)
         chosen = context.selection.names(candidate.model)
-        model, steps = self._start(candidate, context, chosen)
+        # What a separable layer computes between its kernels is an integer of the file, too.
+        bound = frozenset().union(*(guarantee.layers for guarantee in candidate.guarantees))
+        split, halves = split_separable(candidate.model, bound)
+        chosen |= {depthwise for pointwise, depthwise in halves.items() if pointwise in chosen}
+        model, steps = self._start(candidate.evolve(model=split), context, chosen)
         lacking = float_only(model, chosen)
         chosen -= {item.layer for item in lacking}
         wanted = [kernel for kernel in kernels(model) if kernel.layer.name in chosen]
