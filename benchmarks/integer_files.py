@@ -208,6 +208,9 @@ def page(rows: Sequence[Row]) -> str:
         f"of one sample on one thread, the median of {ROUNDS} rounds; each round measures the float file and then the "
         "other, and the speed-up is the median of the rounds' ratios. The float file against "
         "itself tells how noisy that is.",
+        "",
+        "Finished rows are kept, so some may be older than the commit below. Percentiles with second-order rounding "
+        "were picked for the divergence of ResNet-8's outputs on training images; its test accuracies were in view.",
     ]
     for case in CASES:
         found = {row["file"]: row for row in rows if row["model"] == case.name}
