@@ -1,8 +1,8 @@
 """The stage cache: every finished stage on disk, under a digest of all that made it.
 
-An entry is a folder: the model as Keras saves it, the guarantees as JSON and arrays, the exported file, the stage's
-record, and a manifest with the digest of each file. It is written under a temporary name and renamed, so it is either
-whole or absent. Nothing in it is code: loading an entry runs none.
+An entry is a folder: the model as Keras saves it, the guarantees as JSON and arrays, the exported file, the packed one,
+the stage's record, and a manifest with the digest of each file. It is written under a temporary name and renamed, so it
+is either whole or absent. Nothing in it is code: loading an entry runs none.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from compress.errors import CompressError
 from compress.graph.saved_graph import SavedGraph
 
 _LOG = logging.getLogger("compress")
-_FORMAT = 1
+_FORMAT = 2
 _SHARED_CODE = ("boards", "deploy", "metrics", "pipeline.py", "reference.py", "strategies/strategy.py")
 """What every stage's result depends on besides the strategy's own family, and all that these import."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished stage: the candidate, the stage's record, the bytes of the exported file."""
+    """A finished stage: the candidate, the stage's record, the bytes of the exported file and of the packed one."""
 
     candidate: Candidate
     result: dict[str, Any]
     tflite: bytes
+    packed: bytes
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def _write(folder: Path, entry: Entry) -> None:
         arrays["samples"] = entry.candidate.samples
     np.savez(folder / "guarantees.npz", **arrays)  # type: ignore[arg-type]
     (folder / "model.tflite").write_bytes(entry.tflite)
+    (folder / "model.cmp").write_bytes(entry.packed)
     candidate = entry.candidate
     record = {
         "guarantees": guarantees,
@@ -217,7 +219,8 @@ def _read(folder: Path) -> Entry:
         skipped=tuple(Skipped(**item) for item in record["result"]["skipped"]),
         released=tuple(record["released"]),
     )
-    return Entry(candidate, record["result"], (folder / "model.tflite").read_bytes())
+    files = ((folder / name).read_bytes() for name in ("model.tflite", "model.cmp"))
+    return Entry(candidate, record["result"], *files)
 
 
 def _guarantee_to_json(guarantee: Guarantee, index: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -198,10 +198,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported file on disk, and how its weights are written."""
+    """An exported file on disk, how its weights are written, and the packed file beside it."""
 
     path: Path
     storage: Storage
+    packed: Path | None = None
 
 
 @dataclass(frozen=True)

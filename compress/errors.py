@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
+
+USER_ERROR = 2
+"""Exit code after a user's mistake."""
 
 
 class CompressError(Exception):
@@ -22,6 +26,11 @@ class CompressError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         """Survive pickling, so that launchers in other processes report the same error."""
         return (_rebuild, (self.where, self.expected, self.received, self.fix))
+
+
+def paragraph(error: CompressError) -> str:
+    """Return the error as it is shown to the user."""
+    return textwrap.fill(f"Error in {error}", width=110, break_long_words=False, break_on_hyphens=False)
 
 
 def _unended(part: str) -> str:

@@ -22,6 +22,7 @@ from compress.candidate import Artifact, Candidate, Effect, Guarantee, Numbers, 
 from compress.data.source import Data
 from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
+from compress.deploy.packing import write_cmp
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
@@ -156,9 +157,9 @@ class Pipeline:
         # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
         with tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work:
             result = self._run(Path(work))
-            final = folder / "model.tflite"
-            result.artifact.path.replace(final)
-        return dataclasses.replace(result, artifact=Artifact(final, result.artifact.storage))
+            final = Artifact(folder / "model.tflite", result.artifact.storage, folder / "model.cmp")
+            _move(result.artifact, final)
+        return dataclasses.replace(result, artifact=final)
 
     def _measure_given(self, path: Path, folder: Path) -> Result:
         """Measure a model that is exported already, as it is."""
@@ -174,7 +175,9 @@ class Pipeline:
         file = TFLiteFile.read(path)
         inputs, outputs = ([file.tensors[i].shape for i in indices] for indices in (file.inputs, file.outputs))
         data = self.data.fitted_to_shapes(inputs, outputs, f"model.path {path}")
-        numbers = measure(Artifact(path, Storage()), file, None, data, self.board)
+        packed = folder / "model.cmp"
+        write_cmp(packed, path)
+        numbers = measure(Artifact(path, Storage(), packed), file, None, data, self.board)
         final = folder / "model.tflite"
         if not (final.exists() and final.samefile(path)):
             partial = folder / ".model.tflite.partial"
@@ -183,7 +186,7 @@ class Pipeline:
         seconds = time.perf_counter() - started
         baseline = StageResult("baseline", {}, numbers, seconds, (), (), (), _whole(path.stem, numbers))
         self.on_stage(baseline)
-        return Result(baseline, (), None, Artifact(final, Storage()))
+        return Result(baseline, (), None, Artifact(final, Storage(), packed))
 
     def _run(self, folder: Path) -> Result:
         reference, baseline, artifact, key = self._reference(folder)
@@ -251,19 +254,18 @@ class Pipeline:
     def _cached(
         self, key: str, make: Callable[[], tuple[Candidate, StageResult]], folder: Path
     ) -> tuple[Candidate, StageResult, Artifact]:
-        path = folder / "model.tflite"
+        tflite, packed = folder / "model.tflite", folder / "model.cmp"
         found = self.cache.load(key)
         if found is None:
             candidate, result = make()
-            found = Entry(candidate, _result_to_json(result), path.read_bytes())
+            found = Entry(candidate, _result_to_json(result), tflite.read_bytes(), packed.read_bytes())
             self.cache.store(key, found)
         else:
             _LOG.info("%s: taken from the cache", found.result["name"])
             result = _result_from_json(found.result, cached=True)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_bytes(found.tflite)
-            partial.replace(path)
-        return found.candidate, result, Artifact(path, found.candidate.storage)
+            tflite.write_bytes(found.tflite)
+            packed.write_bytes(found.packed)
+        return found.candidate, result, Artifact(tflite, found.candidate.storage, packed)
 
     def _measured(
         self, name: str, config: dict[str, Any], make: Callable[[], Candidate], data: Data, folder: Path
@@ -275,6 +277,7 @@ class Pipeline:
         file = TFLiteFile.read(artifact.path)
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
+        artifact = self._packed(candidate, artifact)
         numbers = measure(artifact, file, candidate.model, data, self.board)
         noise: tuple[Noise, ...] = ()
         if candidate.storage.scheme in _QUANTIZED:
@@ -293,6 +296,25 @@ class Pipeline:
             measured=dict(candidate.measured),
             noise=noise,
         )
+
+    def _packed(self, candidate: Candidate, artifact: Artifact) -> Artifact:
+        """Write the packed file beside the exported one."""
+        target = artifact.path.with_suffix(".cmp")
+        # Whole numbers are the exported file's; floats are the Keras model's, which conversion only copies.
+        if candidate.storage.scheme == "float32" and has_layers(candidate.model):
+            with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+                source = Path(folder, "model.keras")
+                self.model.save(candidate.model, source)
+                write_cmp(target, source)
+        else:
+            write_cmp(target, artifact.path)
+        return dataclasses.replace(artifact, packed=target)
+
+
+def _move(artifact: Artifact, target: Artifact) -> None:
+    artifact.path.replace(target.path)
+    if artifact.packed is not None and target.packed is not None:
+        artifact.packed.replace(target.packed)
 
 
 def refuse_without_layers(stages: Sequence[Stage], model: tf_keras.Model) -> None:

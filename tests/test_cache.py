@@ -29,7 +29,7 @@ from compress.strategies.sharing.codebook import Codebook
 
 layers = tf_keras.layers
 KEY = "0123456789abcdef"
-FILES = ("guarantees.npz", "manifest.json", "model.keras", "model.tflite", "record.json")
+FILES = ("guarantees.npz", "manifest.json", "model.cmp", "model.keras", "model.tflite", "record.json")
 X = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype(np.float32)
 
 
@@ -58,7 +58,9 @@ def entry() -> Entry:
         lineage=("prune", "share"),
         released=("lowrank: gone",),
     )
-    return Entry(candidate, {"name": "share", "skipped": [{"layer": "conv", "reason": "too small"}]}, b"\0TFLite\xff")
+    return Entry(
+        candidate, {"name": "share", "skipped": [{"layer": "conv", "reason": "too small"}]}, b"\0TFLite\xff", b"\x93CMP"
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_an_entry_comes_back_whole(entry, tmp_path):
     cache.store(KEY, entry)
     found = cache.load(KEY)
     before, after = entry.candidate, found.candidate
-    assert found.tflite == entry.tflite
+    assert (found.tflite, found.packed) == (entry.tflite, entry.packed)
     assert found.result == entry.result
     assert (after.storage, after.lineage, after.released) == (before.storage, before.lineage, before.released)
     assert [(item.layer, item.reason) for item in after.skipped] == [("conv", "too small")]
@@ -197,7 +199,7 @@ def test_an_entry_is_written_to_disk_before_it_is_visible(entry, tmp_path, monke
 
 
 def other(entry: Entry) -> Entry:
-    return Entry(entry.candidate, {**entry.result, "name": "another"}, b"another")
+    return Entry(entry.candidate, {**entry.result, "name": "another"}, b"another", b"packed")
 
 
 def test_an_entry_that_is_there_already_is_left_as_it_is(entry, tmp_path):
@@ -228,7 +230,7 @@ def forge(folder: Path, change) -> None:
     change(record)
     (folder / "record.json").write_text(json.dumps(record))
     sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir() if f.name != "manifest.json"}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "sha256": sums}))
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "sha256": sums}))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_the_digest_follows_every_room_that_a_stage_stands_on(changed, tmp_path,
 def test_a_model_with_code_is_not_kept(tmp_path, caplog):
     image = tf_keras.Input((4,))
     model = tf_keras.Model(image, tf_keras.layers.Lambda(lambda t: t * 2)(image))
-    StageCache(tmp_path / "cache").store(KEY, Entry(Candidate(model), {"skipped": []}, b""))
+    StageCache(tmp_path / "cache").store(KEY, Entry(Candidate(model), {"skipped": []}, b"", b""))
     assert not (tmp_path / "cache").exists()
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from compress.errors import CompressError, did_you_mean, nearest
-
-USER_ERROR = 2
+from compress.errors import USER_ERROR, CompressError, did_you_mean, nearest, paragraph
 
 
 def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str]) -> int:
@@ -50,11 +47,6 @@ def _raised_in_hydra(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("hydra.")
-
-
-def paragraph(error: CompressError) -> str:
-    """Return the error as it is shown to the user."""
-    return textwrap.fill(f"Error in {error}", width=110, break_long_words=False, break_on_hyphens=False)
 
 
 def refuse_passwords(arguments: Sequence[str]) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from compress.cli.errors import USER_ERROR, paragraph
-from compress.errors import CompressError
+from compress.errors import USER_ERROR, CompressError, paragraph
 
 _LOG = logging.getLogger("compress")
 

@@ -22,7 +22,7 @@ def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, 
     """Return everything that is known about an exported file.
 
     Args:
-        artifact: the file on disk.
+        artifact: the file on disk, and the packed one.
         file: the same, read.
         model: what it was made from. Without it, or without Keras layers in it, the file itself is counted.
         data: its test part is what the accuracy is measured on.
@@ -43,7 +43,7 @@ def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, 
         macs=count_macs(model) if model is not None and has_layers(model) else file.macs(),
         tflite_bytes=file_bytes(artifact.path),
         gzip_bytes=gzip_bytes(artifact.path),
-        packed_bytes=None,
+        packed_bytes=None if artifact.packed is None else file_bytes(artifact.packed),
         peak_memory_bytes=file.peak_memory_bytes(),
         latency_ms=measurement.latency_ms,
         latency_failure=measurement.failure,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+import tf_keras
 
 from compress.candidate import Artifact, Candidate
 from compress.data.source import Data
@@ -27,6 +29,8 @@ from compress.metrics.accuracy import file_outputs
 
 _LOG = logging.getLogger("compress")
 _COMPARED_IMAGES = 8
+_TOLERANCE = 1e-4
+"""Of the outputs of two float files, as a share of the largest output."""
 
 
 def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
@@ -45,13 +49,36 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
         CompressError: if the converter refuses the model.
     """
     content = _converted(candidate, data)
+    # Other kernels of the runtime may sum in another order; of integers, round to the neighbour.
+    tolerance = 0.02 if candidate.storage.scheme == "int8" else _TOLERANCE
+    samples = calibration_samples(candidate, data, _COMPARED_IMAGES)
+    _write_smaller(content, [sample for (sample,) in samples], tolerance, path)
+    return Artifact(path, candidate.storage)
+
+
+def export_float(model: tf_keras.Model, path: Path) -> None:
+    """Write the float file of a model that no data are at hand for.
+
+    It is the file that :func:`export` writes of a float candidate.
+
+    Raises:
+        CompressError: if the converter refuses the model.
+    """
+    with complaints_explained("float32", model):
+        content = bytes(make_converter(model).convert())
+    shape = [1, *(size or 1 for size in model.inputs[0].shape[1:])]
+    samples = np.random.default_rng(0).normal(size=(_COMPARED_IMAGES, *shape)).astype(np.float32)
+    _write_smaller(content, list(samples), _TOLERANCE, path)
+
+
+def _write_smaller(content: bytes, samples: Sequence[np.ndarray], tolerance: float, path: Path) -> None:
+    """Write the file with its kernels stored sparsely, if that is smaller and LiteRT computes the same from samples."""
     sparse = store_sparsely(content)
-    if sparse is not None and _agree(content, sparse, candidate, data):
+    if sparse is not None and _agree(content, sparse, samples, tolerance):
         content = sparse
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_bytes(content)
     unfinished.replace(path)
-    return Artifact(path, candidate.storage)
 
 
 def _converted(candidate: Candidate, data: Data) -> bytes:
@@ -79,9 +106,9 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
     return content
 
 
-def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> bool:
-    """Run both files in LiteRT on a few calibration images and compare their outputs."""
-    images = np.concatenate([image for (image,) in calibration_samples(candidate, data, _COMPARED_IMAGES)])
+def _agree(dense: bytes, sparse: bytes, samples: Sequence[np.ndarray], tolerance: float) -> bool:
+    """Run both files in LiteRT on samples [1, ...] and compare their outputs."""
+    images = np.concatenate(samples)
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         outputs = []
         for name, content in (("dense.tflite", dense), ("sparse.tflite", sparse)):
@@ -92,6 +119,4 @@ def _agree(dense: bytes, sparse: bytes, candidate: Candidate, data: Data) -> boo
             except CompressError as error:
                 _LOG.warning("weights are not stored sparsely: %s", error.received)
                 return False
-    # Other kernels of the runtime may sum in another order; of integers, round to the neighbour.
-    tolerance = 0.02 if candidate.storage.scheme == "int8" else 1e-4
     return bool(np.abs(outputs[1] - outputs[0]).max() <= tolerance * np.abs(outputs[0]).max())

@@ -42,6 +42,11 @@ _KERNEL_SUFFIXES = (
 )
 
 
+def stored_dtype(code: int) -> np.dtype | None:
+    """Return the type that a tensor of the schema's type ``code`` is stored in; None if it is not known here."""
+    return _DTYPES.get(code)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of the file. ``data`` is None for activations; ``scales`` is empty for floats.

@@ -140,6 +140,17 @@ def read_model_file(path: Path, *, allow_code: bool) -> tuple[tf_keras.Model, Ne
     return flat, nests
 
 
+def check_file(path: Path) -> None:
+    """Look at a model's file without loading it.
+
+    Raises:
+        CompressError: if it is absent, damaged, too large or no Keras model.
+    """
+    _check_place(path)
+    if not path.is_dir():
+        _read_config(path)
+
+
 def _where(path: Path, layer: str | None = None) -> str:
     return f"model.path {path}" + (f", layer {layer}" if layer else "")
 

@@ -53,7 +53,7 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
         "artifacts": {
             "keras": None if result.keras_model is None else "model.keras",
             "tflite": "model.tflite",
-            "packed": None,
+            "packed": "model.cmp",
             "card": None,
         },
     }
@@ -217,7 +217,7 @@ def print_table(report: Mapping[str, Any]) -> None:
         "nonzero params",
         "MACs",
         ".tflite bytes",
-        "gzip bytes",
+        ".cmp bytes",
         "peak mem.",
         "p50 ms",
         "s",
@@ -236,7 +236,7 @@ def print_table(report: Mapping[str, Any]) -> None:
             f"{numbers['nonzero_params']:,}",
             f"{numbers['macs']:,}",
             f"{numbers['tflite_bytes']:,}",
-            f"{numbers['gzip_bytes']:,}",
+            "-" if numbers["packed_bytes"] is None else f"{numbers['packed_bytes']:,}",
             f"{numbers['peak_memory_bytes']:,}",
             "-" if latency is None else f"{latency['p50']:.3f}",
             "" if seconds is None else f"{seconds:.1f}",
@@ -246,7 +246,10 @@ def print_table(report: Mapping[str, Any]) -> None:
     table.add_row(
         "gain",
         f"{ratio['accuracy_delta']:+.2f}",
-        *(_times(ratio[key]) for key in ("nonzero_params", "macs", "tflite_bytes", "gzip_bytes", "peak_memory_bytes")),
+        *(
+            _times(ratio[key])
+            for key in ("nonzero_params", "macs", "tflite_bytes", "packed_bytes", "peak_memory_bytes")
+        ),
         _times(ratio["latency_p50"]),
         f"{report['seconds']:.1f}",
     )

@@ -91,7 +91,7 @@ class MlflowRecorder(Recorder):
         """Log ratios, the files and the picture of the layers."""
         ratios = {f"ratio.{key}": value for key, value in report["ratios"].items() if value is not None}
         _log_metrics(self._client, self._run, {**ratios, "seconds": report["seconds"]})
-        for name in ("report.json", "model.tflite", "layers.png"):
+        for name in ("report.json", "model.tflite", "model.cmp", "layers.png"):
             self._client.log_artifact(self._run, str(folder / name))
         if result.last.noise:
             self._client.log_artifact(self._run, str(folder / "noise.png"))

@@ -13,15 +13,17 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import tf_keras
 from ai_edge_litert.interpreter import Interpreter
 from mlflow.tracking import MlflowClient
 from sklearn.datasets import load_digits
 
+from compress.deploy.packing import unpack
 from compress.tracking.report import SCHEMA_FILE
 from tests.conftest import REPOSITORY
 
 QUICK = ["recovery.epochs=1", "board.runs=100", "board.warmup=1"]
-SAME = ("accuracy", "accuracy_keras", "params", "nonzero_params", "macs", "tflite_bytes", "gzip_bytes")
+SAME = ("accuracy", "accuracy_keras", "params", "nonzero_params", "macs", "tflite_bytes", "packed_bytes", "gzip_bytes")
 
 
 def read(folder: Path) -> dict:
@@ -42,9 +44,15 @@ def test_the_default_job(cli, tmp_path):
     assert report["strategy"] == "lowrank+prune"
     for word in ("baseline", "lowrank", "prune", "gain", "accuracy", ".tflite bytes"):
         assert word in shown
-    for name in ("keras", "tflite"):
+    for name in ("keras", "tflite", "packed"):
         assert (tmp_path / "out" / report["artifacts"][name]).is_file()
     assert (tmp_path / "out" / "model.tflite").stat().st_size == report["final"]["tflite_bytes"]
+    assert (tmp_path / "out" / "model.cmp").stat().st_size == report["final"]["packed_bytes"]
+    unpack(tmp_path / "out" / "model.cmp", tmp_path / "unpacked.keras")
+    unpacked, saved = (
+        tf_keras.models.load_model(tmp_path / name, compile=False) for name in ("unpacked.keras", "out/model.keras")
+    )
+    assert [w.tobytes() for w in unpacked.get_weights()] == [w.tobytes() for w in saved.get_weights()]
 
     # The accuracy, recomputed with nothing of the project: the file reads raw pixels.
     bunch = load_digits()

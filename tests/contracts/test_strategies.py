@@ -102,7 +102,7 @@ def test_guarantees_hold_after_save_and_load(result, artifact, data, tmp_path):
     from compress.metrics.tflite_file import TFLiteFile
 
     cache = StageCache(tmp_path / "cache")
-    cache.store("key", Entry(result, {"skipped": []}, artifact.path.read_bytes()))
+    cache.store("key", Entry(result, {"skipped": []}, artifact.path.read_bytes(), b""))
     entry = cache.load("key")
     assert entry is not None
     assert len(entry.candidate.guarantees) == len(result.guarantees)

@@ -111,7 +111,7 @@ def test_outputs_are_those_of_tensorflow_through_every_copy(name: str, tmp_path:
     (wanted,) = function(**{key: tf.constant(x)}).values()
     model = load(path)
     cache = StageCache(tmp_path / "cache")
-    cache.store("key", Entry(Candidate(copy_model(model)), {"skipped": []}, b""))
+    cache.store("key", Entry(Candidate(copy_model(model)), {"skipped": []}, b"", b""))
     for copy in (model, copy_model(model), cache.load("key").candidate.model):
         assert not has_layers(copy)
         assert copy.trainable_weights == []

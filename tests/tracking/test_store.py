@@ -142,6 +142,7 @@ def finished(folder: Path, **changes) -> tuple[dict, Result]:
     folder.mkdir(exist_ok=True)
     write_report(report, folder / "report.json")
     (folder / "model.tflite").write_bytes(b"file")
+    (folder / "model.cmp").write_bytes(b"packed")
     (folder / "layers.png").write_bytes(b"picture")
     return report, result
 
@@ -174,7 +175,7 @@ def test_a_run_is_found_again(store, tmp_path):
     history = client.get_metric_history(child.info.run_id, "tflite_bytes")
     assert [(m.step, m.value) for m in history] == [(0, 4000), (1, 2000)]
     files = {item.path for item in client.list_artifacts(child.info.run_id)}
-    assert {"config.yaml", "report.json", "model.tflite", "layers.png"} <= files
+    assert {"config.yaml", "report.json", "model.tflite", "model.cmp", "layers.png"} <= files
     config = Path(client.download_artifacts(child.info.run_id, "config.yaml", str(tmp_path))).read_text()
     assert SECRET not in config
     assert "sparsity: 0.5" in config

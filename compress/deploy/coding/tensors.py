@@ -1,0 +1,276 @@
+"""Arrays into bytes and back, bit by bit the same: each in the form that takes the fewest bytes.
+
+An array is written as the unsigned integers that its bits spell, so that every value survives: NaNs, negative zeros,
+numbers too small to be normal.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from compress.deploy.coding.draft import Draft, Tables, smallest
+from compress.deploy.coding.positions import draft_positions, read_positions
+from compress.deploy.coding.symbols import CODERS, MOST_ANS_SYMBOLS, SymbolCoder, draft_symbols, read_symbols
+from compress.deploy.coding.wire import DamagedError, Reader, little_endian, varint
+
+_SAMPLE = 200_000
+"""Values that are looked at first, to see whether a codebook or a grid is worth a try."""
+_MOST_LEVEL = 127
+_SIGNED = 128
+"""Set in a grid's number of bits if it has a symbol for the negative zero."""
+_NEGATIVE_ZERO = np.uint32(1 << 31)
+_MOST_SPARSE = 0.5
+"""Share of values other than zero up to which zeros are left out."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The form of an array whose values are written: ``rows`` x ``columns``, and whether its numbers are float32."""
+
+    rows: int
+    columns: int
+    float32: bool = False
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Shape:
+        """Return that of an array: its last axis makes the columns."""
+        columns = array.shape[-1] if array.ndim and array.size else 1
+        return cls(array.size // columns, columns, array.dtype == np.float32)
+
+
+class Form(ABC):
+    """A way to write the values of an array."""
+
+    code: ClassVar[int]
+    """Its number in the file."""
+
+    @abstractmethod
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Return the draft of values uint [n], n > 0; None if it cannot write them, or knows that it would not pay."""
+
+    @abstractmethod
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Return the values uint [n], n the number that the shape has, and the tables known afterwards."""
+
+
+class Raw(Form):
+    """The numbers as they are."""
+
+    code = 0
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft:
+        """Draft their bytes."""
+        return Draft(values.nbytes, tables, lambda: little_endian(values))
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Read the bytes."""
+        return reader.array(dtype, shape.rows * shape.columns), tables
+
+
+class Planes(Form):
+    """A stream for the first byte of all numbers, one for the second, and so on: exponents repeat, fractions do not."""
+
+    code = 1
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft:
+        """Draft a stream for each byte, the lowest first."""
+        planes = np.frombuffer(little_endian(values), np.uint8).reshape(len(values), -1)
+        streams: list[Draft] = []
+        for place in range(planes.shape[1]):
+            streams.append(draft_symbols(np.ascontiguousarray(planes[:, place]), 256, tables, coders))
+            tables = streams[-1].tables
+        return streams[-1].after(*streams[:-1])
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Read a stream for each byte."""
+        count = shape.rows * shape.columns
+        planes = np.empty((count, dtype.itemsize), np.uint8)
+        for place in range(dtype.itemsize):
+            planes[:, place], tables = read_symbols(reader, 256, count, tables)
+        return planes.reshape(-1).view(dtype.newbyteorder("<")).astype(dtype), tables
+
+
+class Codebook(Form):
+    """The distinct values, and which of them each number is."""
+
+    code = 2
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Draft both; None if there are too many distinct values for this to pay."""
+        found = _looked_up(values, min(MOST_ANS_SYMBOLS, len(values) // 2 + 1))
+        if found is None:
+            return None
+        book, indices = found
+        return draft_symbols(indices, len(book), tables, coders).after(varint(len(book)), little_endian(book))
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Look the numbers up."""
+        book = reader.array(dtype, reader.varint(MOST_ANS_SYMBOLS))
+        indices, tables = read_symbols(reader, len(book), shape.rows * shape.columns, tables)
+        if not len(book):
+            raise DamagedError("an empty codebook")
+        return book[indices], tables
+
+
+class GridLevels(Form):
+    """A step for each column, and the whole number of steps that each float32 value is: 1 to 8 bits.
+
+    One symbol more stands for the negative zero, if there is any.
+    """
+
+    code = 3
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Draft steps and levels; None if the values do not lie on such grids to the last bit."""
+        if not shape.float32:
+            return None
+        found = _steps(values.view(np.float32).reshape(shape.rows, shape.columns))
+        if found is None:
+            return None
+        steps, levels = found
+        bits = int(max(levels.max(), -levels.min() - 1, 0)).bit_length() + 1
+        symbols = levels + 2 ** (bits - 1)
+        negative_zeros = (values == _NEGATIVE_ZERO).reshape(symbols.shape)
+        symbols[negative_zeros] = 2**bits
+        signed = bool(negative_zeros.any())
+        stream = draft_symbols(symbols.reshape(-1), 2**bits + signed, tables, coders)
+        return stream.after(bytes([bits | _SIGNED * signed]), little_endian(steps))
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Multiply."""
+        head = reader.byte()
+        bits, signed = head & ~_SIGNED, bool(head & _SIGNED)
+        if not 1 <= bits <= 8 or not shape.float32:
+            raise DamagedError(f"a grid of {bits} bits for numbers of {dtype.itemsize} bytes")
+        steps = reader.array(np.dtype(np.float32), shape.columns)
+        symbols, tables = read_symbols(reader, 2**bits + signed, shape.rows * shape.columns, tables)
+        levels = symbols.astype(np.int32).reshape(shape.rows, shape.columns) - 2 ** (bits - 1)
+        with np.errstate(all="ignore"):
+            values = (levels.astype(np.float32) * steps).reshape(-1).view(np.uint32)
+        if signed:
+            values[symbols == 2**bits] = _NEGATIVE_ZERO
+        return values, tables
+
+
+class Sparse(Form):
+    """Where the values other than zero are, and these in one of the other forms."""
+
+    code = 4
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Draft positions and values; None if few values are zero."""
+        places = np.flatnonzero(values)
+        if not len(places) or len(places) > _MOST_SPARSE * len(values):
+            return None
+        drafts = []
+        for positions, stored in draft_positions(places, shape.rows, shape.columns, tables, coders):
+            inner = Shape(len(stored), 1, shape.float32)
+            drafts.append(_draft(values[stored], inner, positions.tables, coders, _DENSE).after(positions))
+        return smallest(drafts)
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Put the values where they belong."""
+        places, tables = read_positions(reader, shape.rows, shape.columns, tables)
+        stored, tables = _read_values(reader, dtype, Shape(len(places), 1, shape.float32), tables, _DENSE)
+        values = np.zeros(shape.rows * shape.columns, dtype)
+        values[places] = stored
+        return values, tables
+
+
+_DENSE: tuple[Form, ...] = (Raw(), Planes(), Codebook(), GridLevels())
+FORMS: tuple[Form, ...] = (*_DENSE, Sparse())
+"""All forms."""
+
+
+def draft_array(array: np.ndarray, tables: Tables, coders: tuple[SymbolCoder, ...] = CODERS) -> Draft:
+    """Return the smallest draft of an array.
+
+    Args:
+        array: of any shape; numbers of 1, 2, 4 or 8 bytes.
+        tables: frequency tables of the arrays before it in the file.
+        coders: what streams may be written with; one of them must take every alphabet, as ``FixedWidth`` does.
+    """
+    values = np.ascontiguousarray(array).reshape(-1).view(_bits_of(array.dtype))
+    return _draft(values, Shape.of(array), tables, coders, FORMS)
+
+
+def read_array(reader: Reader, dtype: np.dtype, shape: tuple[int, ...], tables: Tables) -> tuple[np.ndarray, Tables]:
+    """Return the array, and the tables known afterwards.
+
+    Raises:
+        DamagedError: if the bytes are none that :func:`draft_array` writes for such an array.
+    """
+    rows_and_columns = Shape.of(np.broadcast_to(np.zeros((), dtype), shape))
+    values, tables = _read_values(reader, _bits_of(dtype), rows_and_columns, tables, FORMS)
+    return values.view(dtype).reshape(shape), tables
+
+
+def _bits_of(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+def _draft(
+    values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...], forms: tuple[Form, ...]
+) -> Draft:
+    if not len(values):
+        return Draft(0, tables)
+    drafts = [(form.code, form.draft(values, shape, tables, coders)) for form in forms]
+    return smallest([draft.after(bytes([code])) for code, draft in drafts if draft is not None])
+
+
+def _read_values(
+    reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables, forms: tuple[Form, ...]
+) -> tuple[np.ndarray, Tables]:
+    if not shape.rows * shape.columns:
+        return np.zeros(0, dtype), tables
+    code = reader.byte()
+    form = next((form for form in forms if form.code == code), None)
+    if form is None:
+        raise DamagedError(f"values in the unknown form {code}")
+    return form.decode(reader, dtype, shape, tables)
+
+
+def _looked_up(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the distinct values, sorted, and which of them each value is; None if there are more than ``most``."""
+    book = np.unique(values[:: max(1, len(values) // _SAMPLE)])
+    while len(book) <= most:
+        indices = np.minimum(np.searchsorted(book, values), len(book) - 1)
+        missing = values[book[indices] != values]
+        if not len(missing):
+            return book, indices
+        # What the sample has missed is rare; if not, the book grows too large soon.
+        book = np.union1d(book, missing[: 4 * _SAMPLE])
+    return None
+
+
+def _steps(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return steps float32 [columns] and levels int32 [rows, columns] whose products are the numbers; None if none are.
+
+    A column's smallest value is taken for one step, or for two, three or four. Zeros may be negative.
+    """
+    if not np.isfinite(numbers).all():
+        return None
+    sizes = np.abs(numbers)
+    smallest_size = np.where(sizes > 0, sizes, np.float32(np.inf)).min(0)
+    smallest_size = np.where(np.isfinite(smallest_size), smallest_size, np.float32(1))
+    steps = np.ones_like(smallest_size)
+    levels = np.zeros(numbers.shape, np.int32)
+    open_columns = np.arange(numbers.shape[1])
+    for multiple in range(1, 5):
+        tried = (smallest_size[open_columns] / np.float32(multiple)).astype(np.float32)
+        column = numbers[:, open_columns]
+        with np.errstate(all="ignore"):
+            ratio = np.rint(column / tried)
+        fits = (np.abs(ratio) <= _MOST_LEVEL).all(0) & (tried > 0)
+        whole = np.where(fits, ratio, 0).astype(np.int32)
+        fits &= (whole.astype(np.float32) * tried == column).all(0)
+        steps[open_columns[fits]] = tried[fits]
+        levels[:, open_columns[fits]] = whole[:, fits]
+        open_columns = open_columns[~fits]
+        if not len(open_columns):
+            return steps, levels
+    return None

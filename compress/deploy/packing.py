@@ -1,0 +1,111 @@
+"""Packs model files, and unpacks them again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from compress.deploy.coding.symbols import CODERS, Ans, FixedWidth, Huffman, SymbolCoder
+from compress.deploy.packed import DEFAULT_LIMIT, Packed, read_packed, write_packed
+from compress.deploy.packed_keras import from_keras, to_keras
+from compress.errors import CompressError
+from compress.quiet import import_tensorflow
+
+CODER_CHOICES: Mapping[str, tuple[SymbolCoder, ...]] = MappingProxyType(
+    {"ans": (FixedWidth(), Ans()), "huffman": (FixedWidth(), Huffman()), "smallest": CODERS, "none": (FixedWidth(),)}
+)
+"""Coders by the names that users know them by."""
+
+
+def write_cmp(target: Path, source: Path, coder: str = "ans") -> None:
+    """Pack a ``.keras`` or ``.tflite`` file. Written to a temporary name and renamed.
+
+    Args:
+        target: the packed file.
+        source: the model's file.
+        coder: one of ``CODER_CHOICES``.
+
+    Raises:
+        CompressError: if the source is neither, or damaged.
+    """
+    _write(target, write_packed(read_model(source), CODER_CHOICES[coder]))
+
+
+def read_model(source: Path) -> Packed:
+    """Return what a packed file holds of a ``.keras`` or ``.tflite`` file.
+
+    Raises:
+        CompressError: if it is neither, or damaged.
+    """
+    import_tensorflow()
+    if source.suffix == ".keras":
+        return from_keras(source)
+    if source.suffix == ".tflite" and source.is_file():
+        from compress.deploy.packed_tflite import from_tflite
+
+        return from_tflite(source.read_bytes(), str(source))
+    raise CompressError(
+        str(source),
+        expected="a model's file: .keras or .tflite",
+        received="no such file" if not source.exists() else f"the ending {source.suffix or '(none)'}",
+        fix="Check the path. An .h5 file can be loaded and saved again with model.save('model.keras').",
+    )
+
+
+def unpack(source: Path, target: Path, limit: int = DEFAULT_LIMIT) -> None:
+    """Write the network of a packed file to ``target``: ``.keras``, ``.tflite``, or ``.npz`` for the arrays alone.
+
+    Raises:
+        CompressError: if the packed file is damaged, grows beyond ``limit`` bytes, or cannot become such a file.
+    """
+    if not source.is_file():
+        raise CompressError(str(source), expected="a .cmp file", received="no such file", fix="Check the path.")
+    packed = read_packed(source.read_bytes(), str(source), limit)
+    if target.suffix == ".npz":
+        with target.with_name(f".{target.name}.partial").open("wb") as file:
+            np.savez(file, **packed.arrays)  # type: ignore[arg-type]
+        Path(file.name).replace(target)
+    elif target.suffix == f".{packed.kind}":
+        _write(target, _unpacked(packed, str(source)))
+    elif target.suffix == ".tflite":
+        _convert(_unpacked(packed, str(source)), target)
+    else:
+        raise CompressError(
+            f"-o {target}",
+            expected="a name that ends in .keras, .tflite or .npz"
+            if packed.kind == "keras"
+            else "a name that ends in .tflite or .npz: what was packed is a .tflite file",
+            received=target.name,
+            fix=f"Write -o {target.with_suffix(f'.{packed.kind}')}.",
+        )
+
+
+def _unpacked(packed: Packed, name: str) -> bytes:
+    if packed.kind == "keras":
+        return to_keras(packed, name)
+    import_tensorflow()
+    from compress.deploy.packed_tflite import to_tflite
+
+    return to_tflite(packed, name)
+
+
+def _convert(keras: bytes, target: Path) -> None:
+    """Export the model of a ``.keras`` file."""
+    import_tensorflow()
+    from compress.deploy.tflite import export_float
+    from compress.models.file import load_model_file
+
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        file = Path(folder, "model.keras")
+        file.write_bytes(keras)
+        export_float(load_model_file(file, allow_code=False), target)
+
+
+def _write(target: Path, content: bytes) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(target)

@@ -1,0 +1,205 @@
+"""A reader of packed files in plain Python, written from ``docs/packed_file.md`` and sharing no code with the project.
+
+Slow, and it trusts its input: an oracle for tests, and a start for whoever reads the files elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from math import prod
+from typing import Any
+
+SIZES = {"bool": 1, "float16": 2, "float32": 4, "float64": 8, "complex64": 8}
+SIZES |= {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+Table = tuple[int, list[int]]
+
+
+class Bytes:
+    """Bytes read from front to back."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.place = content, 0
+
+    def take(self, count: int) -> bytes:
+        taken = self.content[self.place : self.place + count]
+        assert len(taken) == count
+        self.place += count
+        return taken
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def varint(self) -> int:
+        value, shift = 0, 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def numbers(self, count: int, size: int) -> list[int]:
+        raw = self.take(count * size)
+        return [int.from_bytes(raw[i : i + size], "little") for i in range(0, len(raw), size)]
+
+
+def read_file(content: bytes) -> tuple[int, Any, dict[str, tuple[str, list[int], bytes]], bytes]:
+    """Return kind, structure, arrays (type, shape, bytes) by name, and skeleton."""
+    magic, version, kind, length, size, total, stored, checksum = struct.unpack("<4sHHQQQII", content[:40])
+    assert (magic, version, length) == (b"\x93CMP", 1, len(content))
+    assert zlib.crc32(content[:36]) == checksum
+    reader = Bytes(content[40:])
+    directory = zlib.decompress(reader.take(stored))
+    assert len(directory) == size
+    assert zlib.crc32(content[40 : 40 + stored]) == reader.numbers(1, 4)[0]
+    text_length = int.from_bytes(directory[:8], "little")
+    text = json.loads(directory[8 : 8 + text_length])
+    arrays: dict[str, tuple[str, list[int], bytes]] = {}
+    tables: list[Table] = []
+    for name, dtype, shape, body_length in text["arrays"]:
+        body = reader.take(body_length)
+        assert zlib.crc32(body) == reader.numbers(1, 4)[0]
+        columns = shape[-1] if shape else 1
+        rows = prod(shape[:-1]) if prod(shape) else 0
+        inner = Bytes(body)
+        values = read_values(inner, rows, columns, SIZES[dtype], tables)
+        assert inner.place == len(body)
+        arrays[name] = (dtype, shape, b"".join(v.to_bytes(SIZES[dtype], "little") for v in values))
+    assert size + sum(len(raw) for _, _, raw in arrays.values()) == total
+    return kind, text["structure"], arrays, directory[8 + text_length :]
+
+
+def read_values(reader: Bytes, rows: int, columns: int, size: int, tables: list[Table]) -> list[int]:
+    count = rows * columns
+    if not count:
+        return []
+    form = reader.byte()
+    if form == 0:
+        return reader.numbers(count, size)
+    if form == 1:
+        planes = [read_stream(reader, 256, count, tables) for _ in range(size)]
+        return [sum(plane[i] << 8 * k for k, plane in enumerate(planes)) for i in range(count)]
+    if form == 2:
+        book = reader.numbers(reader.varint(), size)
+        return [book[i] for i in read_stream(reader, len(book), count, tables)]
+    if form == 3:
+        head = reader.byte()
+        bits, signed = head & 127, head >> 7
+        steps = struct.unpack(f"<{columns}f", reader.take(4 * columns))
+        symbols = read_stream(reader, 2**bits + signed, count, tables)
+        values = []
+        for i, symbol in enumerate(symbols):
+            # A product of a float32 and a small whole number is exact in Python's floats; packing rounds it once.
+            product = (symbol - 2 ** (bits - 1)) * steps[i % columns]
+            (value,) = struct.unpack("<I", struct.pack("<f", product))
+            values.append(0x80000000 if symbol == 2**bits else value)
+        return values
+    assert form == 4
+    places = read_positions(reader, rows, columns, tables)
+    values = [0] * count
+    for place, value in zip(places, read_values(reader, len(places), 1, size, tables), strict=True):
+        values[place] = value
+    return values
+
+
+def read_positions(reader: Bytes, rows: int, columns: int, tables: list[Table]) -> list[int]:
+    kind = reader.byte()
+    if kind == 0:
+        bits = reader.byte()
+        place, places = -1, []
+        for gap in read_stream(reader, 2**bits, reader.varint(), tables):
+            place += gap + 1
+            places.append(place)
+        return places
+    if kind == 1:
+        counts = read_stream(reader, columns + 1, rows, tables)
+        indices = iter(read_stream(reader, columns, sum(counts), tables))
+        return [row * columns + next(indices) for row, count in enumerate(counts) for _ in range(count)]
+    assert kind == 2
+    of_row = read_stream(reader, 24, rows, tables)
+    of_column = read_stream(reader, 24, columns, tables)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place in range(rows * columns):
+        pair = (of_row[place // columns], of_column[place % columns])
+        if all(pair):
+            groups.setdefault(pair, []).append(place)
+    shares = read_stream(reader, 64, len(groups), tables)
+    parts = []
+    for pair, share in zip(sorted(groups), shares, strict=True):
+        rare = max(1, round(65536 * 2 ** (-(share % 32 + 2) / 2)))
+        table = (16, [65536 - rare, rare] if share < 32 else [rare, 65536 - rare])
+        parts.append((len(groups[pair]), table))
+    bits = read_ans(reader, parts)
+    order = [place for pair in sorted(groups) for place in groups[pair]]
+    return sorted(place for place, bit in zip(order, bits, strict=True) if bit)
+
+
+def read_stream(reader: Bytes, alphabet: int, count: int, tables: list[Table]) -> list[int]:
+    if alphabet < 2 or not count:
+        return [0] * count
+    coder = reader.byte()
+    if coder == 0:
+        return bit_fields(reader, (alphabet - 1).bit_length(), count)
+    if coder == 1:
+        lengths = bit_fields(reader, 4, alphabet)
+        total, width = reader.varint(), reader.byte()
+        bit_fields(reader, width, -(-count // 512) - 1)
+        bits = f"{int.from_bytes(reader.take(-(-total // 8)), 'big'):0{8 * -(-total // 8)}b}"
+        codes, code, last = {}, 0, 0
+        for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length):
+            code <<= length - last
+            codes[f"{code:0{length}b}"] = symbol
+            code, last = code + 1, length
+        symbols, word = [], ""
+        for bit in bits[:total]:
+            word += bit
+            if word in codes:
+                symbols.append(codes[word])
+                word = ""
+        assert len(symbols) == count
+        assert not word
+        return symbols
+    assert coder == 2
+    number = reader.varint()
+    if not number:
+        precision, parts, symbol = reader.byte(), [0] * alphabet, -1
+        while sum(parts) < 2**precision:
+            symbol += 1 + reader.varint()
+            parts[symbol] = 1 + reader.varint()
+        tables.append((precision, parts))
+        number = len(tables)
+    return read_ans(reader, [(count, tables[number - 1])])
+
+
+def read_ans(reader: Bytes, parts: list[tuple[int, Table]]) -> list[int]:
+    words = reader.numbers(reader.varint(), 4)
+    state = 0
+    while words and state < 2**32:
+        state = state << 32 | words.pop()
+    symbols = []
+    for count, (precision, frequencies) in parts:
+        alphabet = len(frequencies)
+        bounds, below = [], 0
+        for symbol, frequency in enumerate(frequencies):
+            bounds.append(below * (2**24 - alphabet) // 2**precision + symbol)
+            below += frequency
+        bounds.append(2**24)
+        for _ in range(count):
+            low = state & (2**24 - 1)
+            symbol = max(i for i in range(alphabet) if bounds[i] <= low)
+            state = (state >> 24) * (bounds[symbol + 1] - bounds[symbol]) + low - bounds[symbol]
+            if state < 2**32 and words:
+                state = state << 32 | words.pop()
+            symbols.append(symbol)
+    assert not words
+    assert not state
+    return symbols
+
+
+def bit_fields(reader: Bytes, width: int, count: int) -> list[int]:
+    raw = reader.take(-(-width * count // 8))
+    bits = f"{int.from_bytes(raw, 'big'):0{8 * len(raw)}b}" if raw else ""
+    return [int(bits[i * width : (i + 1) * width], 2) if width else 0 for i in range(count)]

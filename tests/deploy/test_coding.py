@@ -1,0 +1,218 @@
+"""Arrays into bytes and back: bit by bit the same, whatever they hold, by whichever coder."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from compress.deploy.coding import huffman
+from compress.deploy.coding.draft import Tables
+from compress.deploy.coding.frequencies import Frequencies
+from compress.deploy.coding.positions import POSITIONS
+from compress.deploy.coding.symbols import CODERS, Ans, FixedWidth, Huffman, draft_symbols, read_symbols
+from compress.deploy.coding.tensors import FORMS, Shape, draft_array, read_array
+from compress.deploy.coding.wire import DamagedError, Reader, pack_bits, unpack_bits, varint
+from compress.deploy.packing import CODER_CHOICES
+
+DTYPES = [*["?", "b", "B", "h", "H", "i", "I", "l", "L"], "e", "f", "d", "F"]
+
+
+def bits_of(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+    return array.dtype.name, array.shape, array.tobytes()
+
+
+def there_and_back(array: np.ndarray, coder: str = "ans") -> np.ndarray:
+    draft = draft_array(array, Tables(), CODER_CHOICES[coder])
+    content = draft.write()
+    reader = Reader(content)
+    back, tables = read_array(reader, array.dtype, array.shape, Tables())
+    reader.finish()
+    for read, written in zip(tables.known, draft.tables.known, strict=True):
+        np.testing.assert_array_equal(read.parts, written.parts)
+    return back
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Any bits at all, or what networks have: few values, many zeros, multiples of a step."""
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=12))
+    count = math.prod(shape)
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    kind = draw(st.sampled_from(["bits", "few", "sparse", "constant", "zeros", "grid"]))
+    anything = np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).reshape(shape).copy()
+    if dtype.kind == "b":
+        anything = rng.integers(0, 2, shape).astype(bool)
+    if kind == "few" and count:
+        anything = rng.choice(anything.reshape(-1)[:5], shape)
+    elif kind == "sparse":
+        anything[rng.random(shape) < draw(st.floats(0.5, 1))] = 0
+    elif kind == "constant" and count:
+        anything[...] = anything.reshape(-1)[0]
+    elif kind == "zeros":
+        anything[...] = 0
+    elif kind == "grid":
+        with np.errstate(all="ignore"):
+            anything = (rng.integers(-8, 8, shape) * rng.normal(size=shape[-1:])).astype(dtype).reshape(shape)
+    return anything
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrays(), st.sampled_from(sorted(CODER_CHOICES)))
+def test_every_array_comes_back_bit_by_bit(array: np.ndarray, coder: str) -> None:
+    assert bits_of(there_and_back(array, coder)) == bits_of(array)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(max_dims=3, max_side=8),
+        elements=st.sampled_from([0.0, -0.0, 1e-45, -1e-40, math.inf, -math.inf, math.nan, 1.0, 3.4e38]),
+    )
+)
+def test_odd_floats_survive(array: np.ndarray) -> None:
+    assert bits_of(there_and_back(array)) == bits_of(array)
+
+
+def test_the_payload_of_a_nan_survives() -> None:
+    array = np.array([0x7FC00001, 0x7F800001, 0xFFC12345, 0], np.uint32).view(np.float32)
+    assert bits_of(there_and_back(array)) == bits_of(array)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_each_form_alone(form: object, data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 30), st.integers(1, 6)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    steps = rng.uniform(0.5, 2, shape[1]).astype(np.float32)
+    array = rng.integers(-3, 4, shape).astype(np.float32) * steps
+    array[rng.random(shape) < 0.7] = 0
+    values = array.reshape(-1).view(np.uint32)
+    draft = form.draft(values, Shape.of(array), Tables(), CODERS)  # type: ignore[attr-defined]
+    if draft is None:
+        return
+    content = draft.write()
+    assert len(content) == pytest.approx(draft.size, rel=0.1, abs=12)
+    reader = Reader(content)
+    back, _ = form.decode(reader, np.dtype(np.uint32), Shape.of(array), Tables())  # type: ignore[attr-defined]
+    reader.finish()
+    np.testing.assert_array_equal(back, values)
+
+
+@pytest.mark.parametrize("way", POSITIONS, ids=lambda way: type(way).__name__)
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_each_way_to_write_positions(way: object, rows: int, columns: int, share: float, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((rows, columns)) < share
+    mask[-1, -1] = True
+    places = np.flatnonzero(mask)
+    for draft, stored in way.drafts(places, rows, columns, Tables(), CODERS):  # type: ignore[attr-defined]
+        assert set(places) <= set(stored), "fillers only add entries"
+        back, _ = way.decode(Reader(draft.write()), rows, columns, Tables())  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(back, stored)
+
+
+@pytest.mark.parametrize("coder", [FixedWidth(), Huffman(), Ans()], ids=lambda coder: type(coder).__name__)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_each_coder(coder: FixedWidth | Huffman | Ans, data: st.DataObject) -> None:
+    alphabet = data.draw(st.integers(2, 300))
+    symbols = data.draw(hnp.arrays(np.int64, st.integers(1, 1500), elements=st.integers(0, alphabet - 1)))
+    counts = np.bincount(symbols, minlength=alphabet)
+    draft = coder.draft(symbols, counts, Tables())
+    assert draft is not None
+    reader = Reader(draft.write())
+    back, _ = coder.decode(reader, alphabet, len(symbols), Tables())
+    reader.finish()
+    np.testing.assert_array_equal(back, symbols)
+
+
+def test_streams_take_hardly_more_than_their_entropy() -> None:
+    rng = np.random.default_rng(0)
+    shares = 0.5 ** np.arange(1, 33)
+    symbols = rng.choice(32, 100_000, p=shares / shares.sum())
+    counts = np.bincount(symbols, minlength=32)
+    used = counts[counts > 0] / counts.sum()
+    entropy = -(used * np.log2(used)).sum() * len(symbols) / 8
+    for coder, most in ((Ans(), 1.005), (Huffman(), 1.02)):
+        draft = coder.draft(symbols, counts, Tables())
+        assert draft is not None
+        assert entropy <= len(draft.write()) <= most * entropy + 40
+
+
+def test_a_later_stream_uses_the_table_of_an_earlier_one() -> None:
+    rng = np.random.default_rng(0)
+    shares = 0.97 ** np.arange(200)
+    symbols = rng.choice(200, 2_000, p=shares / shares.sum())
+    first = draft_symbols(symbols, 200, Tables(), (FixedWidth(), Ans()))
+    again = draft_symbols(symbols, 200, first.tables, (FixedWidth(), Ans()))
+    assert len(again.write()) < len(first.write()) - 100
+    reader = Reader(first.write() + again.write())
+    tables = Tables()
+    for _ in range(2):
+        back, tables = read_symbols(reader, 200, len(symbols), tables)
+        np.testing.assert_array_equal(back, symbols)
+
+
+@settings(deadline=None, max_examples=60)
+@given(hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 10**6)))
+def test_huffman_codes_are_prefix_free_and_short(counts: np.ndarray) -> None:
+    counts[:2] += 1
+    lengths = huffman.code_lengths(counts)
+    used = lengths[lengths > 0]
+    assert ((lengths > 0) == (counts > 0)).all()
+    assert used.max() <= 15
+    assert sum(0.5 ** int(length) for length in used) == 1, "a full binary tree"
+    codes = huffman.canonical_codes(lengths)
+    words = [f"{code:0{length}b}" for code, length in zip(codes, lengths, strict=True) if length]
+    assert not any(a != b and b.startswith(a) for a in words for b in words)
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * np.log2(shares)).sum()
+    if used.max() < 15:
+        assert entropy <= (shares * used).sum() < entropy + 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(hnp.arrays(np.int64, st.integers(2, 400), elements=st.integers(0, 10**9)))
+def test_frequency_tables_are_whole(counts: np.ndarray) -> None:
+    counts[0] += 1
+    table = Frequencies.fitted(counts)
+    assert table.parts.sum() == 2**table.precision
+    assert ((table.parts > 0) == (counts > 0)).all()
+    back = Frequencies.read(Reader(table.to_bytes()), len(counts))
+    np.testing.assert_array_equal(back.parts, table.parts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 32), st.integers(0, 100), st.integers(0, 9))
+def test_bits_without_gaps(width: int, count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 2**width, count).astype(np.uint32)
+    content = pack_bits(values, width)
+    assert len(content) == -(-count * width // 8)
+    text = "".join(f"{value:0{width}b}" for value in values) if width else ""
+    assert content == int(text.ljust(8 * len(content), "0") or "0", 2).to_bytes(len(content), "big")
+    np.testing.assert_array_equal(unpack_bits(content, width, count), values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**63 - 1))
+def test_varints(value: int) -> None:
+    assert Reader(varint(value)).varint() == value
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=200), st.sampled_from(DTYPES), st.integers(0, 40), st.integers(0, 9))
+def test_bytes_of_nobodys_are_refused_or_read_never_a_crash(content: bytes, dtype: str, rows: int, cols: int) -> None:
+    try:
+        array, _ = read_array(Reader(content), np.dtype(dtype), (rows, cols), Tables())
+    except DamagedError:
+        return
+    assert array.shape == (rows, cols)
