@@ -274,7 +274,9 @@ def training_batches(
 
 
 def augment(images: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor) -> tf.Tensor:
-    """Shift [b, h, w, c] images with zero padding and mirror half of them, each image by its own draw."""
+    """Shift [b, h, w, c] or [b, h, w] images with zero padding and mirror half of them, each by its own draw."""
+    if images.shape.rank == 3:
+        return augment(images[..., None], augmentation, seed)[..., 0]
     if augmentation.shift:
         shape = tf.shape(images)
         pad = augmentation.shift

@@ -115,6 +115,12 @@ def shifted(image: np.ndarray, down: int, right: int, most: int) -> np.ndarray:
 IMAGES = np.random.default_rng(0).integers(1, 10, (64, 5, 7, 2)).astype(np.float32)
 
 
+def test_images_without_a_channel_axis_are_augmented_like_those_with_one():
+    grey, moved = IMAGES[..., :1], Augmentation(shift=2, mirror=True)
+    expected = np.asarray(augment(tf.constant(grey), moved, seed_tensor(1)))
+    np.testing.assert_array_equal(augment(tf.constant(grey[..., 0]), moved, seed_tensor(1)), expected[..., 0])
+
+
 def test_no_augmentation_changes_nothing():
     assert not PLAIN
     np.testing.assert_array_equal(augment(tf.constant(IMAGES), PLAIN, seed_tensor(0)), IMAGES)

@@ -170,12 +170,12 @@ def make_data(
     for part, split in (("train", train), ("validation", validation), ("test", test)):
         if split is not None:
             _check(name, part, split, train)
-    if augmentation and train.x.ndim != 4:
+    if augmentation and train.x.ndim not in (3, 4):
         raise CompressError(
             f"data {name}",
-            expected="images of shape [n, h, w, c] to shift or mirror",
+            expected="images of shape [n, h, w] or [n, h, w, c] to shift or mirror",
             received=f"samples of shape {train.x.shape[1:]}",
-            fix="Write data.shift=0 data.mirror=false, or give the images a channel axis.",
+            fix="Write data.shift=0 data.mirror=false.",
         )
     if validation is None:
         order = np.random.default_rng(_SPLIT_SEED).permutation(len(train))
