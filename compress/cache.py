@@ -186,6 +186,7 @@ def _write(folder: Path, entry: Entry) -> None:
     record = {
         "guarantees": guarantees,
         "storage": dataclasses.asdict(candidate.storage),
+        "coder": candidate.coder,
         "lineage": candidate.lineage,
         "released": candidate.released,
         "result": entry.result,
@@ -214,6 +215,7 @@ def _read(folder: Path) -> Entry:
         ),
         guarantees=tuple(_guarantee_from_json(value, arrays) for value in record["guarantees"]),
         storage=Storage.from_json(record["storage"]),
+        coder=record["coder"],
         samples=arrays.get("samples"),
         lineage=tuple(record["lineage"]),
         skipped=tuple(Skipped(**item) for item in record["result"]["skipped"]),

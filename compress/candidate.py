@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.metrics.tflite_file import TFLiteFile
 
 Scheme = Literal["float32", "float16", "weight_only", "dynamic", "int8", "int16"]
+Coder = Literal["ans", "huffman", "smallest", "none"]
 
 
 class Effect(Enum):
@@ -176,6 +177,8 @@ class Candidate:
     model: tf_keras.Model
     guarantees: tuple[Guarantee, ...] = ()
     storage: Storage = field(default_factory=Storage)
+    coder: Coder = "ans"
+    """What the streams of the packed file are written with."""
     samples: np.ndarray | None = None
     """What integer ranges are calibrated on instead of training images: inputs [n, ...]."""
     lineage: tuple[str, ...] = ()

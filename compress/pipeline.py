@@ -18,11 +18,11 @@ import tf_keras
 
 from compress.boards.board import Board
 from compress.cache import Entry, StageCache, code_digest
-from compress.candidate import Artifact, Candidate, Effect, Guarantee, Numbers, Skipped, Storage, Violation
+from compress.candidate import Artifact, Candidate, Coder, Effect, Guarantee, Numbers, Skipped, Storage, Violation
 from compress.data.source import Data
 from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
-from compress.deploy.packing import write_cmp
+from compress.deploy.packing import packed_bytes, write_cmp
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
@@ -282,6 +282,8 @@ class Pipeline:
         noise: tuple[Noise, ...] = ()
         if candidate.storage.scheme in _QUANTIZED:
             noise = quantization_noise(candidate, data, artifact.path)
+        whole = not has_layers(candidate.model)
+        layers = _whole(candidate.model.name, numbers) if whole else layer_table(candidate.model, candidate.coder)
         seconds = time.perf_counter() - started
         _LOG.info("%s: accuracy %.2f %%, %d bytes, %.1f s", name, numbers.accuracy, numbers.tflite_bytes, seconds)
         return candidate, StageResult(
@@ -292,7 +294,7 @@ class Pipeline:
             candidate.skipped,
             tuple(f"{g.stage}: {g.describe()}" for g in candidate.guarantees),
             candidate.released,
-            layer_table(candidate.model) if has_layers(candidate.model) else _whole(candidate.model.name, numbers),
+            layers,
             measured=dict(candidate.measured),
             noise=noise,
         )
@@ -305,9 +307,9 @@ class Pipeline:
             with tempfile.TemporaryDirectory(prefix="compress-") as folder:
                 source = Path(folder, "model.keras")
                 self.model.save(candidate.model, source)
-                write_cmp(target, source)
+                write_cmp(target, source, candidate.coder)
         else:
-            write_cmp(target, artifact.path)
+            write_cmp(target, artifact.path, candidate.coder)
         return dataclasses.replace(artifact, packed=target)
 
 
@@ -404,8 +406,11 @@ def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: s
         )
 
 
-def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
-    """Return for every layer with kernels: output channels, weights (no biases), non-zero weights, multiply-adds."""
+def layer_table(model: tf_keras.Model, coder: Coder = "ans") -> dict[str, dict[str, int]]:
+    """Return for every layer with kernels: output channels, weights (no biases), non-zero weights, multiply-adds.
+
+    And about how many bytes its kernels take in a packed file of float weights.
+    """
     from compress.graph.kernels import kernel_attributes, kernels
     from compress.graph.rewrite import positions
 
@@ -415,10 +420,11 @@ def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for kernel in kernels(model):
         name = kernel.layer.name
-        row = table.setdefault(name, {"channels": channels[name], "params": 0, "nonzero": 0, "macs": 0})
+        row = table.setdefault(name, {"channels": channels[name], "params": 0, "nonzero": 0, "macs": 0, "packed": 0})
         row["params"] += kernel.size
         row["nonzero"] += int((kernel.value != 0).sum())
         row["macs"] += kernel.macs
+        row["packed"] += packed_bytes(kernel.value, coder)
     return table
 
 

@@ -9,19 +9,22 @@ from types import MappingProxyType
 
 import numpy as np
 
+from compress.candidate import Coder
+from compress.deploy.coding.draft import Tables
 from compress.deploy.coding.symbols import CODERS, Ans, FixedWidth, Huffman, SymbolCoder
+from compress.deploy.coding.tensors import draft_array
 from compress.deploy.packed import DEFAULT_LIMIT, Packed, read_packed, write_packed
 from compress.deploy.packed_keras import from_keras, to_keras
 from compress.errors import CompressError
 from compress.quiet import import_tensorflow
 
-CODER_CHOICES: Mapping[str, tuple[SymbolCoder, ...]] = MappingProxyType(
+CODER_CHOICES: Mapping[Coder, tuple[SymbolCoder, ...]] = MappingProxyType(
     {"ans": (FixedWidth(), Ans()), "huffman": (FixedWidth(), Huffman()), "smallest": CODERS, "none": (FixedWidth(),)}
 )
 """Coders by the names that users know them by."""
 
 
-def write_cmp(target: Path, source: Path, coder: str = "ans") -> None:
+def write_cmp(target: Path, source: Path, coder: Coder = "ans") -> None:
     """Pack a ``.keras`` or ``.tflite`` file. Written to a temporary name and renamed.
 
     Args:
@@ -33,6 +36,11 @@ def write_cmp(target: Path, source: Path, coder: str = "ans") -> None:
         CompressError: if the source is neither, or damaged.
     """
     _write(target, write_packed(read_model(source), CODER_CHOICES[coder]))
+
+
+def packed_bytes(array: np.ndarray, coder: Coder) -> int:
+    """Return about how many bytes an array takes in a packed file, if no other one lends it a frequency table."""
+    return round(draft_array(array, Tables(), CODER_CHOICES[coder]).size)
 
 
 def read_model(source: Path) -> Packed:

@@ -70,6 +70,8 @@ def ratios(baseline: Numbers, final: Numbers) -> dict[str, float | None]:
     for key in _RATIOS:
         before, after = getattr(baseline, key), getattr(final, key)
         result[key] = before / after if before is not None and after else None
+    # As papers count it: 4 bytes for every parameter of the original.
+    result["compression_rate"] = 4 * baseline.params / final.packed_bytes if final.packed_bytes else None
     both = baseline.latency_ms is not None and final.latency_ms is not None
     result["latency_p50"] = (
         baseline.latency_ms.p50 / final.latency_ms.p50 if both else None  # type: ignore[union-attr]
