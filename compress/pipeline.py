@@ -35,6 +35,7 @@ from compress.strategies.strategy import Context, Strategy
 from compress.training import Recovery
 
 _LOG = logging.getLogger("compress")
+_LAYER_CODERS: tuple[Coder, ...] = ("none", "huffman", "ans")
 _QUANTIZED = ("int8", "int16", "dynamic", "weight_only")
 """Schemes whose files compute something else than the float one."""
 
@@ -283,7 +284,7 @@ class Pipeline:
         if candidate.storage.scheme in _QUANTIZED:
             noise = quantization_noise(candidate, data, artifact.path)
         whole = not has_layers(candidate.model)
-        layers = _whole(candidate.model.name, numbers) if whole else layer_table(candidate.model, candidate.coder)
+        layers = _whole(candidate.model.name, numbers) if whole else layer_table(candidate.model)
         seconds = time.perf_counter() - started
         _LOG.info("%s: accuracy %.2f %%, %d bytes, %.1f s", name, numbers.accuracy, numbers.tflite_bytes, seconds)
         return candidate, StageResult(
@@ -406,10 +407,10 @@ def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: s
         )
 
 
-def layer_table(model: tf_keras.Model, coder: Coder = "ans") -> dict[str, dict[str, int]]:
+def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
     """Return for every layer with kernels: output channels, weights (no biases), non-zero weights, multiply-adds.
 
-    And about how many bytes its kernels take in a packed file of float weights.
+    And about how many bytes its kernels take in a packed file of float weights, by coder.
     """
     from compress.graph.kernels import kernel_attributes, kernels
     from compress.graph.rewrite import positions
@@ -420,11 +421,13 @@ def layer_table(model: tf_keras.Model, coder: Coder = "ans") -> dict[str, dict[s
     table: dict[str, dict[str, int]] = {}
     for kernel in kernels(model):
         name = kernel.layer.name
-        row = table.setdefault(name, {"channels": channels[name], "params": 0, "nonzero": 0, "macs": 0, "packed": 0})
+        row = table.setdefault(name, {"channels": channels[name], "params": 0, "nonzero": 0, "macs": 0})
         row["params"] += kernel.size
         row["nonzero"] += int((kernel.value != 0).sum())
         row["macs"] += kernel.macs
-        row["packed"] += packed_bytes(kernel.value, coder)
+        for coder in _LAYER_CODERS:
+            key = f"packed_{coder}"
+            row[key] = row.get(key, 0) + packed_bytes(kernel.value, coder)
     return table
 
 

@@ -31,7 +31,8 @@ class Column:
 
     ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
     absent. In a path ``{layer}`` stands for the row's layer, and ``*`` sums over all keys of its place. With
-    ``removed_from``, another path, ours is the percentage of that number that is gone. With a ``tolerance`` the
+    ``removed_from``, another path, ours is the percentage of that number that is gone, with ``share_of`` the percentage
+    that it is; either is then multiplied by ``scale``. With a ``tolerance`` the
     difference is judged (``printed``: half a unit of the last digit that was published); with ``at_least`` only ours
     being lower counts.
     """
@@ -40,6 +41,8 @@ class Column:
     ours: str | None = None
     published: str | None = None
     removed_from: str | None = None
+    share_of: str | None = None
+    scale: float = 1.0
     tolerance: float | Literal["printed"] | None = None
     at_least: bool = False
 
@@ -236,10 +239,14 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
     if not report.get("trained", True) and column.ours.rpartition(".")[2].startswith("accuracy"):
         return None
     value = _at(report, column.ours.replace("{layer}", layer).split("."))
-    if column.removed_from is None or value is None:
+    other = column.removed_from or column.share_of
+    if other is None or value is None:
         return value
-    whole = _at(report, column.removed_from.replace("{layer}", layer).split("."))
-    return 100 * (1 - value / whole) if whole else None
+    whole = _at(report, other.replace("{layer}", layer).split("."))
+    if not whole:
+        return None
+    share = value / whole
+    return 100 * column.scale * (1 - share if column.removed_from else share)
 
 
 def _at(value: Any, path: Sequence[str]) -> float | None:
