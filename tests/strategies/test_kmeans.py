@@ -19,6 +19,7 @@ from compress.errors import CompressError
 from compress.graph.kernels import kernels
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.pruning.prune import Prune
+from compress.strategies.sharing.centroids import TrainedCentroids
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.sharing.kmeans import Share, cluster
 from compress.strategies.strategy import Context
@@ -251,3 +252,98 @@ def test_a_layer_next_to_a_normalisation_that_stays_is_left_alone(kind, tmp_path
     assert [v for guarantee in shared.guarantees for v in guarantee.check_file(file)] == []
     free = np.shape(model.get_layer("free").kernel)
     assert len(np.unique(file.kernel_of("free", free))) <= 8
+
+
+@pytest.mark.parametrize("start", ["linear", "density", "kmeans++"])
+@given(weights=WEIGHTS, clusters=st.integers(2, 12))
+@settings(deadline=None, max_examples=40)
+def test_wherever_it_starts_each_weight_has_the_nearest_value(start, weights, clusters):
+    codebook, labels = cluster(weights, clusters, 100, start, np.random.default_rng(0))
+    rest = weights[weights != 0].astype(np.float64)
+    if rest.size:
+        used = np.unique(codebook[labels[weights != 0]]).astype(np.float64)
+        nearest = np.abs(rest[:, None] - used).min(axis=1)
+        np.testing.assert_allclose(np.abs(rest - codebook[labels][weights != 0]), nearest, atol=1e-6)
+    assert not codebook[labels][weights == 0].any()
+
+
+def test_a_drawn_start_finds_what_a_linear_one_misses():
+    """Most weights are small: between extremes that are far away a linear start has little for them."""
+    rng = np.random.default_rng(0)
+    weights = np.concatenate([rng.normal(0, 0.01, 20_000), [-5.0, 5.0]]).astype(np.float32)
+    errors = {}
+    for start in ("linear", "density", "kmeans++"):
+        codebook, labels = cluster(weights, 16, 3, start, np.random.default_rng(0))
+        errors[start] = squared_error(weights, codebook[labels])
+    assert errors["kmeans++"] < errors["linear"] / 2
+    again = (cluster(weights, 16, 3, "kmeans++", np.random.default_rng(0))[0] for _ in range(2))
+    np.testing.assert_array_equal(*again)
+
+
+TRAINING = Recovery(epochs=2, batch_size=16, learning_rate=0.05)
+
+
+@pytest.mark.parametrize("recovery", [Recovery(method="none"), TRAINING], ids=["none", "training"])
+def test_each_channel_has_values_of_its_own(recovery, model, data):
+    shared = Share(clusters=4, scope="channel").apply(Candidate(model), context(model, data, recovery))
+    (guarantee,) = shared.guarantees
+    assert guarantee.check(shared.model) == []
+    dense = np.asarray(shared.model.get_layer("dense").kernel)
+    assert all(len(np.unique(dense[:, channel])) <= 4 for channel in range(3))
+    assert len(np.unique(dense)) > 4
+    shared.model.get_layer("dense").kernel.assign(np.where(np.arange(3) == 1, np.linspace(0, 1, 32)[:, None], dense))
+    (violation,) = guarantee.check(shared.model)
+    assert (violation.layer, violation.found) == ("dense/kernel", "32 distinct values, at most 4")
+
+
+@pytest.mark.parametrize("recovery", [Recovery(method="none"), TRAINING], ids=["none", "training"])
+def test_the_whole_model_shares_one_codebook(recovery, model, data):
+    shared = Share(clusters=6, scope="model").apply(Candidate(model), context(model, data, recovery))
+    together = np.concatenate([kernel.value.ravel() for kernel in kernels(shared.model)])
+    assert 3 <= len(np.unique(together)) <= 6
+    (guarantee,) = shared.guarantees
+    assert guarantee.layers == {"conv", "tiny", "dense"}
+    assert guarantee.check(shared.model) == []
+    dense = shared.model.get_layer("dense").kernel
+    before = np.asarray(dense)
+    dense.assign_add(tf.random.normal(dense.shape))
+    assert guarantee.check(shared.model) != []
+    np.testing.assert_array_equal(guarantee.project("dense/kernel", dense.value()), before)
+
+
+@pytest.mark.parametrize("gradient", ["mean", "sum"])
+def test_a_centroid_moves_by_the_mean_or_the_sum_of_its_weights_moves(gradient):
+    labels = np.array([[0, 1], [1, 2]], np.uint16)
+    weights = tf.Variable([[0.0, 1.0], [1.0, 3.0]])
+    trained = TrainedCentroids([weights], [labels], joint=False, summed=gradient == "sum")
+    weights.assign_add([[0.5, 0.25], [0.5, -1.0]])
+    trained(tf.constant(0.5))
+    # The zero stays; both weights of the second centroid move together.
+    second = 1.75 if gradient == "sum" else 1.375
+    np.testing.assert_allclose(weights, [[0.0, second], [second, 2.0]])
+
+
+@given(data=st.data(), shape=st.sampled_from([(7, 3), (2, 2, 3, 2)]))
+@settings(deadline=None, max_examples=40)
+def test_projection_by_channel_is_that_of_each_channel(data, shape):
+    clusters = 3
+    value = data.draw(hnp.arrays(np.float32, shape, elements=st.integers(-20, 20).map(lambda n: n / 8)))
+    labels = data.draw(hnp.arrays(np.int32, shape, elements=st.integers(0, clusters - 1)))
+    numbered = labels + clusters * np.arange(shape[-1])
+    guarantee = Codebook("share", clusters, {"dense/kernel": numbered}, per_channel=True)
+    once = np.asarray(guarantee.project("dense/kernel", tf.constant(value)))
+    for channel in range(shape[-1]):
+        alone = Codebook("share", clusters, {"dense/kernel": labels[..., channel].astype(np.uint16)})
+        expected = alone.project("dense/kernel", tf.constant(value[..., channel]))
+        np.testing.assert_allclose(once[..., channel], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["layer", "channel", "model"])
+def test_pruned_zeros_survive_every_scope(scope, model, data):
+    pruned = Prune(sparsity=0.5).apply(Candidate(model), context(model, data, Recovery(method="none")))
+    shared = Share(clusters=5, scope=scope, gradient="sum").apply(
+        pruned, context(model, data, Recovery(epochs=1, batch_size=16, learning_rate=0.001))
+    )
+    assert [v for guarantee in shared.guarantees for v in guarantee.check(shared.model)] == []
+    for before, after in zip(kernels(pruned.model), kernels(shared.model), strict=True):
+        assert not after.value[before.value == 0].any()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,10 +20,13 @@ class Codebook(Guarantee):
     """Each kernel holds at most ``clusters`` distinct values, zero counted as one of them.
 
     ``labels``: weight name -> integer array of the kernel's shape, which cluster each weight belongs to.
+    ``per_channel``: each channel (the last axis) of a kernel holds so many. ``values``: all kernels together do, these.
     """
 
     clusters: int
     labels: Mapping[str, np.ndarray]
+    per_channel: bool = False
+    values: Sequence[float] = ()
 
     broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.REPLACE, Effect.SPREAD, Effect.LEVEL})
     # Two equal weights in channels with different scales would become two different integers.
@@ -34,9 +37,16 @@ class Codebook(Guarantee):
         """Names of the layers that it binds."""
         return frozenset(name.rpartition("/")[0] for name in self.labels)
 
+    def with_values(self, values: np.ndarray) -> Codebook:
+        """Return the guarantee that all kernels together hold these values, float32 [clusters] at most."""
+        return replace(self, values=tuple(map(float, values)))
+
     def describe(self) -> str:
         """Say how many values each kernel has."""
-        return f"at most {self.clusters} distinct values in each of {len(self.labels)} kernels"
+        number = len(self.labels)
+        where = f"each channel of {number} kernels" if self.per_channel else f"each of {number} kernels"
+        where = f"all {number} kernels together" if self.values else where
+        return f"at most {self.clusters} distinct values in {where}"
 
     def weights(self) -> frozenset[str]:
         """Names of the shared weights."""
@@ -46,10 +56,16 @@ class Codebook(Guarantee):
         """Give every weight the mean of its cluster; zeros stay zero.
 
         If zeros have come in and every cluster is still in use, the cluster nearest to zero becomes zero, so that
-        the number of distinct values does not grow.
+        the number of distinct values does not grow. Where all kernels share their values, these stay as they are.
         """
-        _, inverse = np.unique(self.labels[weight], return_inverse=True)
+        if self.values:
+            shared = tf.gather(tf.constant(self.values, value.dtype), tf.constant(self.labels[weight].astype(np.int32)))
+            return tf.where(tf.equal(value, 0), value, shared)
+        present, inverse = np.unique(self.labels[weight], return_inverse=True)
         labels = inverse.ravel().astype(np.int32)
+        # Each codebook: a channel's, or the one that there is.
+        _, books = np.unique(present // self.clusters if self.per_channel else 0 * present, return_inverse=True)
+        books = tf.constant(books.astype(np.int32))
         order = np.argsort(labels, kind="stable").astype(np.int32)
         flat = tf.reshape(value, [-1])
         # Sums over sorted labels take less than half the time of sums over unsorted ones.
@@ -59,33 +75,44 @@ class Codebook(Guarantee):
         used = counts > 0
         means = sums / tf.maximum(counts, 1.0)
         # A dead cluster leaves room for the zero; so does a codebook that is not full.
-        full = tf.reduce_all(used) & (tf.size(counts) == self.clusters)
-        clash = full & (tf.reduce_sum(counts) < tf.cast(tf.size(flat), counts.dtype))
+        full = tf.equal(tf.math.segment_sum(tf.cast(used, tf.int32), books), self.clusters)
+        zeros = tf.math.segment_sum(np.bincount(labels).astype(np.float32) - counts, books) > 0
         distance = tf.where(used, tf.abs(means), tf.fill(tf.shape(means), np.float32(np.inf)))
-        pinned = tf.one_hot(tf.argmin(distance), tf.size(means), on_value=True, off_value=False)
-        means = tf.where(clash & pinned, tf.zeros_like(means), means)
+        number = tf.range(tf.size(means))
+        nearest = tf.equal(distance, tf.gather(tf.math.segment_min(distance, books), books))
+        first = tf.math.segment_min(tf.where(nearest, number, tf.size(means)), books)
+        pinned = tf.equal(number, tf.gather(first, books))
+        means = tf.where(tf.gather(full & zeros, books) & pinned, tf.zeros_like(means), means)
         renewed = tf.where(tf.equal(flat, 0), flat, tf.gather(means, tf.constant(labels)))
         return tf.reshape(renewed, tf.shape(value))
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Count the distinct values of each kernel."""
-        return [
-            violation
-            for name in self.labels
-            for violation in self._count(name, get_weight(model, name), "distinct values")
-        ]
+        return self._count({name: get_weight(model, name) for name in self.labels}, "distinct values")
 
     def check_file(self, file: TFLiteFile) -> list[Violation]:
         """Count the distinct values stored in the file for each kernel."""
-        found = []
-        for name, labels in self.labels.items():
-            stored = file.kernel_of(name.rpartition("/")[0], labels.shape)
-            if stored is None:
-                found.append(Violation(name, "its weights are not in the file"))
-            else:
-                found.extend(self._count(name, stored, "distinct values in the file"))
-        return found
+        stored = {name: file.kernel_of(name.rpartition("/")[0], labels.shape) for name, labels in self.labels.items()}
+        missing = [
+            Violation(name, "its weights are not in the file") for name, kernel in stored.items() if kernel is None
+        ]
+        return missing + self._count({k: v for k, v in stored.items() if v is not None}, "distinct values in the file")
 
-    def _count(self, name: str, values: np.ndarray, what: str) -> list[Violation]:
-        distinct = len(np.unique(values))
-        return [Violation(name, f"{distinct} {what}, at most {self.clusters}")] if distinct > self.clusters else []
+    def _count(self, kernels: Mapping[str, np.ndarray], what: str) -> list[Violation]:
+        if self.values and all(kernel.dtype.kind == "f" for kernel in kernels.values()):
+            distinct = {"all kernels": len(np.unique(np.concatenate([kernel.ravel() for kernel in kernels.values()])))}
+        else:
+            # Integers of two kernels have two scales.
+            distinct = {name: self._most(kernel) for name, kernel in kernels.items()}
+        return [
+            Violation(name, f"{number} {what}, at most {self.clusters}")
+            for name, number in distinct.items()
+            if number > self.clusters
+        ]
+
+    def _most(self, kernel: np.ndarray) -> int:
+        """Return the number of distinct values of a kernel, or of that of its channels that has most."""
+        if not self.per_channel:
+            return len(np.unique(kernel))
+        ordered = np.sort(kernel.reshape(-1, kernel.shape[-1]), axis=0)
+        return int((1 + (np.diff(ordered, axis=0) != 0).sum(0)).max())
