@@ -22,10 +22,11 @@ PAIRS = [
     *((first, second) for second in OTHERS for first in ("prune", "share", "lowrank")),
     *((first, "quantize") for first in OTHERS),
 ]
+STRUCTURED = ("block_circulant", "block_toeplitz", "butterfly", "kronecker")
 REFUSED = {
     *((first, second) for first in ("prune", "share") for second in ("lowrank", "compact")),
-    *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor")),
-    *(("share", second) for second in OTHERS if second != "qat"),
+    *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", *STRUCTURED)),
+    *(("share", second) for second in OTHERS if second not in ("qat", "pack")),
 }
 CLUSTERS = 16
 SPARSITY = 0.6
