@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from compress.deploy.packed import DEFAULT_LIMIT, Packed, read_packed, write_pac
 from compress.deploy.packed_keras import from_keras, to_keras
 from compress.errors import CompressError
 from compress.quiet import import_tensorflow
+
+if TYPE_CHECKING:
+    import tf_keras
 
 CODER_CHOICES: Mapping[Coder, tuple[SymbolCoder, ...]] = MappingProxyType(
     {"ans": (FixedWidth(), Ans()), "huffman": (FixedWidth(), Huffman()), "smallest": CODERS, "none": (FixedWidth(),)}
@@ -41,6 +46,13 @@ def write_cmp(target: Path, source: Path, coder: Coder = "ans") -> None:
 def packed_bytes(array: np.ndarray, coder: Coder) -> int:
     """Return about how many bytes an array takes in a packed file, if no other one lends it a frequency table."""
     return round(draft_array(array, Tables(), CODER_CHOICES[coder]).size)
+
+
+def packed_model_bytes(model: tf_keras.Model, coder: Coder) -> int:
+    """Return about how many bytes a packed file of the Keras model has, without writing one."""
+    arrays = {weight.name: weight.numpy() for weight in model.weights}
+    packed = Packed("keras", arrays, {"config": json.loads(model.to_json())})
+    return len(write_packed(packed, CODER_CHOICES[coder]))
 
 
 def read_model(source: Path) -> Packed:

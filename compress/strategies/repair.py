@@ -36,6 +36,8 @@ class Importance:
 
     places: np.ndarray
     metric: np.ndarray
+    scale: float
+    """Squared change of a logit for a squared error of one in each output, averaged over outputs and places."""
 
 
 @dataclass
@@ -279,7 +281,9 @@ def _importances(
         whole = np.concatenate(parts)
         relative = np.sqrt(np.clip(whole / max(float(whole.mean()), 1e-30), *_CLIP))
         scale = np.trace(metric) / len(metric)
-        result[name] = Importance(relative.astype(np.float32), metric / scale if scale > 0 else np.eye(len(metric)))
+        metric = metric / scale if scale > 0 else np.eye(len(metric))
+        # Two draws of a random combination, whose squares add up to those of all logits.
+        result[name] = Importance(relative.astype(np.float32), metric, float(scale / (2 * len(samples) * width)))
     return result
 
 
