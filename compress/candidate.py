@@ -100,6 +100,10 @@ class Guarantee(ABC):
         }
         return replace(self, **arrays)
 
+    def replaced(self, layers: Mapping[str, Collection[str]]) -> Guarantee:
+        """Return the property of a model in which other layers (the values) have taken the place of some (the keys)."""
+        return self
+
     def without(self, layers: Collection[str]) -> Guarantee:
         """Return the property of a model that has lost whole layers."""
         tables: dict[str, Any] = {
@@ -193,6 +197,17 @@ class Candidate:
     def evolve(self, **changes: Any) -> Candidate:
         """Return a copy with some fields changed."""
         return replace(self, **changes)
+
+    def replaced(self, layers: Mapping[str, Collection[str]]) -> Candidate:
+        """Return a copy in which what is said of a layer's storage holds for the layers that have taken its place.
+
+        Args:
+            layers: name of a layer that was replaced -> names of the new ones.
+        """
+        storage = self.storage
+        floats = tuple(dict.fromkeys(new for old in storage.float_layers for new in (old, *layers.get(old, ()))))
+        guarantees = tuple(guarantee.replaced(layers) for guarantee in self.guarantees)
+        return replace(self, storage=replace(storage, float_layers=floats), guarantees=guarantees)
 
     def with_guarantee(self, guarantee: Guarantee) -> Candidate:
         """Return a copy that is bound by one more guarantee."""

@@ -53,10 +53,11 @@ def one_scale_per_tensor(candidate: Candidate) -> bool:
     return any(guarantee.one_scale_per_tensor for guarantee in candidate.guarantees)
 
 
-def check_loops(model: tf_keras.Model) -> None:
+def check_loops(model: tf_keras.Model, *, wide: bool = False) -> None:
     """Refuse recurrent layers that the converter cannot write in integers.
 
-    A plain LSTM becomes one operator, an unrolled layer many. Others become loops, on which the converter crashes when
+    A plain LSTM becomes one operator, which LiteRT does not run with 16-bit activations (``wide``), an unrolled layer
+    many. Others become loops, on which the converter crashes when
     it calibrates them; two LSTMs of a bidirectional layer give wrong numbers in integers (measured: 50 % off).
 
     Raises:
@@ -68,6 +69,13 @@ def check_loops(model: tf_keras.Model) -> None:
             if not isinstance(inner, tf_keras.layers.RNN) or getattr(inner, "unroll", False):
                 continue
             plain = isinstance(inner, tf_keras.layers.LSTM) and getattr(inner, "_could_use_gpu_kernel", False)
+            if wide and plain:
+                raise CompressError(
+                    f"export as int16, layer {layer.name}",
+                    expected="layers that LiteRT has 16-bit operators for",
+                    received=type(inner).__name__,
+                    fix="Write scheme=int8, or build it with unroll=True and the same weights.",
+                )
             if both_ways or not plain or inner.return_state:
                 raise CompressError(
                     f"export in integers, layer {layer.name}",

@@ -94,7 +94,7 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
     if storage.scheme == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if storage.scheme == "int16":
-        check_loops(candidate.model)
+        check_loops(candidate.model, wide=True)
         converter.representative_dataset = partial(calibration_samples, candidate, data, storage.calibration.images)
         wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         # Operators without a 16-bit form go on computing with floats.

@@ -125,8 +125,10 @@ class KernelPlace:
         """Return values in the layout of the Keras kernel in that of the file."""
         if self.operator in ("CONV_3D", "DEPTHWISE_CONV_2D"):
             return kernel.reshape(self.shape)
-        moved = kernel.transpose(2, 0, 1, 3) if self.operator == "TRANSPOSE_CONV" else np.moveaxis(kernel, -1, 0)
-        return np.asarray(moved.reshape(self.shape))
+        if self.operator == "TRANSPOSE_CONV":
+            # Outputs come before inputs; a convolution along one axis has no height.
+            return np.moveaxis(kernel, -2, 0).reshape(self.shape)
+        return np.moveaxis(kernel, -1, 0).reshape(self.shape)
 
 
 class TFLiteFile:

@@ -84,7 +84,7 @@ def notes(result: Result) -> list[str]:
     """Say what did not get better and why, and what a reader must know to trust the numbers."""
     baseline, final = result.baseline.numbers, result.final
     guarantees, released = (result.candidate.guarantees, result.candidate.released) if result.candidate else ((), ())
-    kinds = {type(guarantee).__name__ for guarantee in guarantees}
+    kinds = {kind.__name__ for guarantee in guarantees for kind in type(guarantee).__mro__}
     found: list[str] = []
     if result.untrained:
         found.append("The reference model is untrained (model.train.epochs=0): its accuracies mean nothing.")
@@ -125,6 +125,8 @@ def notes(result: Result) -> list[str]:
             "TFLite stores repeated values like any others, and so zeros where they are too few for its sparse form "
             "or LiteRT cannot run it; gzip_bytes shows what a download would save"
             if kinds & {"Zeros", "Codebook", "Levels"}
+            else "scales, and operators that convert to integers and back, outweigh so few weights"
+            if kinds & {"Stored", "OnGrid"}
             else "no stage removed weights or stored them in fewer bits"
         )
         found.append(f"The .tflite file did not shrink: {reason}.")

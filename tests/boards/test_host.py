@@ -62,6 +62,16 @@ def test_a_file_is_timed(scheme, tmp_path):
     assert latency.p50 < 100
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_a_vocabulary_is_not_left(dtype, tmp_path):
+    words = tf_keras.Input((5,), dtype=dtype)
+    model = tf_keras.Model(words, layers.Dense(2)(layers.Flatten()(layers.Embedding(7, 3)(words))))
+    part = Split(np.zeros((8, 5), np.float32), np.arange(8) % 2)
+    made = export(Candidate(model), make_data("words", part, part), tmp_path / "words.tflite")
+    measurement = Host(runs=100, warmup=1).measure(made)
+    assert measurement.failure is None
+
+
 def test_more_work_takes_longer(tmp_path):
     small, large = (Host(runs=100, warmup=5).measure(artifact(tmp_path, n)).latency_ms for n in (1, 64))
     assert large.p50 > 3 * small.p50

@@ -124,7 +124,12 @@ def test_layers_that_litert_cannot_compute_in_integers_stay_floats_and_are_liste
     assert file_outputs(tmp_path / "model.tflite", data.test.x[:8].astype(np.float32)).shape == (8, 10)
 
 
-@pytest.mark.parametrize("body", [called_twice, normed])
+def transposed_along_one_axis(x):
+    rows = layers.Reshape((8, 8))(x)
+    return layers.Conv1DTranspose(16, 2, strides=2, activation="relu", name="up")(rows)[:, :, None]
+
+
+@pytest.mark.parametrize("body", [called_twice, normed, transposed_along_one_axis])
 def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data, fake, tmp_path):
     tf_keras.utils.set_random_seed(0)
     image = layers.Input((8, 8, 1), name="image")
@@ -136,7 +141,8 @@ def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data,
     candidate = QuantizeAware(calibration_images=32).apply(Candidate(model), context)
     assert_file_agrees(candidate, fake, data, tmp_path)
     operators = {operator.name for operator in TFLiteFile.read(tmp_path / "model.tflite").operators}
-    assert not operators & {"MUL", "ADD"}
+    # A transposed convolution along one axis gets its bias from an operator of its own.
+    assert not operators & {"MUL", "ADD"} or body is transposed_along_one_axis
 
 
 def test_learned_steps_are_trained(context):
@@ -180,6 +186,18 @@ def test_tfmot_s_scheme_gives_a_file_that_is_as_good(context, data, tmp_path):
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.98
     assert candidate.storage.ranges.keys() >= {"fc1"}
     assert {"conv1/kernel", "conv2/kernel", "fc1/kernel"} <= candidate.guarantees[0].grids().keys()
+    assert [item.layer for item in candidate.skipped] == ["rescale"]
+
+
+def test_tfmot_s_scheme_lists_what_it_leaves_alone(data):
+    image = layers.Input((8, 8, 1), name="image")
+    x = layers.PReLU(name="leaky")(layers.Conv2D(4, 3)(image))
+    model = tf_keras.Model(image, layers.Dense(10, name="head")(layers.Flatten()(x)))
+    context = Context("qat", data, model, Recovery(epochs=0.2, batch_size=64), seed=0)
+    candidate = QuantizeAware(scheme="tfmot").apply(Candidate(model), context)
+    assert [item.layer for item in candidate.skipped] == ["leaky"]
+    with pytest.raises(CompressError, match="leaky: TFMOT's registry does not know it"):
+        QuantizeAware(scheme="tfmot").apply(Candidate(model), context.for_stage("qat", strict=True))
 
 
 def test_tfmot_s_scheme_is_refused_where_it_would_break_something(context):

@@ -94,5 +94,22 @@ def test_without_batch_norms_it_is_refused(model):
     plain = tf_keras.Sequential([tf_keras.Input((4,)), layers.Dense(3)])
     with pytest.raises(CompressError) as caught:
         synthetic_samples(plain, 8, 0, "stage quantize")
-    assert "0 batch norms" in caught.value.received
+    assert "0 such batch norms" in caught.value.received
     assert "calibrate_on=training" in caught.value.fix
+
+
+def looked_up() -> tf_keras.Model:
+    words = tf_keras.Input((6,))
+    return tf_keras.Model(words, layers.BatchNormalization()(layers.Embedding(17, 4)(words)))
+
+
+def of_whole_numbers() -> tf_keras.Model:
+    image = tf_keras.Input((8, 8, 1), dtype="int32")
+    x = layers.Conv2D(3, 3)(layers.Rescaling(1 / 255)(image))
+    return tf_keras.Model(image, layers.BatchNormalization()(x))
+
+
+@pytest.mark.parametrize("make", [looked_up, of_whole_numbers])
+def test_norms_that_do_not_follow_the_input_smoothly_do_not_help(make):
+    with pytest.raises(CompressError, match="0 such batch norms"):
+        synthetic_samples(make(), 8, 0, "stage quantize")

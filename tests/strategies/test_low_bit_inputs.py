@@ -14,12 +14,16 @@ from compress.candidate import Candidate
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.metrics.accuracy import file_outputs
+from compress.strategies.quantization.dorefa import DoReFa
 from compress.strategies.quantization.low_bit_inputs import (
     once_called,
     sign_inputs,
     uniform_inputs,
     with_rounded_inputs,
 )
+from compress.strategies.quantization.xnor import XnorNet
+from compress.strategies.strategy import Context
+from compress.training import Recovery
 
 layers = tf_keras.layers
 
@@ -81,6 +85,19 @@ def test_training_goes_on_through_the_rounding(model, samples):
 
 def test_shared_layers_keep_their_inputs(model):
     assert once_called(model, {"first", "twice", "dense"}) == ["first", "dense"]
+
+
+@pytest.mark.parametrize("strategy", [XnorNet(calibration_images=16), DoReFa(input_bits=2), DoReFa()])
+def test_shared_layers_are_listed_where_inputs_are_rounded(strategy, model, samples):
+    split = Split(samples, np.arange(len(samples)) % 3)
+    context = Context("low", make_data("random", split, split), model, Recovery(epochs=0.2, batch_size=16), seed=0)
+    listed = [item.layer for item in strategy.apply(Candidate(model), context).skipped]
+    assert listed == ([] if strategy == DoReFa() else ["twice"])
+
+
+def test_images_for_inputs_that_are_not_rounded_are_refused():
+    with pytest.raises(ValueError, match="calibration_images=7 only beside input_bits"):
+        DoReFa(calibration_images=7)
 
 
 def test_the_file_computes_the_same(model, samples, tmp_path):

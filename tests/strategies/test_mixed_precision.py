@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from compress.candidate import Candidate, Latency, Measurement
 from compress.data.digits import Digits
+from compress.deploy.tflite import export
 from compress.errors import CompressError
+from compress.graph.selection import Rule, Selection
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
@@ -77,6 +79,22 @@ def test_the_latency_says_how_many_layers_stay_floats(context):
     candidate = MixedPrecision(latency=0.5, calibration_images=64).apply(Candidate(context.reference), context)
     assert len(candidate.storage.float_layers) == 2
     assert {item.layer for item in candidate.skipped} == set(candidate.storage.float_layers)
+
+
+def test_what_the_user_left_out_is_no_merit_of_the_latency(context):
+    own = context.for_stage("mixed", selection=Selection(skip=(Rule(name="fc1"),)))
+    candidate = MixedPrecision(latency=0.5, calibration_images=64).apply(Candidate(context.reference), own)
+    assert len(candidate.storage.float_layers) == 2
+    assert [item.layer for item in candidate.skipped] == [n for n in candidate.storage.float_layers if n != "fc1"]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.27])
+def test_the_file_has_no_more_bytes_than_the_budget(share, context, tmp_path):
+    whole = export(Candidate(context.reference), context.data, tmp_path / "float.tflite").path.stat().st_size
+    strategy = MixedPrecision(bytes=share, choices=(2, 4, 8), calibration_images=16, images=32)
+    candidate = strategy.apply(Candidate(context.reference), context)
+    size = export(candidate, context.data, tmp_path / "mixed.tflite").path.stat().st_size
+    assert 0.8 * share * whole < size <= share * whole
 
 
 def test_a_latency_below_that_of_the_integer_file_is_refused(context):

@@ -10,10 +10,14 @@ import tf_keras
 
 from compress.candidate import Candidate
 from compress.data.source import Split, make_data
+from compress.deploy.tflite import export
 from compress.errors import CompressError
+from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_macs, count_params
+from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.lowrank.rank import first_factor
 from compress.strategies.lowrank.svd import LowRank
+from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -259,3 +263,24 @@ def test_what_cannot_be_factorized_is_named_with_the_reason():
 def test_nothing_that_saves_is_an_error():
     with pytest.raises(CompressError, match="stage lowrank"):
         lowered(LAYERS["dense"](), rank=24)
+
+
+def test_a_layer_that_the_file_computes_with_floats_is_factorized_into_such(tmp_path):
+    image = tf_keras.Input((8, 8, 3))
+    x = tf_keras.layers.Conv2D(16, 3, name="first", activation="relu")(image)
+    x = tf_keras.layers.Conv2D(16, 3, name="second", activation="relu")(x)
+    model = tf_keras.Model(image, tf_keras.layers.Dense(4, name="head")(tf_keras.layers.Flatten()(x)))
+    rng = np.random.default_rng(0)
+    part = Split(rng.normal(size=(32, 8, 8, 3)).astype(np.float32), np.arange(32) % 4)
+    data = make_data("random", part, part)
+    second = Selection(skip=(Rule(name="second"),))
+    context = Context("quantize", data, model, Recovery(method="none"), 0, selection=second)
+    quantized = Quantize(calibration_images=8).apply(Candidate(model), context)
+    only = context.for_stage("lowrank", selection=Selection(only=(Rule(name="second"),)))
+    candidate = LowRank(rank=4).apply(quantized, only)
+    file = TFLiteFile.read(export(candidate, data, tmp_path / "model.tflite").path)
+    stored = {tensor.name: tensor.dtype for _, tensor in file.weighted}
+    wanted = ("second_reduce", "second", "first")
+    kinds = {name: next(dtype for tensor, dtype in stored.items() if f"{name}/" in tensor) for name in wanted}
+    assert kinds == {"second_reduce": np.float32, "second": np.float32, "first": np.int8}
+    assert [v for guarantee in candidate.guarantees for v in guarantee.check_file(file)] == []

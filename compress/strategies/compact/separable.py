@@ -85,6 +85,7 @@ class Compact(Strategy):
         pairs = {option.layer.name: f"{option.layer.name}_depthwise" for option in chosen}
         compacted = rewrite(model, {option.layer.name: option.layers() for option in chosen})
         result = candidate.evolve(model=compacted, skipped=context.skip(skipped))
+        result = result.replaced({name: [depthwise] for name, depthwise in pairs.items()})
         return context.recover(result.with_guarantee(SeparableForm(context.stage, pairs)))
 
     def _obstacle(self, layer: tf_keras.layers.Conv2D) -> str | None:

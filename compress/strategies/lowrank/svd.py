@@ -79,6 +79,7 @@ class LowRank(Strategy):
         for unit, (form, rank) in chosen:
             replacements.update(unit.factors(form, rank))
         result = candidate.evolve(model=rewrite(model, replacements), skipped=context.skip(skipped))
+        result = result.replaced({old: [new.layer.name for new in chain] for old, chain in replacements.items()})
         ranks = {unit.name: rank for unit, (_, rank) in chosen}
         return context.recover(result.with_guarantee(Rank(context.stage, ranks)))
 

@@ -68,7 +68,8 @@ class QuantizeAware(Strategy):
     def __post_init__(self) -> None:
         """Refuse fields that TFMOT's scheme does not have."""
         own = ("bits", "activation_bits", "learned_steps", "rounding_images", "ranges")
-        refuse_without_effect(self, [(self.scheme == "own", own, "scheme=own")])
+        rules = [(self.scheme == "own", own, "scheme=own"), (self.bits < 8, ("rounding_images",), "bits below 8")]
+        refuse_without_effect(self, rules)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Insert the rounding, train, take the rounding out again, fold."""
@@ -124,11 +125,12 @@ class QuantizeAware(Strategy):
                 received=f"scheme=tfmot, whose layers know nothing of {', '.join(bound) or 'only and skip'}",
                 fix=f"Write strategy.{context.stage}.scheme=own.",
             )
-        wrapped = wrapped_by_tfmot(candidate.model, f"stage {context.stage}")
+        wrapped, unknown = wrapped_by_tfmot(candidate.model, f"stage {context.stage}")
+        left_alone = context.skip([Skipped(name, "TFMOT's registry does not know it") for name in unknown])
         context.recover(candidate.evolve(model=wrapped))
         model, grids, ranges = unwrap(wrapped, candidate.model)
         storage = Storage("int8", Calibration(self.calibration_images), (), ranges)
-        result = candidate.evolve(model=model, storage=storage, skipped=())
+        result = candidate.evolve(model=model, storage=storage, skipped=left_alone)
         return result.with_guarantee(OnGrid.of(context.stage, model, grids)).with_guarantee(
             Stored(context.stage, "int8", ())
         )

@@ -30,7 +30,8 @@ def synthetic_samples(model: tf_keras.Model, count: int, seed: int, where: str) 
         where: what an error names.
 
     Raises:
-        CompressError: if the model has no batch norm, or inputs that are no single tensor of floats.
+        CompressError: if the model has no batch norm that depends smoothly on its input (on whole numbers, or on words
+            that are looked up, none does), or inputs that are no single tensor of known size.
     """
     model = copy_model(model)
     norms = [
@@ -38,11 +39,13 @@ def synthetic_samples(model: tf_keras.Model, count: int, seed: int, where: str) 
         for layer in model.layers
         if isinstance(layer, tf_keras.layers.BatchNormalization) and calls(model)[layer.name] == 1
     ]
-    if not norms or len(model.inputs) != 1 or any(size is None for size in model.inputs[0].shape[1:]):
+    norms = [norm for norm in norms if len(model.inputs) == 1 and _depends(norm, model)]
+    if not norms or any(size is None for size in model.inputs[0].shape[1:]):
         raise CompressError(
             where,
-            expected="a model of one input of known size, with batch norms, whose statistics inputs are made from",
-            received=f"{len(model.inputs)} inputs, {len(norms)} batch norms",
+            expected="a model of one input of floats and known size, with batch norms that depend on it smoothly: "
+            "inputs are made from their statistics",
+            received=f"{len(model.inputs)} inputs, {len(norms)} such batch norms",
             fix="Calibrate on the training part: calibrate_on=training.",
         )
     look = tf_keras.Model(model.inputs, [norm.input for norm in norms])
@@ -54,6 +57,18 @@ def synthetic_samples(model: tf_keras.Model, count: int, seed: int, where: str) 
             parts.append(_batch(look, norms, gain, shift, (seed, number)))
             shown.advance(number + 1, total, "batches")
     return np.concatenate(parts)[:count]
+
+
+def _depends(norm: tf_keras.layers.BatchNormalization, model: tf_keras.Model) -> bool:
+    """Say whether what the norm reads changes smoothly with the model's input."""
+    (source,) = model.inputs
+    if not source.dtype.is_floating:
+        return False
+    zeros = tf.zeros([1, *(size or 1 for size in source.shape[1:])], source.dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(zeros)
+        value = tf_keras.Model(source, norm.input)(zeros, training=False)
+    return tape.gradient(value, zeros) is not None
 
 
 def _batch(

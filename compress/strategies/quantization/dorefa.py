@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect
 from compress.graph.kernels import Kernel
+from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.binary_filters import ScaledSignQuantizer
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.levels import NonzeroLevels
@@ -65,6 +66,15 @@ class DoReFa(LowBit):
 
     effects = LowBit.effects | {Effect.FILL}
     establishes = NonzeroLevels
+
+    def __post_init__(self) -> None:
+        """Refuse a field that has no effect."""
+        refuse_without_effect(self, [(self.input_bits is not None, ("calibration_images",), "input_bits")])
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Where that was asked for."""
+        return self.input_bits is not None
 
     def prepared(self, model: tf_keras.Model, names: Collection[str], context: Context) -> tf_keras.Model:
         """Round the inputs of the layers."""

@@ -16,7 +16,7 @@ import tf_keras
 from compress.candidate import Candidate, Effect, Skipped
 from compress.graph.fold import fold_layer_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
-from compress.graph.rewrite import copy_model
+from compress.graph.rewrite import calls, copy_model
 from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.levels import Levels
 from compress.strategies.strategy import Context, Strategy
@@ -35,6 +35,11 @@ class LowBit(Strategy):
 
     effects = frozenset({Effect.TRAIN, Effect.SHARE, Effect.LEVEL})
     establishes: ClassVar[type[Levels]] = Levels
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what the kernels are multiplied with is rounded, too."""
+        return False
 
     @abstractmethod
     def quantizer(self, kernel: Kernel) -> LevelQuantizer:
@@ -58,6 +63,12 @@ class LowBit(Strategy):
         chosen = [kernel for kernel in kernels(model) if kernel.layer.name in names]
         if not chosen:
             raise context.nothing_done("a layer with a kernel to quantize", skipped)
+        times = calls(model)
+        skipped += [
+            Skipped(kernel.layer.name, "its inputs are not rounded: it is called several times")
+            for kernel in chosen
+            if self.rounds_inputs and times[kernel.layer.name] > 1
+        ]
         left_alone = context.skip(skipped)
         quantizers = {kernel.name: self.quantizer(kernel) for kernel in chosen}
         context.recover(candidate.evolve(model=model), quantizers=quantizers)

@@ -117,7 +117,7 @@ def sign_inputs(model: tf_keras.Model, layers: Sequence[str], samples: np.ndarra
     found: dict[str, InputRounding] = {}
     for name, values in _inputs(model, layers, samples):
         flat = values.reshape(-1, values.shape[-1])
-        found[name] = SignInput(name, flat.mean(0), flat.var(0))
+        found[name] = SignInput(name, flat.mean(0, dtype=np.float64), flat.var(0, dtype=np.float64))
     return found
 
 

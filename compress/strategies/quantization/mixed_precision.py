@@ -6,8 +6,10 @@ as the change of the logits when one layer alone is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,13 +17,14 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.dataclasses import dataclass
 from scipy.optimize import LinearConstraint, milp
 
-from compress.candidate import Calibration, Candidate, Effect, Guarantee, Skipped, Storage
-from compress.deploy.integer import Calibrated
+from compress.candidate import Calibration, Candidate, Effect, Grid, Guarantee, Skipped, Storage
+from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.fold import fold_layer_norm
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
+from compress.metrics.size import file_bytes
 from compress.progress import progress
 from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
@@ -94,7 +97,7 @@ class MixedPrecision(Strategy):
         result = candidate.evolve(model=copy_model(candidate.model), storage=storage, skipped=())
         budget = self._budget()
         if budget.unit == "latency":
-            return self._within_latency(result, context, chosen, budget.keep)
+            return self._within_latency(result.evolve(skipped=context.skip(lacking)), context, chosen, budget.keep)
         samples = context.calibration_samples(self.images)
         folded = fold_layer_norm(candidate.model, valued_layers(candidate.guarantees))
         repair = Repair(folded, samples, context.seed, candidate.guarantees)
@@ -105,10 +108,16 @@ class MixedPrecision(Strategy):
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose bits can be chosen", ())
         choices = sorted(self.choices)
         costs = {name: {bits: table[name].size * (0.5 if bits <= 4 else 1) for bits in choices} for name in names}
-        source = Calibrated.of(result, context.data)
-        rest = len(source.quantized(left_out)) - sum(table[name].size for name in names)
-        most = budget.keep * len(source.floats)
-        least = rest + sum(min(cost.values()) for cost in costs.values())
+        whole = _file_bytes(candidate.evolve(model=copy_model(candidate.model), storage=Storage()), context)
+        most = budget.keep * whole
+
+        def size_at(bits: Mapping[str, int]) -> int:
+            """Bytes of the file; they do not depend on the weights' values."""
+            grids = {f"{name}/kernel": _widest_grid(table[name].value, width) for name, width in bits.items()}
+            trial = result.evolve(model=copy_model(repair.folded))
+            return _file_bytes(trial.with_guarantee(OnGrid.of(context.stage, trial.model, grids)), context)
+
+        least = size_at(dict.fromkeys(names, choices[0]))
         bits = None
         if least <= most:
             errors = context.remember(
@@ -116,17 +125,24 @@ class MixedPrecision(Strategy):
                 [names, choices, self.images],
                 lambda: measure_sensitivity(repair, names, choices),
             )
-            bits = choose_bits(_numbered(errors), costs, most - rest)
+            cheapest = sum(min(cost.values()) for cost in costs.values())
+            bits = _fitting(_numbered(errors), costs, cheapest + most - least, size_at, most)
         if bits is None:
+            reachable = least / whole
             raise CompressError(
                 f"strategy.{context.stage}.bytes",
-                expected=f"at least {least / len(source.floats):.3f}, what all layers take at {min(self.choices)} bits",
+                expected=f"at least {reachable:.3f}, what all layers take at {choices[0]} bits"
+                if reachable < 1
+                else "a model whose integer file is smaller than its float file: this one's is not, at any bits",
                 received=f"{budget.keep:g}",
-                fix="Allow more, add fewer bits to choices, or remove weights first (prune_channels, lowrank).",
+                fix=f"Allow more, {'add fewer bits to choices, ' * (choices[0] > 4)}or remove weights first "
+                "(prune_channels, lowrank).",
             )
         model, grids = round_layers(repair, bits)
         skipped = lacking + [
-            Skipped(name, "it has 8 bits: it is no Dense or ordinary Conv2D") for name in table if name not in bits
+            Skipped(name, "it has 8 bits: it is no Dense or Conv2D that is called once")
+            for name in table
+            if name not in bits
         ]
         widths = np.array([[bits[name], table[name].size] for name in bits], float)
         return (
@@ -143,10 +159,36 @@ class MixedPrecision(Strategy):
         self, candidate: Candidate, context: Context, chosen: Collection[str], share: float
     ) -> Candidate:
         names = [kernel.layer.name for kernel in kernels(candidate.model) if kernel.layer.name in chosen]
-        floats = (*candidate.storage.float_layers, *keep_floats_within(candidate, context, names, share))
-        skipped = tuple(Skipped(name, "it stays a float: the latency allows it", by_choice=True) for name in floats)
-        result = candidate.evolve(storage=replace(candidate.storage, float_layers=floats), skipped=skipped)
+        kept = keep_floats_within(candidate, context, names, share)
+        skipped = (Skipped(name, "it stays a float: the latency allows it", by_choice=True) for name in kept)
+        floats = (*candidate.storage.float_layers, *kept)
+        storage = replace(candidate.storage, float_layers=floats)
+        result = candidate.evolve(storage=storage, skipped=(*candidate.skipped, *skipped))
         return result.with_guarantee(Stored(context.stage, "int8", floats))
+
+
+def _file_bytes(candidate: Candidate, context: Context) -> int:
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        return file_bytes(export(candidate, context.data, Path(folder, "model.tflite")).path)
+
+
+def _widest_grid(kernel: np.ndarray, bits: int) -> Grid:
+    """Return the grid of a kernel that clips nothing."""
+    largest = np.maximum(np.abs(kernel).max(tuple(range(kernel.ndim - 1)), keepdims=True), 1e-12)
+    return Grid((largest / (2 ** (bits - 1) - 1)).astype(np.float32), bits)
+
+
+def _fitting(
+    errors: Mapping[str, Mapping[int, float]],
+    costs: Mapping[str, Mapping[int, float]],
+    allowed: float,
+    size_at: Callable[[Mapping[str, int]], int],
+    most: float,
+) -> dict[str, int] | None:
+    """Return the best bits whose file has at most ``most`` bytes; costs leave out what tensors are padded with."""
+    while (bits := choose_bits(errors, costs, allowed)) is not None and (size := size_at(bits)) > most:
+        allowed = sum(costs[name][width] for name, width in bits.items()) - max(size - most, 1.0)
+    return bits
 
 
 def _numbered(errors: Mapping[str, Mapping[Any, float]]) -> dict[str, dict[int, float]]:

@@ -105,6 +105,7 @@ class Quantize(Strategy):
                 (self.scheme in _ON_GRIDS, ("bits", "rounding"), f"scheme={' or '.join(_ON_GRIDS)}"),
                 (self.scheme == "int8", ("ranges", "percentile", "float_fallback"), "scheme=int8"),
                 (self.ranges == "percentile", ("percentile",), "ranges=percentile"),
+                (self._reads_samples, ("rounding_images",), "bits below 8, second_order rounding or bias_correction"),
                 (self.scheme != "float16", ("bias_correction",), "schemes that round weights to integers"),
                 (not self._on_grids, ("bias_correction",), "rounding=nearest; second_order corrects biases, too"),
                 (
@@ -134,7 +135,7 @@ class Quantize(Strategy):
                 received=f"scheme={self.scheme}, which the converter applies to the whole file",
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
-        lacking = float_only(candidate.model, chosen) if self.scheme == "int8" else []
+        lacking = float_only(candidate.model, chosen) if self.scheme in _CALIBRATED else []
         left_out += tuple(item.layer for item in lacking)
         chosen -= set(left_out)
         samples = None
@@ -198,7 +199,7 @@ class Quantize(Strategy):
         wanted = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
         model, grids = round_layers(repair, wanted)
         skipped = [
-            Skipped(name, "its weights are rounded to the nearest of 8 bits: it is no Dense or ordinary Conv2D")
+            Skipped(name, "its weights are rounded to the nearest of 8 bits: it is no Dense or Conv2D called once")
             for name in wanted
             if f"{name}/kernel" not in grids
         ]

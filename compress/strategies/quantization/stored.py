@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tf_keras
@@ -43,6 +43,11 @@ class Stored(Guarantee):
     def layers(self) -> frozenset[str]:
         """It binds the file, no single layer."""
         return frozenset()
+
+    def replaced(self, layers: Mapping[str, Collection[str]]) -> Stored:
+        """What has taken the place of a float stays one."""
+        floats = dict.fromkeys(new for old in self.floats for new in (old, *layers.get(old, ())))
+        return replace(self, floats=tuple(floats))
 
     def describe(self) -> str:
         """Name the scheme."""

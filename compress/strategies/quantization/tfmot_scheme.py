@@ -20,10 +20,10 @@ from compress.graph.rewrite import copy_model
 from compress.strategies.quantization.unfolding import fold_grids
 
 
-def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tf_keras.Model:
-    """Return a copy whose layers round their weights and outputs as TFMOT has them do.
+def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tuple[tf_keras.Model, list[str]]:
+    """Return a copy whose layers round their weights and outputs as TFMOT has them do, and the layers that do not.
 
-    Layers that its registry does not know, which ``quantize_model`` refuses, stay as they are.
+    Those are the ones that its registry does not know, which ``quantize_model`` refuses.
 
     Raises:
         CompressError: with TFMOT's own reason, if it refuses the model.
@@ -33,13 +33,15 @@ def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tf_keras.Model:
 
     registry = default_8bit_quantize_registry.Default8BitQuantizeRegistry()
     folded = set(foldable_pairs(model).values())
+    inner = [layer for layer in model.layers if not isinstance(layer, tf_keras.layers.InputLayer)]
+    unknown = [layer.name for layer in inner if layer.name not in folded and not registry.supports(layer)]
 
     def annotated(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
-        known = layer.name in folded or registry.supports(layer)
-        return quantize_annotate_layer(layer) if known and not isinstance(layer, tf_keras.layers.InputLayer) else layer
+        as_it_is = isinstance(layer, tf_keras.layers.InputLayer) or layer.name in unknown
+        return layer if as_it_is else quantize_annotate_layer(layer)
 
     try:
-        return quantize_apply(tf_keras.models.clone_model(copy_model(model), clone_function=annotated))
+        return quantize_apply(tf_keras.models.clone_model(copy_model(model), clone_function=annotated)), unknown
     except Exception as error:
         # It raises what it likes; any of it is a refusal.
         raise CompressError(

@@ -29,6 +29,11 @@ class XnorNet(BinaryFilters):
 
     calibration_images: Annotated[int, Ge(2)] = 128
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """It is what makes it XNOR-Net."""
+        return True
+
     def prepared(self, model: tf_keras.Model, names: Collection[str], context: Context) -> tf_keras.Model:
         """Put a batch norm and the sign before each layer."""
         check_activations(Candidate(model), context.data, self.calibration_images)

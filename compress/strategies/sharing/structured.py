@@ -103,6 +103,7 @@ class Structured(Strategy):
         if not chains:
             raise context.nothing_done("a Dense layer that the structure makes smaller", skipped)
         result = candidate.evolve(model=rewrite(model, chains), skipped=context.skip(skipped))
+        result = result.replaced({old: [new.layer.name for new in chain] for old, chain in chains.items()})
         parts = {new.layer.name for chain in chains.values() for new in chain if kernel_attributes(new.layer)}
         sizes = {k.layer.name: k.size for k in kernels(result.model) if k.layer.name in parts}
         return context.recover(result.with_guarantee(Structure(context.stage, sizes)))
