@@ -16,21 +16,27 @@ from compress.errors import CompressError
 
 PLAIN = ("compact", "distill", "finetune", "lowrank", "prune", "prune_channels", "quantize", "share")
 """Every pair of these; of the others, those with what comes before and after them."""
-OTHERS = sorted({file.stem for file in (conf_dir() / "strategy").glob("*.yaml")} - set(PLAIN))
+ALIKE = {"block_toeplitz", "butterfly", "kronecker"}
+"""What they do to a pipeline is what block_circulant does, by the same code."""
+OTHERS = sorted({file.stem for file in (conf_dir() / "strategy").glob("*.yaml")} - set(PLAIN) - ALIKE)
 PAIRS = [
     *((first, second) for first in PLAIN for second in PLAIN),
     *((first, second) for second in OTHERS for first in ("prune", "share", "lowrank")),
     *((first, "quantize") for first in OTHERS),
 ]
-STRUCTURED = ("block_circulant", "block_toeplitz", "butterfly", "kronecker")
 REFUSED = {
     *((first, second) for first in ("prune", "share") for second in ("lowrank", "compact")),
-    *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", *STRUCTURED)),
+    *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", "block_circulant")),
     *(("share", second) for second in OTHERS if second not in ("qat", "pack")),
 }
 CLUSTERS = 16
 SPARSITY = 0.6
-SETTINGS = {"share": f"clusters={CLUSTERS}", "prune": f"sparsity={SPARSITY}"}
+SETTINGS = {
+    "share": f"clusters={CLUSTERS}",
+    "prune": f"sparsity={SPARSITY}",
+    "mixed_precision": "images=64",
+    "rate_distortion": "images=64",
+}
 RATES = {("lowrank", "trained_ternary"): 0.003}
 """Learning rates of the second stage: where two ternary factors follow each other, 0.01 diverges."""
 LEAST = {"xnor": 30}

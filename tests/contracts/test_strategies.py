@@ -25,6 +25,8 @@ from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+QUICK = {"mixed_precision": {"images": 64}, "rate_distortion": {"images": 64}}
+"""Fields that save time, and change nothing that is tested here."""
 BUDGETS = ("macs", "params", "weights", "sparsity", "channels")
 
 
@@ -66,7 +68,7 @@ def before(reference) -> tuple[str, bytes]:
 @pytest.fixture(scope="module")
 def result(name, before, context, reference) -> Candidate:
     """What the strategy makes of the reference, with its defaults; made once for all tests."""
-    return make(name).apply(Candidate(reference), context)
+    return make(name, **QUICK.get(name, {})).apply(Candidate(reference), context)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_never_changes_its_input_and_keeps_shapes(result, before, reference):
 
 
 def test_same_seed_same_weights(name, result, context, reference):
-    again = make(name).apply(Candidate(reference), context)
+    again = make(name, **QUICK.get(name, {})).apply(Candidate(reference), context)
     for a, b in zip(result.model.get_weights(), again.model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
