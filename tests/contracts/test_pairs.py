@@ -122,8 +122,9 @@ def test_pair(first, second, pipeline, tmp_path):
         alone = pipeline(f"strategy={first}").run(tmp_path / "first")
         before = operators_in(tmp_path / "first" / "model.tflite")
         after = operators_in(file)
-        for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"):
-            assert after.count(kind) >= before.count(kind)
+        # A structure makes convolutions of dense layers.
+        kinds = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+        assert sum(map(after.count, kinds)) >= sum(map(before.count, kinds))
         assert result.final.macs <= alone.final.macs
     if first == "lowrank":
         ranks = [guarantee.ranks for guarantee in alone.candidate.guarantees]

@@ -21,6 +21,8 @@ IDLE = [
     (Quantize, {"scheme": "float16", "bias_correction": True}),
     (Quantize, {"rounding": "second_order", "bias_correction": True}),
     *((QuantizeAware, {"scheme": "tfmot", **f}) for f in ({"ranges": "entropy"}, {"rounding_images": 0}, {"bits": 4})),
+    (Quantize, {"rounding_images": 77}),
+    (QuantizeAware, {"rounding_images": 77}),
     (MixedPrecision, {"latency": 0.5, "choices": (2, 8)}),
     (MixedPrecision, {"latency": 0.5, "images": 100}),
     (MixedPrecision, {"choices": (4, 4)}),
@@ -32,7 +34,7 @@ EFFECTIVE = [
     (Quantize, {"scheme": "weight_only", "bits": 4, "calibrate_on": "synthetic"}),
     (Quantize, {"scheme": "dynamic", "bias_correction": True, "calibrate_on": "synthetic"}),
     (QuantizeAware, {"scheme": "tfmot", "calibration_images": 10}),
-    (QuantizeAware, {"ranges": "entropy", "rounding_images": 0}),
+    (QuantizeAware, {"ranges": "entropy", "bits": 4, "rounding_images": 0}),
     (MixedPrecision, {"bytes": 0.3, "choices": (2, 8), "images": 100}),
     (MixedPrecision, {"latency": 0.5, "ranges": "minmax"}),
 ]

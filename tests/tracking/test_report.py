@@ -175,6 +175,7 @@ def test_ratios_by_hand():
         "macs": 2.5,
         "tflite_bytes": 4.0,
         "packed_bytes": 10.0,
+        "compression_rate": 4 * 1000 / 900,
         "gzip_bytes": 7.0,
         "peak_memory_bytes": 4.0,
         "latency_p50": 4.0,
