@@ -42,8 +42,8 @@ class BlockCirculant(Structured):
             (layers.Reshape((2, rows, size)), []),
             (layers.Permute((1, 3, 2)), []),
             (layers.Reshape((2 * size, rows)), []),
-            (layers.Conv1D(columns, size, use_bias=False), [circle.transpose(2, 0, 1)]),
             (layers.Cropping1D((0, 1)), []),
+            (layers.Conv1D(columns, size, use_bias=False), [circle.transpose(2, 0, 1)]),
             (layers.Permute((2, 1)), []),
             (layers.Reshape((outputs,)), []),
         ]
