@@ -48,6 +48,8 @@ def test_the_default_job(cli, tmp_path):
         assert (tmp_path / "out" / report["artifacts"][name]).is_file()
     assert (tmp_path / "out" / "model.tflite").stat().st_size == report["final"]["tflite_bytes"]
     assert (tmp_path / "out" / "model.cmp").stat().st_size == report["final"]["packed_bytes"]
+    unpack(tmp_path / "out" / "model.cmp", tmp_path / "unpacked.tflite")
+    assert (tmp_path / "unpacked.tflite").read_bytes() == (tmp_path / "out" / "model.tflite").read_bytes()
     unpack(tmp_path / "out" / "model.cmp", tmp_path / "unpacked.keras")
     unpacked, saved = (
         tf_keras.models.load_model(tmp_path / name, compile=False) for name in ("unpacked.keras", "out/model.keras")

@@ -12,7 +12,7 @@ import tf_keras
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
-from compress.strategies.sharing.structured import Matrix, Structured
+from compress.strategies.sharing.structured import Matrix, Structured, blocks_of
 from compress.strategies.strategy import STRICT
 
 layers = tf_keras.layers
@@ -29,11 +29,10 @@ class BlockCirculant(Structured):
 
     def project(self, matrix: np.ndarray) -> Matrix | str:
         """Average the entries that a circulant block has in common: the nearest one in least squares."""
-        inputs, outputs = matrix.shape
-        if inputs % self.block or outputs % self.block:
-            return f"{inputs} inputs and {outputs} outputs are not both multiples of block={self.block}"
-        size, rows, columns = self.block, inputs // self.block, outputs // self.block
-        blocks = matrix.reshape(rows, size, columns, size).transpose(0, 2, 1, 3)
+        blocks = blocks_of(matrix, self.block)
+        if isinstance(blocks, str):
+            return blocks
+        rows, columns, size, _ = blocks.shape
         turn, place = np.indices((size, size))
         circle = blocks[:, :, (place + turn) % size, place].mean(-1)
         chain: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = [
@@ -45,6 +44,6 @@ class BlockCirculant(Structured):
             (layers.Cropping1D((0, 1)), []),
             (layers.Conv1D(columns, size, use_bias=False), [circle.transpose(2, 0, 1)]),
             (layers.Permute((2, 1)), []),
-            (layers.Reshape((outputs,)), []),
+            (layers.Reshape((columns * size,)), []),
         ]
         return Matrix(chain, circle.size)

@@ -13,7 +13,7 @@ from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 from scipy.sparse import csr_array
 
-from compress.strategies.sharing.structured import Matrix, Structured
+from compress.strategies.sharing.structured import Matrix, Structured, blocks_of
 from compress.strategies.strategy import STRICT
 
 layers = tf_keras.layers
@@ -30,22 +30,21 @@ class BlockToeplitz(Structured):
 
     def project(self, matrix: np.ndarray) -> Matrix | str:
         """Average each diagonal of each block: the nearest such matrix in least squares."""
-        inputs, outputs = matrix.shape
-        if inputs % self.block or outputs % self.block:
-            return f"{inputs} inputs and {outputs} outputs are not both multiples of block={self.block}"
-        size, rows, columns = self.block, inputs // self.block, outputs // self.block
-        blocks = matrix.reshape(rows, size, columns, size).transpose(0, 2, 1, 3).reshape(rows * columns, size * size)
+        blocks = blocks_of(matrix, self.block)
+        if isinstance(blocks, str):
+            return blocks
+        rows, columns, size, _ = blocks.shape
         source, target = np.indices((size, size))
         diagonal = (source - target + size - 1).ravel()
         counts = np.bincount(diagonal)
         averaging = csr_array((1 / counts[diagonal], (diagonal, np.arange(size * size))))
-        means = (averaging @ blocks.T).reshape(2 * size - 1, rows, columns)
+        means = (averaging @ blocks.reshape(rows * columns, size * size).T).reshape(2 * size - 1, rows, columns)
         chain: list[tuple[tf_keras.layers.Layer, list[np.ndarray]]] = [
             (layers.Reshape((rows, size)), []),
             (layers.Permute((2, 1)), []),
             (layers.ZeroPadding1D(size - 1), []),
             (layers.Conv1D(columns, 2 * size - 1, use_bias=False), [means.astype(np.float32)]),
             (layers.Permute((2, 1)), []),
-            (layers.Reshape((outputs,)), []),
+            (layers.Reshape((columns * size,)), []),
         ]
         return Matrix(chain, means.size)

@@ -109,6 +109,14 @@ class Structured(Strategy):
         return context.recover(result.with_guarantee(Structure(context.stage, sizes)))
 
 
+def blocks_of(matrix: np.ndarray, size: int) -> np.ndarray | str:
+    """Return the blocks [rows, columns, size, size] of a matrix [inputs, outputs], or why it has none of that size."""
+    inputs, outputs = matrix.shape
+    if inputs % size or outputs % size:
+        return f"{inputs} inputs and {outputs} outputs are not both multiples of block={size}"
+    return matrix.reshape(inputs // size, size, outputs // size, size).transpose(0, 2, 1, 3)
+
+
 def _obstacle(kernel: Kernel) -> str | None:
     if not isinstance(kernel.layer, layers.Dense):
         return f"{type(kernel.layer).__name__} is not a Dense layer"
