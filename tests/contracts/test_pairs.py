@@ -148,7 +148,7 @@ def test_pair(first, second, pipeline, tmp_path):
 @pytest.mark.parametrize("others", [("prune", "share"), ("share", "prune")], ids="-".join)
 def test_zeros_clusters_and_integers_live_together(others, position, last, pipeline, tmp_path):
     order = [*others[:position], last, *others[position:]]
-    built = pipeline(f"strategy={'+'.join(order)}", *(f"strategy.{k}.{v}" for k, v in SETTINGS.items()))
+    built = pipeline(f"strategy={'+'.join(order)}", *(f"strategy.{k}.{SETTINGS[k]}" for k in others))
     if last == "qat" and order.index("qat") < order.index("share"):
         with pytest.raises(CompressError, match="share after stage qat"):
             built.run(tmp_path)
