@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
+from filelock import FileLock
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _PARENT_FILE = "mlflow_parent.json"
 _LONGEST_PARAMETER = 500
-_TABLES_SECONDS = 8.0
+_TABLES_SECONDS = 120.0
 _EXPERIMENT_TAGS = {
     # MLflow's own tag: opens the experiment under "Model training", where runs have columns of metrics.
     "mlflow.experimentKind": "custom_model_development",
@@ -177,15 +178,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         return client, str(client.create_experiment(experiment, tags=_EXPERIMENT_TAGS))
 
     try:
-        try:
-            return ask()
-        except CompressError:
-            raise
-        except Exception:
-            if not uri.startswith("sqlite:"):
-                raise
-            # Another run may be making the same tables; they are there a moment later.
-            time.sleep(_TABLES_SECONDS)
+        with _alone(uri):
             return ask()
     except CompressError:
         raise
@@ -198,6 +191,19 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             received=f"{without_password(uri)} ({type(error).__name__}: {without_password(reason)[:160]})",
             fix="Start the server, correct tracking.uri, or write tracking=none.",
         ) from error
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keep other runs from a SQLite file meanwhile: two that make its tables at once spoil them for good."""
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database if uri.startswith("sqlite:") else None
+    if not database or database == ":memory:":
+        yield
+        return
+    with FileLock(f"{database}.lock", timeout=_TABLES_SECONDS):
+        yield
 
 
 def start_parent(client: MlflowClient, experiment: str, name: str, command: Sequence[str]) -> str:

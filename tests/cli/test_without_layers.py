@@ -14,6 +14,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from compress.cli.places import conf_dir
 from compress.data.digits import Digits
+from compress.deploy.packing import unpack
 from compress.errors import CompressError
 from compress.metrics.counts import count_macs, count_params
 from compress.tracking.report import SCHEMA_FILE
@@ -94,7 +95,7 @@ def test_a_saved_model_is_quantized(scheme, dtype, cli, saved_model, model, tmp_
     assert dtype in {d["dtype"] for d in details if np.prod(d["shape"]) == 1280}
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "quantize"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("quantize", "pack")])
 def test_a_saved_model_cannot_be_changed(name, pipeline, saved_model, tmp_path):
     with pytest.raises(CompressError) as caught:
         pipeline(f"strategy=quantize+{name}", *use(saved_model)).run(tmp_path)
@@ -102,6 +103,18 @@ def test_a_saved_model_cannot_be_changed(name, pipeline, saved_model, tmp_path):
     assert "without Keras layers" in caught.value.received
     assert ".keras" in caught.value.fix
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_saved_model_is_packed(pipeline, saved_model, tmp_path):
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "packed").mkdir()
+    sizes = {}
+    for coder, folder in {"none": "fixed", "smallest": "packed"}.items():
+        built = pipeline("strategy=quantize+pack", f"strategy.pack.coder={coder}", *use(saved_model))
+        sizes[coder] = built.run(tmp_path / folder).final.packed_bytes
+        unpack(tmp_path / folder / "model.cmp", tmp_path / folder / "again.tflite")
+        assert (tmp_path / folder / "again.tflite").read_bytes() == (tmp_path / folder / "model.tflite").read_bytes()
+    assert sizes["smallest"] < sizes["none"]
 
 
 def right_answers(file: Path) -> np.ndarray:
