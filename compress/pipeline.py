@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ class Pipeline:
     cache: StageCache
     seed: int = 0
     strict: bool = False
+    teachers: Mapping[str, ModelSource] = field(default_factory=dict)
+    """What ``recovery.teachers`` names besides the reference model."""
     on_stage: Callable[[StageResult], None] = lambda result: None
 
     def run(self, folder: Path) -> Result:
@@ -201,12 +204,14 @@ class Pipeline:
             strict=self.strict,
             measure=self.board.measure,
             channel_multiple=self.board.channel_multiple,
+            other_model=functools.cache(self._teacher),
         )
         candidate, results = reference, []
         for number, stage in enumerate(self.stages, start=1):
             code = code_digest(type(stage.strategy))
             start = [key, code, self.seed, number]
-            key = _digest([key, stage.name, stage.config(), code, self.seed, self.strict])
+            taught = [_identity(self.teachers[n]) for n in stage.recovery.teachers if n in self.teachers]
+            key = _digest([key, stage.name, stage.config(), taught, code, self.seed, self.strict])
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(
@@ -227,15 +232,23 @@ class Pipeline:
             self.on_stage(result)
         return Result(baseline, tuple(results), candidate, artifact, self.model.origin().untrained)
 
+    def _teacher(self, name: str) -> tf_keras.Model:
+        try:
+            return make_reference(self.teachers[name], self.data, self.seed)
+        except CompressError as error:
+            raise CompressError(
+                f"recovery.teachers, {name}: {error.where}",
+                expected=error.expected,
+                received=error.received,
+                fix=error.fix,
+            ) from error
+
     def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
         origin = self.model.origin()
         key = _digest(
             [
                 "reference",
-                type(self.model).__qualname__,
-                dataclasses.asdict(self.model),  # type: ignore[call-overload]
-                origin.digest(),
-                code_digest(type(self.model)),
+                *_identity(self.model),
                 self.data.identity,
                 # A file's weights do not depend on the seed, so neither does the baseline.
                 self.seed if origin.schedule is not None else None,
@@ -446,6 +459,12 @@ def _plain(rule: Any) -> Any:
 
 def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _identity(source: ModelSource) -> list[Any]:
+    """Return all that decides which model, with which weights, the source makes of given data and a seed."""
+    fields = dataclasses.asdict(source)  # type: ignore[call-overload]
+    return [type(source).__qualname__, fields, source.origin().digest(), code_digest(type(source))]
 
 
 def _stage_seed(seed: int, number: int, name: str) -> int:

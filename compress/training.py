@@ -45,6 +45,8 @@ class Recovery:
     temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
     hint_weight: Annotated[float, Ge(0), Le(1e6)] = 0.0
+    teachers: tuple[str, ...] = ()
+    """Names or files of models that teach together; the pipeline's reference model alone if there are none."""
     mixup: Annotated[float, Ge(0), Le(1)] = 0.0
 
     def part(self, share: float) -> Recovery:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from annotated_types import Ge, Lt, MinLen
 from omegaconf import DictConfig, OmegaConf
@@ -16,12 +16,14 @@ from pydantic_core import ArgsKwargs, ErrorDetails
 
 from compress.boards.board import Board
 from compress.cache import StageCache
+from compress.cli.places import conf_dir
 from compress.data.source import STRICT, DataSource
 from compress.errors import CompressError, did_you_mean
 from compress.graph.selection import Position, Rule, Selection
+from compress.models.file import FileModel
 from compress.models.source import ModelSource
 from compress.pipeline import Pipeline, Stage
-from compress.strategies.strategy import Strategy
+from compress.strategies.strategy import REFERENCE, Strategy
 from compress.tracking.store import TrackingSettings
 from compress.training import Recovery
 
@@ -52,6 +54,7 @@ class Plan:
     tracking: TrackingSettings
     seed: int
     strict: bool
+    teachers: Mapping[str, ModelSource]
 
     def pipeline(self) -> Pipeline:
         """Read the data and return the pipeline."""
@@ -63,6 +66,7 @@ class Plan:
             cache=self.cache,
             seed=self.seed,
             strict=self.strict,
+            teachers=self.teachers,
         )
 
 
@@ -79,15 +83,22 @@ def make_plan(config: DictConfig) -> Plan:
     model.origin()
     cache = check(CacheSettings, plain["cache"], "cache")
     check(bool, plain["debug"], "debug")
+    stages = tuple(_stage(name, values) for name, values in plain["strategy"].items())
     return Plan(
         model=model,
         source=construct(DataSource, plain["data"], "data"),
         board=construct(Board, plain["board"], "board"),
-        stages=tuple(_stage(name, values) for name, values in plain["strategy"].items()),
+        stages=stages,
         cache=StageCache(Path(cache.dir).expanduser() if cache.enabled else None),
         tracking=check(TrackingSettings, plain["tracking"], "tracking"),
         seed=check(Seed, plain["seed"], "seed"),
         strict=check(bool, plain["strict"], "strict"),
+        teachers={
+            name: _teacher(name, f"strategy.{stage.name}.recovery.teachers")
+            for stage in stages
+            for name in stage.recovery.teachers
+            if name != REFERENCE
+        },
     )
 
 
@@ -172,6 +183,25 @@ def _stage(name: str, values: Any) -> Stage:
         repeat=_positive(wrappers["repeat"], f"{where}.repeat"),
         release=tuple(check(list[str], [release] if isinstance(release, str) else release or [], f"{where}.release")),
     )
+
+
+def _teacher(name: str, where: str) -> ModelSource:
+    """Return the model of that name in ``conf/model``, or the one in the file."""
+    choices = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml") if file.stem != "file")
+    if name in choices:
+        values = cast(DictConfig, OmegaConf.load(conf_dir() / "model" / f"{name}.yaml"))
+        source = construct(ModelSource, to_plain(values), where)
+    elif Path(name).expanduser().exists():
+        source = FileModel(path=name)
+    else:
+        raise CompressError(
+            where,
+            expected=f"{REFERENCE}, a model's name, or its file",
+            received=name,
+            fix=did_you_mean(name, [REFERENCE, *choices]),
+        )
+    source.origin()
+    return source
 
 
 def _recovery(values: Mapping[str, Any], where: str) -> Recovery:

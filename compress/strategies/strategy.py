@@ -24,6 +24,8 @@ from compress.strategies.distillation.teacher import Teacher
 from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, augment, train
 
 STRICT = ConfigDict(extra="forbid")
+REFERENCE = "reference"
+"""How ``recovery.teachers`` names the model that the pipeline started from."""
 
 
 def _anew(_name: str, _settings: Sequence[Any], make: Callable[[], Any]) -> Any:
@@ -52,6 +54,8 @@ class Context:
     """
     channel_multiple: int = 1
     """The board computes as long for fewer channels than the next multiple of this."""
+    other_model: Callable[[str], tf_keras.Model] | None = None
+    """Returns the trained model that ``recovery.teachers`` names."""
 
     def recover(
         self,
@@ -71,10 +75,10 @@ class Context:
         extra = list(terms)
         soft = next((term for term in extra if isinstance(term, SoftTargets)), None)
         if self.recovery.method == "distill" and soft is None:
-            soft = SoftTargets(Teacher(self.reference), self.recovery.temperature, self.recovery.soft_weight)
+            soft = SoftTargets(self.teachers(), self.recovery.temperature, self.recovery.soft_weight)
             extra.append(soft)
         if soft is not None and self.recovery.hint_weight:
-            extra.append(self._hints(soft.teacher, candidate.model))
+            extra.append(self._hints(soft.teachers[0], candidate.model))
         with progress(self.stage) as shown:
             train(
                 candidate.model,
@@ -90,6 +94,28 @@ class Context:
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
             )
         return candidate
+
+    def teachers(self) -> list[Teacher]:
+        """Return who teaches: what ``recovery.teachers`` names, or else the reference model.
+
+        Raises:
+            CompressError: if one does not fit the data that the model is trained on.
+        """
+        return [Teacher(self._teacher(name)) for name in self.recovery.teachers or (REFERENCE,)]
+
+    def _teacher(self, name: str) -> tf_keras.Model:
+        if name == REFERENCE or self.other_model is None:
+            return self.reference
+        model = self.other_model(name)
+        shapes = [(m.input_shape, m.output_shape) for m in (model, self.reference)]
+        if shapes[0] != shapes[1]:
+            raise CompressError(
+                f"strategy.{self.stage}.recovery.teachers",
+                expected=f"teachers that read and give what {self.reference.name} does: {_shapes(*shapes[1])}",
+                received=f"{name}: {_shapes(*shapes[0])}",
+                fix="Name models that were trained on the same inputs and classes.",
+            )
+        return model
 
     def _hints(self, teacher: Teacher, student: tf_keras.Model) -> Hints:
         layers = hint_layers(teacher.model, student)
@@ -216,3 +242,7 @@ class Strategy(ABC):
             return None
         broken = sorted(effect.value for effect in self.effects & earlier.establishes.broken_by)
         return f"it {' and '.join(broken)}" if broken else None
+
+
+def _shapes(inputs: object, outputs: object) -> str:
+    return f"{inputs} to {outputs}"

@@ -71,7 +71,7 @@ def test_sums_of_one_size_are_paired_else_the_last_layer_of_each_size():
 
 def test_both_terms_share_one_pass_of_the_teacher():
     teacher = Teacher(residual())
-    soft, hints = SoftTargets(teacher, 4.0, 0.9), Hints(teacher, ("sum0",), 1.0)
+    soft, hints = SoftTargets([teacher], 4.0, 0.9), Hints(teacher, ("sum0",), 1.0)
     passes = 0
     look = teacher._look
 

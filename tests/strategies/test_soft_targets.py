@@ -60,6 +60,20 @@ def batch(x: np.ndarray, logits: np.ndarray | tf.Tensor, indices: np.ndarray) ->
     )
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["live", "cached"])
+def test_several_teachers_are_the_mean_of_their_probabilities(prepared):
+    source, teachers = data(), [network(seed=1), network(seed=2, softmax=True), network(seed=3)]
+    indices = np.arange(7)
+    student = np.random.default_rng(0).normal(0, 3, (7, 5))
+    term = SoftTargets([Teacher(model) for model in teachers], 2.0, 1.0)
+    if prepared:
+        term.prepare(source, 8, same_images=True)
+    value = float(term(batch(source.train.x, student, indices)))
+    p = np.mean([softened(logits_in_numpy(model, source.train.x[indices]), 2.0) for model in teachers], axis=0)
+    q = softened(student, 2.0)
+    assert value == pytest.approx(4.0 * float((p * np.log(p / q)).sum(axis=1).mean()), rel=1e-3)
+
+
 @pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
 @pytest.mark.parametrize("prepared", [False, True], ids=["live", "cached"])
 @given(seed=st.integers(0, 1000), temperature=st.floats(1.0, 10.0), weight=st.floats(0.1, 1.0))
@@ -69,7 +83,7 @@ def test_the_term_is_the_formula(softmax, prepared, seed, temperature, weight):
     rng = np.random.default_rng(seed)
     indices = rng.permutation(COUNT)[: rng.integers(1, 12)]
     student = rng.normal(0, 3, (len(indices), 5))
-    term = SoftTargets(Teacher(teacher), temperature, weight)
+    term = SoftTargets([Teacher(teacher)], temperature, weight)
     assert term.task_weight == pytest.approx(1 - weight)
     if prepared:
         term.prepare(source, 8, same_images=True)
@@ -84,7 +98,7 @@ def test_a_teacher_is_run_once_where_images_stay_the_same_and_anew_where_they_ch
     indices = np.arange(6)
     elsewhere = Batch(tf.zeros((6, 4, 4, 1)), tf.zeros(6, tf.int64), tf.zeros((6, 5)), tf.constant(indices))
     logits, at_zero = logits_in_numpy(teacher, source.train.x[:6]), logits_in_numpy(teacher, np.zeros((6, 4, 4, 1)))
-    term = SoftTargets(Teacher(teacher), 4.0, 0.9)
+    term = SoftTargets([Teacher(teacher)], 4.0, 0.9)
     term.prepare(source, 8, same_images=True)
     assert float(term(elsewhere)) == pytest.approx(formula(logits, np.zeros((6, 5)), 4.0, 0.9), rel=1e-3)
     term.prepare(source, 8, same_images=False)
@@ -96,7 +110,7 @@ def test_a_student_that_equals_its_teacher_learns_nothing_and_another_does(softm
     source, teacher = data(), network(softmax=softmax)
     # Scores are the same under any shift, sample by sample.
     logits = tf.constant(logits_in_numpy(teacher, source.train.x) + np.arange(COUNT)[:, None], tf.float32)
-    term = SoftTargets(Teacher(teacher), 4.0, 1.0)
+    term = SoftTargets([Teacher(teacher)], 4.0, 1.0)
     for shift, equal in ((0.0, True), (tf.one_hot(0, 5), False)):
         student = logits + shift
         with tf.GradientTape() as tape:
@@ -111,7 +125,7 @@ def test_the_gradient_is_the_difference_of_the_softened_probabilities():
     """Hinton et al., equation 2: dC/dz = (q - p) / T, here times weight * T^2 and averaged over the batch."""
     source, teacher = data(), network()
     student = tf.constant(np.random.default_rng(1).normal(size=(COUNT, 5)), tf.float32)
-    term = SoftTargets(Teacher(teacher), 3.0, 0.5)
+    term = SoftTargets([Teacher(teacher)], 3.0, 0.5)
     with tf.GradientTape() as tape:
         tape.watch(student)
         value = term(batch(source.train.x, student, np.arange(COUNT)))

@@ -13,13 +13,12 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Candidate, Effect
 from compress.graph.rewrite import copy_model
 from compress.strategies.distillation.soft_targets import SoftTargets
-from compress.strategies.distillation.teacher import Teacher
 from compress.strategies.strategy import STRICT, Context, Strategy
 
 
 @dataclass(frozen=True, config=STRICT)
 class Distill(Strategy):
-    """Train the candidate on the soft targets of the pipeline's reference model."""
+    """Train the candidate on the soft targets of the pipeline's reference model, or of ``recovery.teachers``."""
 
     temperature: Annotated[float, Gt(0)] = 4.0
     soft_weight: Annotated[float, Gt(0), Le(1)] = 0.9
@@ -30,6 +29,4 @@ class Distill(Strategy):
         """Train a copy."""
         context.require_training()
         student = candidate.evolve(model=copy_model(candidate.model), skipped=())
-        return context.recover(
-            student, terms=[SoftTargets(Teacher(context.reference), self.temperature, self.soft_weight)]
-        )
+        return context.recover(student, terms=[SoftTargets(context.teachers(), self.temperature, self.soft_weight)])

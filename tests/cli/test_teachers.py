@@ -1,0 +1,60 @@
+"""Who teaches, from the command line: names, files, several together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tf_keras
+
+from .test_bad_input import assert_refused
+
+layers = tf_keras.layers
+SHORT = ("model.train.epochs=2", "recovery.epochs=0.2", "board.runs=100", "board.warmup=1", "strategy=distill")
+
+
+def student_of(path: Path, *, classes: int = 10, scale: float = 1.0) -> Path:
+    tf_keras.utils.set_random_seed(int(scale))
+    image = tf_keras.Input((8, 8, 1))
+    scores = layers.Dense(classes)(layers.Flatten()(layers.Rescaling(scale / 16)(image)))
+    tf_keras.Model(image, scores).save(path)
+    return path
+
+
+def accuracy(folder: Path) -> float:
+    return json.loads((folder / "report.json").read_text())["final"]["accuracy"]
+
+
+def test_a_file_teaches_and_another_content_is_another_teacher(cli, tmp_path):
+    file = student_of(tmp_path / "teacher.keras")
+    settings = (*SHORT, f"strategy.distill.recovery.teachers=[{file},reference]", "hydra.run.dir=out")
+    code, _, error = cli(*settings)
+    assert code == 0, error
+    first = (tmp_path / "out" / "model.tflite").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    student_of(file, scale=7.0)
+    code, _, error = cli(*settings)
+    assert code == 0, error
+    assert "distill: taken from the cache" not in error
+    assert (tmp_path / "out" / "model.tflite").read_bytes() != first
+    assert accuracy(tmp_path / "out") > 0
+
+
+@pytest.mark.parametrize(
+    ("teachers", "parts"),
+    [
+        ("[lenet55]", ["strategy.distill.recovery.teachers", "lenet55", "lenet5"]),
+        ("[lenet5]", ["recovery.teachers, lenet5", "(8, 8, 1)"]),
+        ("[no/such.keras]", ["strategy.distill.recovery.teachers", "no/such.keras"]),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(teachers, parts, cli):
+    assert_refused(cli(*SHORT, f"strategy.distill.recovery.teachers={teachers}"), *parts)
+
+
+def test_a_teacher_with_other_classes_is_refused(cli, tmp_path):
+    file = student_of(tmp_path / "seven.keras", classes=7)
+    answer = cli(*SHORT, f"strategy.distill.recovery.teachers=[{file}]")
+    assert_refused(answer, "recovery.teachers", "seven.keras", "(7)", "10 classes")
