@@ -36,8 +36,11 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage cache that all tests of this run share, so that the digits model is trained once."""
-    return tmp_path_factory.mktemp("cache")
+    """A stage cache that all tests of this run share, whatever process they run in, so that a stage is made once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
