@@ -51,6 +51,8 @@ class Column:
 class Grid:
     """``grid.yaml``: row name -> overrides of its run, on top of the common ``overrides``.
 
+    A row with a ``seed=0`` of its own is run with that seed alone.
+
     With ``layers``, row name -> layer (``*``: all), the rows are the layers of the one run.
     """
 
@@ -122,8 +124,9 @@ def run_experiment(experiment: Experiment, overrides: Sequence[str], results: Pa
     target = results / f"{experiment.name}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     for row, own in experiment.grid.runs.items():
-        for seed in seeds:
-            config = compose_config([*experiment.grid.overrides, *own, *extra, f"seed={seed}"])
+        own_seeds, settings = _seeds(seeds, own)
+        for seed in own_seeds:
+            config = compose_config([*experiment.grid.overrides, *settings, *extra, f"seed={seed}"])
             folder = Path("outputs") / "reproduce" / experiment.name / f"{row}-seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             run_job(config, folder, None)
@@ -168,11 +171,12 @@ def render(
         lines += ["", table.notes.strip()]
     command = shlex.join(["python", "-m", "compress.reproduce", experiment.name, *extra])
     first = next(iter(rows.values()), [{}])[0]
-    lines += provenance(command, seeds, f"{machine()}; board: {first.get('board', '-')}")
+    alone = [f"{row}: {own[0]} alone" for row, settings in grid.runs.items() if (own := _seeds([], settings)[0])]
+    lines += provenance(command, [*seeds, *alone], f"{machine()}; board: {first.get('board', '-')}")
     return "\n".join(lines)
 
 
-def provenance(command: str, seeds: Sequence[int], where: str) -> list[str]:
+def provenance(command: str, seeds: Sequence[int | str], where: str) -> list[str]:
     """Return the lines at the end of a generated page that say how it was made; ``where``: the machine."""
     known = versions()
     return [

@@ -6,7 +6,7 @@ import pytest
 
 from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
-from compress.cli.experiment import Column, Experiment, Grid, PublishedTable, load_experiment, render
+from compress.cli.experiment import Column, Experiment, Grid, PublishedTable, load_experiment, render, run_experiment
 from compress.cli.places import experiments_dir
 from compress.errors import CompressError
 from compress.reproduce import main, names
@@ -99,6 +99,21 @@ def test_rows_that_are_layers_belong_to_one_run(tmp_path):
     )
     with pytest.raises(CompressError, match="one run, when rows are layers"):
         load_experiment(tmp_path, "mine")
+
+
+def test_a_row_may_name_its_only_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    column = Column("accuracy", "final.accuracy")
+    quick = ["strategy=none", "model.train.epochs=0.1", "tracking=none", "cache=off", "board.runs=100"]
+    grid = Grid({"all": [], "one": ["seed=5"]}, [column], quick, [0, 1])
+    table = PublishedTable("title", "source", ["row"], [["all"], ["one"]])
+    page = run_experiment(Experiment("mine", table, grid), [], tmp_path).read_text()
+    cells = {row.split("|")[1].strip(): row.split("|")[2] for row in page.splitlines() if row.startswith("|")}
+    assert "±" in cells["all"]
+    assert "±" not in cells["one"]
+    assert "- seeds: 0, 1, one: 5 alone" in page
+    made = {path.name for path in (tmp_path / "outputs" / "reproduce" / "mine").iterdir()}
+    assert made == {"all-seed0", "all-seed1", "one-seed5"}
 
 
 @pytest.mark.data
