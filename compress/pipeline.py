@@ -18,7 +18,8 @@ from typing import Any
 import tf_keras
 
 from compress.boards.board import Board
-from compress.cache import Entry, StageCache, code_digest
+from compress.cache.code import code_digest
+from compress.cache.store import Entry, StageCache
 from compress.candidate import Artifact, Candidate, Coder, Effect, Guarantee, Numbers, Skipped, Storage, Violation
 from compress.data.source import Data
 from compress.deploy.measure import measure
@@ -269,16 +270,17 @@ class Pipeline:
         self, key: str, make: Callable[[], tuple[Candidate, StageResult]], folder: Path
     ) -> tuple[Candidate, StageResult, Artifact]:
         tflite, packed = folder / "model.tflite", folder / "model.cmp"
-        found = self.cache.load(key)
-        if found is None:
-            candidate, result = make()
-            found = Entry(candidate, _result_to_json(result), tflite.read_bytes(), packed.read_bytes())
-            self.cache.store(key, found)
-        else:
-            _LOG.info("%s: taken from the cache", found.result["name"])
-            result = _result_from_json(found.result, cached=True)
-            tflite.write_bytes(found.tflite)
-            packed.write_bytes(found.packed)
+        with self.cache.alone(key):
+            found = self.cache.load(key)
+            if found is None:
+                candidate, result = make()
+                found = Entry(candidate, _result_to_json(result), tflite.read_bytes(), packed.read_bytes())
+                self.cache.store(key, found)
+            else:
+                _LOG.info("%s: taken from the cache", found.result["name"])
+                result = _result_from_json(found.result, cached=True)
+                tflite.write_bytes(found.tflite)
+                packed.write_bytes(found.packed)
         return found.candidate, result, Artifact(tflite, found.candidate.storage, packed)
 
     def _measured(

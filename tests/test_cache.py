@@ -6,8 +6,11 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,10 @@ import pytest
 import tf_keras
 
 import compress
-from compress import cache as module
-from compress.cache import Entry, StageCache, code_digest
+from compress.cache import code, store
+from compress.cache.__main__ import main as cache_command
+from compress.cache.code import code_digest
+from compress.cache.store import Entry, StageCache
 from compress.candidate import Calibration, Candidate, Storage
 from compress.models.small import Lenet5
 from compress.strategies.compact.separable_form import SeparableForm
@@ -178,7 +183,7 @@ def test_a_failure_while_writing_leaves_nothing(entry, tmp_path, monkeypatch):
         assert not (tmp_path / KEY).exists(), "not visible before it is whole"
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", fail)
+    monkeypatch.setattr(store.os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         StageCache(tmp_path).store(KEY, entry)
     assert not list(tmp_path.iterdir())
@@ -187,13 +192,13 @@ def test_a_failure_while_writing_leaves_nothing(entry, tmp_path, monkeypatch):
 
 def test_an_entry_is_written_to_disk_before_it_is_visible(entry, tmp_path, monkeypatch):
     seen = []
-    synced = module.os.fsync
+    synced = store.os.fsync
 
     def watch(handle: int) -> None:
         seen.append((tmp_path / KEY).exists())
         synced(handle)
 
-    monkeypatch.setattr(module.os, "fsync", watch)
+    monkeypatch.setattr(store.os, "fsync", watch)
     StageCache(tmp_path).store(KEY, entry)
     assert seen == [False] * len(FILES)
 
@@ -241,7 +246,7 @@ def forge(folder: Path, change) -> None:
         ("builtins", "open", {"file": "{0}", "mode": "w"}),
         ("compress.candidate", "Candidate", {"model": None}),
         ("compress.candidate", "Guarantee", {"stage": "prune"}),
-        ("compress.cache", "shutil.rmtree", {"path": "{0}"}),
+        ("compress.cache.store", "shutil.rmtree", {"path": "{0}"}),
     ],
 )
 def test_a_forged_guarantee_is_not_called(path, name, fields, entry, tmp_path, warnings):
@@ -352,9 +357,9 @@ def test_strategies_of_different_families_have_different_digests():
     ],
 )
 def test_the_digest_follows_every_room_that_a_stage_stands_on(changed, tmp_path, monkeypatch):
-    package = Path(module.__file__).parent
+    package = Path(code.__file__).parent.parent
     shutil.copytree(package, tmp_path / "compress", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "compress" / "cache.py"))
+    monkeypatch.setattr(code, "__file__", str(tmp_path / "compress" / "cache" / "code.py"))
     before = code_digest(Prune)
     with (tmp_path / "compress" / changed).open("a") as file:
         file.write("\n# changed\n")
@@ -377,3 +382,90 @@ def test_a_strategy_in_a_file_of_its_own_is_digested_alone(tmp_path, monkeypatch
     assert code_digest(mine) == first
     (tmp_path / "mine.py").write_text("class Mine: changed = True")
     assert code_digest(mine) != first
+
+
+def aged(cache: StageCache, entry: Entry, ages: dict[str, float]) -> None:
+    """Store entries that were used so many seconds ago."""
+    for key, age in ages.items():
+        cache.store(key, entry)
+        used = time.time() - age
+        os.utime(cache.folder / key / "manifest.json", (used, used))
+
+
+def kept(folder: Path) -> set[str]:
+    return {item.name for item in folder.iterdir() if not item.name.startswith(".")}
+
+
+def test_what_was_not_used_for_longest_makes_room(entry, tmp_path):
+    aged(StageCache(tmp_path), entry, {"old": 300, "older": 500, "read again": 400})
+    assert StageCache(tmp_path).load("read again") is not None
+    size = sum(file.stat().st_size for file in (tmp_path / "old").iterdir())
+    StageCache(tmp_path, most_bytes=2.5 * size).store("new", entry)
+    assert kept(tmp_path) == {"new", "read again"}
+    StageCache(tmp_path, most_bytes=1).store("newest", entry)
+    assert kept(tmp_path) == {"newest"}
+
+
+def test_what_was_never_finished_is_removed_after_a_day(entry, tmp_path):
+    for name, age in {"abandoned": 100_000, "being written": 100}.items():
+        (tmp_path / f".partial-{name}").mkdir()
+        os.utime(tmp_path / f".partial-{name}", (time.time() - age,) * 2)
+    StageCache(tmp_path).store(KEY, entry)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".partial-being written", KEY]
+
+
+def test_two_that_want_the_same_take_turns(tmp_path):
+    cache, inside, most = StageCache(tmp_path), [], []
+
+    def work(number: int) -> None:
+        with cache.alone(KEY):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert most == [1, 1, 1, 1]
+    with cache.alone("one"), cache.alone("another"):
+        pass
+
+
+def test_a_measurement_that_two_want_is_made_once(tmp_path):
+    cache, made = StageCache(tmp_path), []
+
+    def measure() -> list[float]:
+        made.append(1)
+        time.sleep(0.1)
+        return [0.5]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: cache.remembered(KEY, measure), range(3))) == [[0.5]] * 3
+    assert len(made) == 1
+
+
+def test_the_command_lists_and_clears(entry, tmp_path, capsys):
+    aged(StageCache(tmp_path), entry, {"a" * 64: 10, "b" * 64: 3 * 24 * 3600})
+    StageCache(tmp_path).remembered(KEY, lambda: 1)
+
+    def command(*arguments: str) -> tuple[int, list[str]]:
+        with pytest.raises(SystemExit) as stopped:
+            cache_command([*arguments, "--dir", str(tmp_path)])
+        return int(stopped.value.code or 0), capsys.readouterr().out.splitlines()
+
+    code_, lines = command()
+    assert code_ == 0
+    assert [line.split()[4] for line in lines[:2]] == ["a" * 12, "b" * 12]
+    assert all(line.endswith("prune+share") for line in lines[:2])
+    assert lines[2].startswith("2 finished stages")
+    assert command("clear", "--older-than", "2")[1][0].startswith("removed 1 finished stages")
+    assert kept(tmp_path) == {"a" * 64, "measured"}
+    command("clear")
+    assert kept(tmp_path) == set()
+
+
+def test_the_command_names_a_folder_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cache_command(["--dir", str(tmp_path / "none")])
+    assert stopped.value.code == 2
+    assert "which is not there" in " ".join(capsys.readouterr().err.split())

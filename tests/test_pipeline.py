@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from compress.cache import StageCache
+from compress.cache.store import StageCache
 from compress.candidate import Candidate, Storage
 from compress.data.source import Split
 from compress.errors import CompressError

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import ArgsKwargs, ErrorDetails
 
 from compress.boards.board import Board
-from compress.cache import StageCache
+from compress.cache.store import StageCache
 from compress.cli.places import conf_dir
 from compress.data.source import STRICT, DataSource
 from compress.errors import CompressError, did_you_mean
@@ -40,6 +40,7 @@ class CacheSettings:
 
     enabled: bool
     dir: Annotated[str, MinLen(1)]
+    max_gigabytes: Annotated[float, Gt(0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def make_plan(config: DictConfig) -> Plan:
         source=construct(DataSource, plain["data"], "data"),
         board=construct(Board, plain["board"], "board"),
         stages=stages,
-        cache=StageCache(Path(cache.dir).expanduser() if cache.enabled else None),
+        cache=StageCache(Path(cache.dir).expanduser() if cache.enabled else None, cache.max_gigabytes * 1e9),
         tracking=check(TrackingSettings, plain["tracking"], "tracking"),
         seed=check(Seed, plain["seed"], "seed"),
         strict=check(bool, plain["strict"], "strict"),

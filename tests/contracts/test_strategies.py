@@ -100,7 +100,7 @@ def test_the_exported_file_agrees_with_keras(result, artifact, data):
 
 
 def test_guarantees_hold_after_save_and_load(result, artifact, data, tmp_path):
-    from compress.cache import Entry, StageCache
+    from compress.cache.store import Entry, StageCache
     from compress.metrics.tflite_file import TFLiteFile
 
     cache = StageCache(tmp_path / "cache")

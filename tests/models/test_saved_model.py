@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras
 from tensorflow.core.protobuf import saved_model_pb2
 
-from compress.cache import Entry, StageCache
+from compress.cache.store import Entry, StageCache
 from compress.candidate import Candidate
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model

@@ -7,10 +7,8 @@ is either whole or absent. Nothing in it is code: loading an entry runs none.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -18,22 +16,23 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tf_keras
+from filelock import FileLock, Timeout
 
+from compress.cache.upkeep import LOCKS, MEASURED, PARTIAL, mark_used, trim
 from compress.candidate import Candidate, Guarantee, Skipped, Storage
 from compress.errors import CompressError
 from compress.graph.saved_graph import SavedGraph
 
 _LOG = logging.getLogger("compress")
 _FORMAT = 2
-_SHARED_CODE = ("boards", "deploy", "metrics", "pipeline.py", "reference.py", "strategies/strategy.py")
-"""What every stage's result depends on besides the strategy's own family, and all that these import."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class StageCache:
-    """Finished stages in ``folder``; None keeps nothing."""
+    """Finished stages in ``folder``; None keeps nothing.
+
+    Where they take more than ``most_bytes``, those that were not used for longest go.
+    """
 
     folder: Path | None
+    most_bytes: float = float("inf")
 
     def open(self) -> None:
         """Make the folder.
@@ -80,11 +83,32 @@ class StageCache:
         if not entry.is_dir():
             return None
         try:
-            return _read(entry)
+            found = _read(entry)
+            mark_used(entry)
+            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             _LOG.warning("cache entry %s is damaged (%s): made anew", key[:12], error)
             shutil.rmtree(entry, ignore_errors=True)
             return None
+
+    @contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Keep other processes from making the same thing meanwhile; wait for one that does."""
+        if self.folder is None:
+            yield
+            return
+        locks = self.folder / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _LOG.info("another run is at the same stage: waiting for it")
+            lock.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def store(self, key: str, entry: Entry) -> None:
         """Write an entry; one that appeared meanwhile is left as it is."""
@@ -94,7 +118,7 @@ class StageCache:
             _LOG.info("not kept in the cache: the model carries code, which reading an entry must not run")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".partial-{uuid.uuid4().hex}"
+        partial = self.folder / f"{PARTIAL}{uuid.uuid4().hex}"
         try:
             _write(partial, entry)
             target = self.folder / key
@@ -107,69 +131,26 @@ class StageCache:
                         raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        trim(self.folder, self.most_bytes, keep=key)
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returns, in JSON's types; what it returned the last time if that is known."""
         if self.folder is None:
             return make()
-        file = self.folder / "measured" / f"{key}.json"
-        try:
-            return json.loads(file.read_text())
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
-        found = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".partial-{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(found))
-        partial.replace(file)
-        return found
-
-
-def code_digest(kind: type) -> str:
-    """Return a digest of the code that decides what ``kind`` (a strategy or model class) does.
-
-    That is its own family's folder, the rooms that every stage stands on, and all of this package that they import.
-    """
-    package = Path(__file__).parent
-    module = importlib.import_module(kind.__module__)
-    own = Path(module.__file__ or __file__)
-    # A module of its own may lie in a folder with anything beside it.
-    own = own.parent if module.__package__ else own
-    places = (own, *(package / name for name in _SHARED_CODE))
-    waiting = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
-    found: set[Path] = set()
-    while waiting:
-        file = waiting.pop()
-        if file not in found:
-            found.add(file)
-            waiting += _imported(file, package)
-    digest = hashlib.sha256(tf_keras.__version__.encode())
-    for file in sorted(found):
-        # Not where the package lies, only where the file lies in it.
-        inside = file.relative_to(package if file.is_relative_to(package) else own.parent)
-        digest.update(str(inside).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _imported(file: Path, package: Path) -> list[Path]:
-    """Return the files of this package that the file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    parts = [name.split(".")[1:] for name in names if name.split(".")[0] == package.name]
-    candidates = [
-        place for part in parts for place in (package.joinpath(*part, "__init__.py"), *_module(package, part))
-    ]
-    return [place for place in candidates if place.is_file()]
-
-
-def _module(package: Path, part: list[str]) -> list[Path]:
-    return [package.joinpath(*part).with_suffix(".py")] if part else []
+        file = self.folder / MEASURED / f"{key}.json"
+        with self.alone(key):
+            try:
+                return json.loads(file.read_text())
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
+            found = make()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".partial-{uuid.uuid4().hex}")
+            partial.write_text(json.dumps(found))
+            partial.replace(file)
+            return found
 
 
 def _write(folder: Path, entry: Entry) -> None:
