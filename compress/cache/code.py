@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 from pathlib import Path
@@ -41,17 +42,24 @@ def code_digest(kind: type) -> str:
 
 def _imported(file: Path, package: Path) -> list[Path]:
     """Return the files of this package that the file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    names = _imported_names(file.read_bytes())
     parts = [name.split(".")[1:] for name in names if name.split(".")[0] == package.name]
     candidates = [
         place for part in parts for place in (package.joinpath(*part, "__init__.py"), *_module(package, part))
     ]
     return [place for place in candidates if place.is_file()]
+
+
+@functools.lru_cache(maxsize=4096)
+def _imported_names(source: bytes) -> frozenset[str]:
+    """Return the names of the modules, and of what may be one, that a Python source imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
 
 
 def _module(package: Path, part: list[str]) -> list[Path]:
