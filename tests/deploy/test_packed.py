@@ -32,6 +32,7 @@ def some_arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     book = np.sort(rng.normal(size=16)).astype(np.float32)
     busy = rng.random((60, 1)) * rng.random((1, 40)) > 0.55
+    vectors = book[rng.integers(0, 16, (20, 3))][rng.integers(0, 20, (30, 12))]
     skewed = np.minimum(rng.geometric(0.4, (50, 40)), 16) - 1
     return {
         "dense/kernel": rng.normal(size=(40, 30)).astype(np.float32),
@@ -39,6 +40,8 @@ def some_arrays() -> dict[str, np.ndarray]:
         "sparse/kernel": np.where(rng.random((100, 40)) < 0.03, rng.normal(size=(100, 40)), 0).astype(np.float32),
         "busy/kernel": np.where(busy, rng.choice(book, (60, 40)), 0).astype(np.float32),
         "grid/kernel": (skewed[:, :8] - 4).astype(np.float32) * rng.uniform(1, 2, 8).astype(np.float32),
+        "vectors/kernel": vectors.transpose(0, 2, 1).reshape(90, 12).copy(),
+        "vectors/rows": np.rint(20 * vectors).astype(np.int8).reshape(30, 3, 4, 3),
         "bytes": rng.integers(-9, 9, (30, 20)).astype(np.int8),
         "step": np.array(7, np.int64),
         "nothing": np.zeros((0, 3), np.float16),
