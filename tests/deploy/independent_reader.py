@@ -97,6 +97,17 @@ def read_values(reader: Bytes, rows: int, columns: int, size: int, tables: list[
             (value,) = struct.unpack("<I", struct.pack("<f", product))
             values.append(0x80000000 if symbol == 2**bits else value)
         return values
+    if form == 5:
+        head, known = reader.byte(), reader.varint()
+        length = head & 127
+        numbers = read_values(reader, known * length, 1, size, tables)
+        values = [0] * count
+        for number, vector in enumerate(read_stream(reader, known, count // length, tables)):
+            first, step = number * length, 1
+            if head & 128:
+                first, step = number // columns * length * columns + number % columns, columns
+            values[first : first + length * step : step] = numbers[vector * length : (vector + 1) * length]
+        return values
     assert form == 4
     places = read_positions(reader, rows, columns, tables)
     values = [0] * count

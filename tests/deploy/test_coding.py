@@ -45,7 +45,7 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     count = math.prod(shape)
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
-    kind = draw(st.sampled_from(["bits", "few", "sparse", "constant", "zeros", "grid"]))
+    kind = draw(st.sampled_from(["bits", "few", "sparse", "constant", "zeros", "grid", "vectors"]))
     anything = np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).reshape(shape).copy()
     if dtype.kind == "b":
         anything = rng.integers(0, 2, shape).astype(bool)
@@ -53,6 +53,9 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
         anything = rng.choice(anything.reshape(-1)[:5], shape)
     elif kind == "sparse":
         anything[rng.random(shape) < draw(st.floats(0.5, 1))] = 0
+    elif kind == "vectors" and count:
+        anything = rng.choice(anything.reshape(-1, shape[-1] if shape else 1)[:3], count // (shape or (1,))[-1])
+        anything = anything.reshape(shape)
     elif kind == "constant" and count:
         anything[...] = anything.reshape(-1)[0]
     elif kind == "zeros":
@@ -133,6 +136,48 @@ def test_each_coder(coder: FixedWidth | Huffman | Ans, data: st.DataObject) -> N
     back, _ = coder.decode(reader, alphabet, len(symbols), Tables())
     reader.finish()
     np.testing.assert_array_equal(back, symbols)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=st.integers(1, 30),
+    columns=st.integers(1, 9),
+    length=st.integers(2, 32),
+    known=st.integers(1, 12),
+    down=st.booleans(),
+    dtype=st.sampled_from(["b", "e", "f", "d"]),
+)
+def test_vectors_that_repeat_are_found(
+    groups: int, columns: int, length: int, known: int, down: bool, dtype: str
+) -> None:
+    rng = np.random.default_rng(groups)
+    book = rng.integers(-100, 100, (known, length)).astype(dtype)
+    chosen = book[rng.integers(0, known, (groups, columns))]
+    array = chosen.transpose(0, 2, 1) if down else chosen
+    array = np.ascontiguousarray(array).reshape(groups * length, columns)
+    assert bits_of(there_and_back(array)) == bits_of(array)
+    size = draft_array(array, Tables(), CODER_CHOICES["ans"]).size
+    # The vectors themselves, as many bits for each as their number needs, and a few bytes to say so.
+    assert size <= book.nbytes + -(-groups * columns * (known - 1).bit_length() // 8) + 12
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bytes([5, 0, 1]),
+        bytes([5, 1, 1]),
+        bytes([5, 33, 1]),
+        bytes([5, 128 | 5, 1]),
+        bytes([5, 4, 0]),
+        bytes([5, 4, 4]),
+        bytes([5, 4, 1, 4]),
+        bytes([5, 4, 2, 2, 1]) + bytes(4) + bytes([0]),
+    ],
+    ids=["0", "1", "33", "unfit", "none", "too many", "a form that cannot stand there", "a short stream"],
+)
+def test_vectors_that_cannot_be_are_refused(content: bytes) -> None:
+    with pytest.raises(DamagedError):
+        read_array(Reader(content), np.dtype(np.float32), (4, 3), Tables())
 
 
 def test_streams_take_hardly_more_than_their_entropy() -> None:

@@ -32,6 +32,7 @@ def some_arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     book = np.sort(rng.normal(size=16)).astype(np.float32)
     busy = rng.random((60, 1)) * rng.random((1, 40)) > 0.55
+    vectors = book[rng.integers(0, 16, (6, 3))][rng.integers(0, 6, (12, 8))]
     skewed = np.minimum(rng.geometric(0.4, (50, 40)), 16) - 1
     return {
         "dense/kernel": rng.normal(size=(40, 30)).astype(np.float32),
@@ -44,6 +45,9 @@ def some_arrays() -> dict[str, np.ndarray]:
         "nothing": np.zeros((0, 3), np.float16),
         "zeros": np.zeros((9, 9), np.float32),
         "flags": rng.random(50) < 0.1,
+        # Late in the file: for every byte behind them they are read once more by the tests of damage.
+        "vectors/kernel": vectors.transpose(0, 2, 1).reshape(36, 8).copy(),
+        "vectors/rows": np.rint(20 * vectors).astype(np.int8).reshape(12, 3, 2, 4),
         "few": np.array([1.5, -0.0, np.nan], np.float64),
     }
 

@@ -15,6 +15,7 @@ import numpy as np
 from compress.deploy.coding.draft import Draft, Tables, smallest
 from compress.deploy.coding.positions import draft_positions, read_positions
 from compress.deploy.coding.symbols import CODERS, MOST_ANS_SYMBOLS, SymbolCoder, draft_symbols, read_symbols
+from compress.deploy.coding.vectors import MOST_LENGTH, Cut, repeated
 from compress.deploy.coding.wire import DamagedError, Reader, little_endian, varint
 
 _SAMPLE = 200_000
@@ -23,6 +24,8 @@ _MOST_LEVEL = 127
 _SIGNED = 128
 """Set in a grid's number of bits if it has a symbol for the negative zero."""
 _NEGATIVE_ZERO = np.uint32(1 << 31)
+_DOWN = 128
+"""Added to the length of vectors that stand in columns."""
 _MOST_SPARSE = 0.5
 """Share of values other than zero up to which zeros are left out."""
 
@@ -181,8 +184,38 @@ class Sparse(Form):
         return values, tables
 
 
+class Vectors(Form):
+    """The distinct vectors that an array is put together from, in one of the other forms, and which of them each is."""
+
+    code = 5
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Draft both; None if no way to cut the array gives few distinct vectors."""
+        found = repeated(values, shape.rows, shape.columns)
+        if found is None:
+            return None
+        cut, book, indices = found
+        numbers = _draft(book.reshape(-1), Shape(book.size, 1, shape.float32), tables, coders, _DENSE)
+        stream = draft_symbols(indices, len(book), numbers.tables, coders)
+        return stream.after(bytes([cut.length | _DOWN * cut.down]), varint(len(book)), numbers)
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Put the vectors where they belong."""
+        head = reader.byte()
+        cut = Cut(shape.rows, shape.columns, head & ~_DOWN, bool(head & _DOWN))
+        if not 2 <= cut.length <= MOST_LENGTH or not cut.fits:
+            raise DamagedError(f"vectors of {cut.length} in {shape.rows:,} x {shape.columns:,} numbers")
+        # No more vectors than the array has, so that a few bytes do not ask for much memory.
+        count = reader.varint(min(MOST_ANS_SYMBOLS, cut.vectors))
+        numbers, tables = _read_values(reader, dtype, Shape(count * cut.length, 1, shape.float32), tables, _DENSE)
+        indices, tables = read_symbols(reader, count, cut.vectors, tables)
+        if not count:
+            raise DamagedError("no vectors")
+        return cut.together(numbers.reshape(count, cut.length)[indices]), tables
+
+
 _DENSE: tuple[Form, ...] = (Raw(), Planes(), Codebook(), GridLevels())
-FORMS: tuple[Form, ...] = (*_DENSE, Sparse())
+FORMS: tuple[Form, ...] = (*_DENSE, Sparse(), Vectors())
 """All forms."""
 
 
