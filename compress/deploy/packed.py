@@ -24,7 +24,7 @@ from compress.errors import CompressError
 Kind = Literal["keras", "tflite"]
 
 MAGIC = b"\x93CMP"
-VERSION = 1
+VERSION = 2
 DEFAULT_LIMIT = 4 << 30
 """Bytes that a file may grow to when it is unpacked, unless more are allowed."""
 

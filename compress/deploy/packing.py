@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.candidate import Coder
 from compress.deploy.coding.draft import Tables
-from compress.deploy.coding.symbols import CODERS, Ans, FixedWidth, Huffman, SymbolCoder
+from compress.deploy.coding.symbols import CODERS, Ans, Deflate, FixedWidth, Huffman, SymbolCoder
 from compress.deploy.coding.tensors import draft_array
 from compress.deploy.packed import DEFAULT_LIMIT, Packed, read_packed, write_packed
 from compress.deploy.packed_keras import from_keras, to_keras
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     import tf_keras
 
 CODER_CHOICES: Mapping[Coder, tuple[SymbolCoder, ...]] = MappingProxyType(
-    {"ans": (FixedWidth(), Ans()), "huffman": (FixedWidth(), Huffman()), "smallest": CODERS, "none": (FixedWidth(),)}
+    {
+        "ans": (FixedWidth(), Ans()),
+        "huffman": (FixedWidth(), Huffman(), Deflate()),
+        "smallest": CODERS,
+        "none": (FixedWidth(),),
+    }
 )
 """Coders by the names that users know them by."""
 

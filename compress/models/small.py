@@ -1,4 +1,4 @@
-"""Small classifiers: the default CNN for digits, LeNet-300-100 and LeNet-5."""
+"""Small classifiers: the default CNN for digits, LeNet-300-100, LeNet-5, and the CNN of TFMOT's tutorials."""
 
 from __future__ import annotations
 
@@ -59,3 +59,20 @@ class Lenet5(Classifier):
         x = layers.Flatten(name="flatten")(x)
         x = layers.Dense(500, activation="relu", name="fc1")(x)
         return tf_keras.Model(image, layers.Dense(classes, name="fc2")(x), name="lenet5")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TutorialCnn(Classifier):
+    """One convolution and one Dense layer: 20,410 parameters on MNIST.
+
+    Source: the tutorials of the TensorFlow Model Optimization Toolkit (pruning, clustering, quantization with Keras).
+    """
+
+    def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
+        """Return the untrained model."""
+        image = tf_keras.Input(shape, name="image")
+        x = layers.Rescaling(1.0 / 255.0, name="rescale")(image)
+        x = layers.Conv2D(12, 3, activation="relu", name="conv")(x)
+        x = layers.MaxPooling2D(name="pool")(x)
+        x = layers.Flatten(name="flatten")(x)
+        return tf_keras.Model(image, layers.Dense(classes, name="logits")(x), name="tutorial_cnn")

@@ -49,7 +49,8 @@ class Bytes:
 def read_file(content: bytes) -> tuple[int, Any, dict[str, tuple[str, list[int], bytes]], bytes]:
     """Return kind, structure, arrays (type, shape, bytes) by name, and skeleton."""
     magic, version, kind, length, size, total, stored, checksum = struct.unpack("<4sHHQQQII", content[:40])
-    assert (magic, version, length) == (b"\x93CMP", 1, len(content))
+    assert (magic, length) == (b"\x93CMP", len(content))
+    assert version in (1, 2)
     assert zlib.crc32(content[:36]) == checksum
     reader = Bytes(content[40:])
     directory = zlib.decompress(reader.take(stored))
@@ -172,6 +173,10 @@ def read_stream(reader: Bytes, alphabet: int, count: int, tables: list[Table]) -
                 word = ""
         assert len(symbols) == count
         assert not word
+        return symbols
+    if coder == 3:
+        symbols = list(zlib.decompress(reader.take(reader.varint()), wbits=-15))
+        assert len(symbols) == count
         return symbols
     assert coder == 2
     number = reader.varint()

@@ -14,7 +14,16 @@ from compress.deploy.coding import huffman
 from compress.deploy.coding.draft import Tables
 from compress.deploy.coding.frequencies import Frequencies
 from compress.deploy.coding.positions import POSITIONS
-from compress.deploy.coding.symbols import CODERS, Ans, FixedWidth, Huffman, draft_symbols, read_symbols
+from compress.deploy.coding.symbols import (
+    CODERS,
+    Ans,
+    Deflate,
+    FixedWidth,
+    Huffman,
+    SymbolCoder,
+    draft_symbols,
+    read_symbols,
+)
 from compress.deploy.coding.tensors import FORMS, Shape, draft_array, read_array
 from compress.deploy.coding.wire import DamagedError, Reader, pack_bits, unpack_bits, varint
 from compress.deploy.packing import CODER_CHOICES
@@ -123,11 +132,15 @@ def test_each_way_to_write_positions(way: object, rows: int, columns: int, share
         np.testing.assert_array_equal(back, stored)
 
 
-@pytest.mark.parametrize("coder", [FixedWidth(), Huffman(), Ans()], ids=lambda coder: type(coder).__name__)
+@pytest.mark.parametrize(
+    ("coder", "alphabets"),
+    [(FixedWidth(), (2, 300)), (Huffman(), (257, 300)), (Deflate(), (2, 256)), (Ans(), (2, 300))],
+    ids=lambda value: "" if isinstance(value, tuple) else type(value).__name__,
+)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_each_coder(coder: FixedWidth | Huffman | Ans, data: st.DataObject) -> None:
-    alphabet = data.draw(st.integers(2, 300))
+def test_each_coder(coder: SymbolCoder, alphabets: tuple[int, int], data: st.DataObject) -> None:
+    alphabet = data.draw(st.integers(*alphabets))
     symbols = data.draw(hnp.arrays(np.int64, st.integers(1, 1500), elements=st.integers(0, alphabet - 1)))
     counts = np.bincount(symbols, minlength=alphabet)
     draft = coder.draft(symbols, counts, Tables())
@@ -187,10 +200,32 @@ def test_streams_take_hardly_more_than_their_entropy() -> None:
     counts = np.bincount(symbols, minlength=32)
     used = counts[counts > 0] / counts.sum()
     entropy = -(used * np.log2(used)).sum() * len(symbols) / 8
-    for coder, most in ((Ans(), 1.005), (Huffman(), 1.02)):
-        draft = coder.draft(symbols, counts, Tables())
+    large = np.pad(counts, (0, 300 - 32))
+    for coder, known, most in ((Ans(), counts, 1.005), (Deflate(), counts, 1.02), (Huffman(), large, 1.02)):
+        draft = coder.draft(symbols, known, Tables())
         assert draft is not None
-        assert entropy <= len(draft.write()) <= most * entropy + 40
+        assert entropy <= len(draft.write()) <= most * entropy + (40 if known is counts else 180)
+
+
+@pytest.mark.parametrize("coder", ["huffman", "ans", "smallest"])
+def test_bytes_that_no_code_makes_fewer_are_written_as_they_are(coder: str) -> None:
+    symbols = np.random.default_rng(0).integers(0, 255, 20_000)
+    content = draft_symbols(symbols, 256, Tables(), CODER_CHOICES[coder]).write()
+    assert content == bytes([FixedWidth.code]) + symbols.astype(np.uint8).tobytes()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 30), st.integers(0, 30), st.binary(max_size=3))
+def test_a_deflate_stream_of_another_length_is_refused(written: int, asked: int, behind: bytes) -> None:
+    draft = Deflate().draft(np.zeros(written, np.int64), np.array([written, 0]), Tables())
+    assert draft is not None
+    content = draft.write()[1:] + behind
+    reader = Reader(varint(len(content)) + content)
+    if written == asked and not behind:
+        assert not Deflate().decode(reader, 2, asked, Tables())[0].any()
+    else:
+        with pytest.raises(DamagedError):
+            Deflate().decode(reader, 2, asked, Tables())
 
 
 def test_a_later_stream_uses_the_table_of_an_earlier_one() -> None:

@@ -14,7 +14,7 @@ from compress.errors import CompressError
 from compress.metrics.accuracy import keras_accuracy
 from compress.metrics.counts import count_macs, count_params
 from compress.models.resnet import CifarResNet, ResNet8, cifar_resnet, load_torch_weights, resnet8
-from compress.models.small import DigitsCnn, Lenet5, Lenet300100
+from compress.models.small import DigitsCnn, Lenet5, Lenet300100, TutorialCnn
 from compress.reference import make_reference
 
 # He et al. (arXiv 1512.03385), table 6, to the digit as counted by its well-known PyTorch port (option A shortcuts).
@@ -35,8 +35,8 @@ def test_cifar_resnets_are_of_the_published_size(depth):
 
 def test_lenets_are_of_the_published_size():
     """Han et al. (arXiv 1506.02626), tables 3 and 4: 267K and 431K."""
-    lenet5, lenet300 = Lenet5().architecture((28, 28, 1), 10), Lenet300100().architecture((28, 28, 1), 10)
-    assert (count_params(lenet5), count_params(lenet300)) == (431_080, 266_610)
+    lenet5, lenet300, tutorial = (kind().architecture((28, 28, 1), 10) for kind in (Lenet5, Lenet300100, TutorialCnn))
+    assert (count_params(lenet5), count_params(lenet300), count_params(tutorial)) == (431_080, 266_610, 20_410)
     assert count_macs(lenet5) == 24 * 24 * 25 * 20 + 8 * 8 * 25 * 20 * 50 + 800 * 500 + 500 * 10
     assert count_macs(lenet300) == 784 * 300 + 300 * 100 + 100 * 10
 

@@ -45,7 +45,7 @@ class Decoder:
 
     def pop(self, count: int, frequencies: Frequencies) -> np.ndarray:
         """Return the next ``count`` symbols uint32 [n]."""
-        return np.asarray(self._coder.decode(_model(frequencies), count)).astype(np.uint32)
+        return np.asarray(self._coder.decode(_model(frequencies), count)).view(np.uint32)
 
     def finish(self) -> None:
         """Refuse a stream in which something is left."""

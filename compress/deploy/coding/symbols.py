@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -14,6 +15,12 @@ from compress.deploy.coding.wire import DamagedError, Reader, pack_bits, unpack_
 
 MOST_ANS_SYMBOLS = 65536
 """Largest alphabet of :class:`Ans`."""
+MOST_DEFLATE_SYMBOLS = 256
+"""Largest alphabet of :class:`Deflate`."""
+_LEAST_SAVING = 1 / 128
+"""An entropy code that saves less of a stream than this is not worth the time that it takes to read."""
+_RAW = -15
+"""zlib's window size of a deflate stream without head and checksum."""
 _SHORT = 2000
 """Symbols up to which a stream is written to know its size: of short ones, whole words count."""
 
@@ -50,13 +57,13 @@ class FixedWidth(SymbolCoder):
 
 
 class Huffman(SymbolCoder):
-    """Canonical Huffman codes."""
+    """Canonical Huffman codes of alphabets that are too large for :class:`Deflate`."""
 
     code = 1
 
     def draft(self, symbols: np.ndarray, counts: np.ndarray, tables: Tables) -> Draft | None:
-        """Count the bits; None for an alphabet that is too large."""
-        if len(counts) > huffman.MOST_SYMBOLS:
+        """Count the bits; None for an alphabet that is too large, or one that deflate is faster with."""
+        if not MOST_DEFLATE_SYMBOLS < len(counts) <= huffman.MOST_SYMBOLS:
             return None
         lengths = huffman.code_lengths(counts)
         return Draft(huffman.size(counts, lengths), tables, lambda: huffman.encode(symbols, lengths))
@@ -66,6 +73,32 @@ class Huffman(SymbolCoder):
         if alphabet > huffman.MOST_SYMBOLS:
             raise DamagedError(f"a Huffman code of {alphabet:,} symbols")
         return huffman.decode(reader, alphabet, count), tables
+
+
+class Deflate(SymbolCoder):
+    """Canonical Huffman codes as deflate writes them (RFC 1951), without its repeats: zlib reads short streams fast."""
+
+    code = 3
+
+    def draft(self, symbols: np.ndarray, counts: np.ndarray, tables: Tables) -> Draft | None:
+        """Write them; None for symbols of more than a byte."""
+        if len(counts) > MOST_DEFLATE_SYMBOLS:
+            return None
+        writer = zlib.compressobj(9, zlib.DEFLATED, _RAW, 9, zlib.Z_HUFFMAN_ONLY)
+        content = writer.compress(symbols.astype(np.uint8)) + writer.flush()
+        return Draft.of(varint(len(content)) + content, tables)
+
+    def decode(self, reader: Reader, alphabet: int, count: int, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Decode."""
+        opener = zlib.decompressobj(_RAW)
+        try:
+            # One symbol more, so that a stream that is longer than it should be is found out.
+            symbols = opener.decompress(reader.take(reader.varint()), count + 1)
+        except zlib.error as error:
+            raise DamagedError(str(error)) from error
+        if len(symbols) != count or not opener.eof or opener.unused_data:
+            raise DamagedError("a deflate stream of another length")
+        return np.frombuffer(symbols, np.uint8).astype(np.uint32), tables
 
 
 class Ans(SymbolCoder):
@@ -108,19 +141,22 @@ class Ans(SymbolCoder):
         return symbols, tables
 
 
-CODERS: tuple[SymbolCoder, ...] = (FixedWidth(), Huffman(), Ans())
+CODERS: tuple[SymbolCoder, ...] = (FixedWidth(), Huffman(), Deflate(), Ans())
 """All coders."""
 
 
 def draft_symbols(
     symbols: np.ndarray, alphabet: int, tables: Tables, coders: tuple[SymbolCoder, ...] = CODERS
 ) -> Draft:
-    """Return the smallest draft of a stream of symbols [n], each below ``alphabet``."""
+    """Return the smallest draft of a stream of symbols [n], each below ``alphabet``; fixed width if that is as good."""
     if alphabet < 2 or not len(symbols):
         return Draft(0, tables)
     counts = np.bincount(symbols, minlength=alphabet)
     drafts = [(coder.code, coder.draft(symbols, counts, tables)) for coder in coders]
-    return smallest([draft.after(bytes([code])) for code, draft in drafts if draft is not None])
+    possible = {code: draft.after(bytes([code])) for code, draft in drafts if draft is not None}
+    found = smallest(list(possible.values()))
+    fixed = possible.get(FixedWidth.code, found)
+    return fixed if found.size > (1 - _LEAST_SAVING) * fixed.size else found
 
 
 def read_symbols(reader: Reader, alphabet: int, count: int, tables: Tables) -> tuple[np.ndarray, Tables]:

@@ -151,9 +151,11 @@ class GridLevels(Form):
             raise DamagedError(f"a grid of {bits} bits for numbers of {dtype.itemsize} bytes")
         steps = reader.array(np.dtype(np.float32), shape.columns)
         symbols, tables = read_symbols(reader, 2**bits + signed, shape.rows * shape.columns, tables)
-        levels = symbols.astype(np.int32).reshape(shape.rows, shape.columns) - 2 ** (bits - 1)
+        levels = symbols.astype(np.float32).reshape(shape.rows, shape.columns)
+        levels -= 2 ** (bits - 1)
         with np.errstate(all="ignore"):
-            values = (levels.astype(np.float32) * steps).reshape(-1).view(np.uint32)
+            levels *= steps
+        values = levels.reshape(-1).view(np.uint32)
         if signed:
             values[symbols == 2**bits] = _NEGATIVE_ZERO
         return values, tables
