@@ -86,6 +86,10 @@ class Guarantee(ABC):
         """Return the grids that weights lie on, by name: how the file has to write them."""
         return {}
 
+    def hashes(self) -> Mapping[str, Hash]:
+        """Return the hashes by which weights share their numbers, by name: how the packed file can write them."""
+        return {}
+
     def cut(self, left: Callable[[str, np.ndarray], np.ndarray]) -> Guarantee:
         """Return the property of the model that has lost channels.
 
@@ -162,6 +166,18 @@ class Grid:
     steps: np.ndarray
     """One for each output, in a shape that spreads over the weight's."""
     bits: int
+
+
+@dataclass(frozen=True)
+class Hash:
+    """Which of few numbers, its *bucket*, each weight of a kernel holds, up to its sign: a hash of its place.
+
+    ``key`` (0 to 255) chooses the hash; ``outputs`` is the length of the kernel's last axis.
+    """
+
+    key: int
+    buckets: int
+    outputs: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from compress.deploy.coding.draft import Tables
 from compress.deploy.coding.symbols import CODERS, SymbolCoder
-from compress.deploy.coding.tensors import draft_array, read_array
+from compress.deploy.coding.tensors import FORMS, Form, draft_array, read_array
 from compress.deploy.coding.wire import DamagedError, Reader
 from compress.errors import CompressError
 
@@ -56,12 +56,13 @@ def can_hold(array: np.ndarray) -> bool:
     return array.dtype.name in _DTYPES
 
 
-def write_packed(packed: Packed, coders: tuple[SymbolCoder, ...] = CODERS) -> bytes:
+def write_packed(packed: Packed, coders: tuple[SymbolCoder, ...] = CODERS, forms: tuple[Form, ...] = FORMS) -> bytes:
     """Return the bytes of the file.
 
     Args:
         packed: the content.
         coders: what streams of symbols may be written with.
+        forms: what arrays may be written in.
 
     Raises:
         ValueError: if an array's type is none that :func:`can_hold` allows.
@@ -70,7 +71,7 @@ def write_packed(packed: Packed, coders: tuple[SymbolCoder, ...] = CODERS) -> by
     for name, array in packed.arrays.items():
         if not can_hold(array):
             raise ValueError(f"{name}: a packed file holds no {array.dtype}")
-        draft = draft_array(array, tables, coders)
+        draft = draft_array(array, tables, coders, forms)
         tables = draft.tables
         body = draft.write()
         bodies += [body, _checksum(body)]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.candidate import Coder
+from compress.candidate import Coder, Hash
 from compress.deploy.coding.draft import Tables
 from compress.deploy.coding.symbols import CODERS, Ans, Deflate, FixedWidth, Huffman, SymbolCoder
-from compress.deploy.coding.tensors import draft_array
+from compress.deploy.coding.tensors import FORMS, Hashed, draft_array
 from compress.deploy.packed import DEFAULT_LIMIT, Packed, read_packed, write_packed
 from compress.deploy.packed_keras import from_keras, to_keras
 from compress.errors import CompressError
@@ -34,18 +34,20 @@ CODER_CHOICES: Mapping[Coder, tuple[SymbolCoder, ...]] = MappingProxyType(
 """Coders by the names that users know them by."""
 
 
-def write_cmp(target: Path, source: Path, coder: Coder = "ans") -> None:
+def write_cmp(target: Path, source: Path, coder: Coder = "ans", hashes: Iterable[Hash] = ()) -> None:
     """Pack a ``.keras`` or ``.tflite`` file. Written to a temporary name and renamed.
 
     Args:
         target: the packed file.
         source: the model's file.
         coder: one of ``CODER_CHOICES``.
+        hashes: by which arrays may share their numbers; those of float32 are found without.
 
     Raises:
         CompressError: if the source is neither, or damaged.
     """
-    _write(target, write_packed(read_model(source), CODER_CHOICES[coder]))
+    forms = (*(form for form in FORMS if not isinstance(form, Hashed)), Hashed(tuple(hashes)))
+    _write(target, write_packed(read_model(source), CODER_CHOICES[coder], forms))
 
 
 def packed_bytes(array: np.ndarray, coder: Coder) -> int:

@@ -109,11 +109,36 @@ def read_values(reader: Bytes, rows: int, columns: int, size: int, tables: list[
                 first, step = number // columns * length * columns + number % columns, columns
             values[first : first + length * step : step] = numbers[vector * length : (vector + 1) * length]
         return values
+    if form == 6:
+        return read_hashed(reader, rows, columns, size, tables)
     assert form == 4
     places = read_positions(reader, rows, columns, tables)
     values = [0] * count
     for place, value in zip(places, read_values(reader, len(places), 1, size, tables), strict=True):
         values[place] = value
+    return values
+
+
+def mix(bits: int) -> int:
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ bits >> shift) * factor % 2**32
+    return bits ^ bits >> 16
+
+
+def read_hashed(reader: Bytes, rows: int, columns: int, size: int, tables: list[Table]) -> list[int]:
+    key, masked, buckets, outputs = reader.byte(), reader.byte(), reader.varint(), reader.varint()
+    count = rows * columns
+    inner = count // outputs
+    entries = read_positions(reader, rows, columns, tables) if masked else list(range(count))
+    mixed = [mix(((e % inner * outputs + e // inner) * 0x9E3779B1 + key * 0x85EBCA77) % 2**32) for e in entries]
+    used = sorted({bits % buckets for bits in mixed})
+    book = dict(zip(used, read_values(reader, len(used), 1, size, tables), strict=True))
+    values = [0] * count
+    for entry, bits in zip(entries, mixed, strict=True):
+        value = book[bits % buckets]
+        if mix((bits + 0xC2B2AE3D) % 2**32) >= 2**31 and value:
+            value = 256 - value if size == 1 else value ^ 1 << 8 * size - 1
+        values[entry] = value
     return values
 
 

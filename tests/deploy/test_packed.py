@@ -16,8 +16,10 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from compress.candidate import Hash
 from compress.deploy import pack
 from compress.deploy import unpack as unpack_command
+from compress.deploy.coding.hashing import buckets_and_signs
 from compress.deploy.packed import MAGIC, VERSION, Packed, read_packed, write_packed
 from compress.deploy.packing import CODER_CHOICES, read_model, unpack, write_cmp
 from compress.errors import CompressError
@@ -27,9 +29,16 @@ from tests.deploy.independent_reader import read_file
 LAYERS = tf_keras.layers
 
 
+def hashed_array(rng: np.random.Generator, shape: tuple[int, ...], hashing: Hash) -> np.ndarray:
+    buckets, signs = buckets_and_signs(hashing, int(np.prod(shape)))
+    book = rng.normal(size=hashing.buckets).astype(np.float32)
+    return np.where(signs, -book[buckets], book[buckets]).reshape(shape)
+
+
 def some_arrays() -> dict[str, np.ndarray]:
     """One array for each form, each coder and each way to write positions."""
     rng = np.random.default_rng(0)
+    hashed = hashed_array(rng, (60, 20), Hash(77, 90))
     book = np.sort(rng.normal(size=16)).astype(np.float32)
     busy = rng.random((60, 1)) * rng.random((1, 40)) > 0.55
     vectors = book[rng.integers(0, 16, (6, 3))][rng.integers(0, 6, (12, 8))]
@@ -40,6 +49,8 @@ def some_arrays() -> dict[str, np.ndarray]:
         "sparse/kernel": np.where(rng.random((100, 40)) < 0.03, rng.normal(size=(100, 40)), 0).astype(np.float32),
         "busy/kernel": np.where(busy, rng.choice(book, (60, 40)), 0).astype(np.float32),
         "grid/kernel": (skewed[:, :8] - 4).astype(np.float32) * rng.uniform(1, 2, 8).astype(np.float32),
+        "hashed/kernel": hashed,
+        "hashed/pruned": np.where(rng.random(hashed.shape) < 0.4, hashed, 0),
         "bytes": rng.integers(-9, 9, (30, 20)).astype(np.int8),
         "step": np.array(7, np.int64),
         "nothing": np.zeros((0, 3), np.float16),

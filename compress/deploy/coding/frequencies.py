@@ -9,6 +9,8 @@ import numpy as np
 from compress.deploy.coding.wire import DamagedError, Reader, varint
 
 _PRECISIONS = (6, 8, 10, 12, 14, 16)
+MOST_USED = 2 ** _PRECISIONS[-1] // 2
+"""Different symbols that a table can be fitted to."""
 _FLOOR = 2.0**-24
 """Share of a symbol that the table says never comes: the coder gives it the smallest one that it has."""
 
@@ -25,7 +27,7 @@ class Frequencies:
         """Return the table that takes the fewest bytes together with a stream of these symbols.
 
         Args:
-            counts: int64 [alphabet], how often each symbol comes; at least one does.
+            counts: int64 [alphabet], how often each symbol comes; at least one does, at most ``MOST_USED`` do.
         """
         used = int(np.count_nonzero(counts))
         tables = [cls._rounded(counts, precision) for precision in _PRECISIONS if 2**precision >= 2 * used]

@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.deploy.coding import ans, huffman
 from compress.deploy.coding.draft import Draft, Tables, smallest
-from compress.deploy.coding.frequencies import Frequencies
+from compress.deploy.coding.frequencies import MOST_USED, Frequencies
 from compress.deploy.coding.wire import DamagedError, Reader, pack_bits, unpack_bits, varint
 
 MOST_ANS_SYMBOLS = 65536
@@ -108,7 +108,7 @@ class Ans(SymbolCoder):
 
     def draft(self, symbols: np.ndarray, counts: np.ndarray, tables: Tables) -> Draft | None:
         """Choose the table that takes the fewest bytes; None for an alphabet that is too large."""
-        if len(counts) > MOST_ANS_SYMBOLS:
+        if len(counts) > MOST_ANS_SYMBOLS or np.count_nonzero(counts) > MOST_USED:
             return None
         own = Frequencies.fitted(counts)
         # Number 0 says that a table follows.

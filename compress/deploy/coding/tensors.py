@@ -12,7 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from compress.candidate import Hash
 from compress.deploy.coding.draft import Draft, Tables, smallest
+from compress.deploy.coding.hashing import KEYS, book_of, buckets_and_signs, find_hash, negated
 from compress.deploy.coding.positions import draft_positions, read_positions
 from compress.deploy.coding.symbols import CODERS, MOST_ANS_SYMBOLS, SymbolCoder, draft_symbols, read_symbols
 from compress.deploy.coding.vectors import MOST_LENGTH, Cut, repeated
@@ -216,21 +218,100 @@ class Vectors(Form):
         return cut.together(numbers.reshape(count, cut.length)[indices]), tables
 
 
+class Hashed(Form):
+    """The numbers of few buckets: a hash of its place says which one a value is, and whether it is negated.
+
+    The hash of float32 values is found from them.
+
+    Args:
+        hints: hashes that values may be shared by.
+    """
+
+    code = 6
+
+    def __init__(self, hints: tuple[Hash, ...] = ()) -> None:
+        self._hints = hints
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Draft hash and buckets, and which values are zero beside them; None if the values do not follow a hash."""
+        tried = [(hint, outputs) for hint in self._hints for outputs in dict.fromkeys((1, hint.outputs))]
+        found = find_hash(values) if shape.float32 else None
+        tried += [] if found is None else [(found, 1)]
+        for hashing, outputs in tried:
+            fits = hashing.buckets <= len(values) < 1 << 32 and not len(values) % outputs
+            book = book_of(values, hashing, outputs) if fits else None
+            if book is not None:
+                return self._draft(values, shape, tables, coders, hashing, outputs, book)
+        return None
+
+    def _draft(
+        self,
+        values: np.ndarray,
+        shape: Shape,
+        tables: Tables,
+        coders: tuple[SymbolCoder, ...],
+        hashing: Hash,
+        outputs: int,
+        book: np.ndarray,
+    ) -> Draft:
+        buckets, _ = buckets_and_signs(hashing, len(values), outputs)
+        places = np.flatnonzero(values)
+        masked = bool(book[buckets[values == 0]].any())
+        head = bytes([hashing.key, masked]) + varint(hashing.buckets) + varint(outputs)
+        positions = Draft.of(b"", tables)
+        if masked:
+            # An entry that only fills a gap is not zero here.
+            ways = draft_positions(places, shape.rows, shape.columns, tables, coders)
+            positions = smallest([draft for draft, stored in ways if len(stored) == len(places)])
+        used = _present(buckets[places] if masked else buckets, hashing.buckets)
+        inner = Shape(len(used), 1, shape.float32)
+        return _draft(book[used], inner, positions.tables, coders, _DENSE).after(head, positions)
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Look up each value's bucket."""
+        count = shape.rows * shape.columns
+        key, masked = reader.byte(), reader.byte()
+        hashing, outputs = Hash(key % KEYS, reader.varint(count)), reader.varint(count)
+        if not hashing.buckets or not outputs or count % outputs or count >= 1 << 32:
+            raise DamagedError(f"{hashing.buckets:,} buckets, {outputs:,} outputs for {count:,} numbers")
+        buckets, signs = buckets_and_signs(hashing, count, outputs)
+        if masked:
+            places, tables = read_positions(reader, shape.rows, shape.columns, tables)
+            buckets, signs = buckets[places], signs[places]
+        used = _present(buckets, hashing.buckets)
+        stored, tables = _read_values(reader, dtype, Shape(len(used), 1, shape.float32), tables, _DENSE)
+        book = np.zeros(hashing.buckets, dtype)
+        book[used] = stored
+        taken = book[buckets]
+        signed = np.where(signs, negated(taken), taken)
+        if not masked:
+            return signed, tables
+        values = np.zeros(count, dtype)
+        values[places] = signed
+        return values, tables
+
+
 _DENSE: tuple[Form, ...] = (Raw(), Planes(), Codebook(), GridLevels())
-FORMS: tuple[Form, ...] = (*_DENSE, Sparse(), Vectors())
+FORMS: tuple[Form, ...] = (*_DENSE, Sparse(), Vectors(), Hashed())
 """All forms."""
 
 
-def draft_array(array: np.ndarray, tables: Tables, coders: tuple[SymbolCoder, ...] = CODERS) -> Draft:
+def draft_array(
+    array: np.ndarray,
+    tables: Tables,
+    coders: tuple[SymbolCoder, ...] = CODERS,
+    forms: tuple[Form, ...] = FORMS,
+) -> Draft:
     """Return the smallest draft of an array.
 
     Args:
         array: of any shape; numbers of 1, 2, 4 or 8 bytes.
         tables: frequency tables of the arrays before it in the file.
         coders: what streams may be written with; one of them must take every alphabet, as ``FixedWidth`` does.
+        forms: what it may be written in.
     """
     values = np.ascontiguousarray(array).reshape(-1).view(_bits_of(array.dtype))
-    return _draft(values, Shape.of(array), tables, coders, FORMS)
+    return _draft(values, Shape.of(array), tables, coders, forms)
 
 
 def read_array(reader: Reader, dtype: np.dtype, shape: tuple[int, ...], tables: Tables) -> tuple[np.ndarray, Tables]:
@@ -267,6 +348,13 @@ def _read_values(
     if form is None:
         raise DamagedError(f"values in the unknown form {code}")
     return form.decode(reader, dtype, shape, tables)
+
+
+def _present(numbers: np.ndarray, most: int) -> np.ndarray:
+    """Return which numbers below ``most`` there are, rising."""
+    present = np.zeros(most, bool)
+    present[numbers] = True
+    return np.flatnonzero(present)
 
 
 def _looked_up(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:
