@@ -228,8 +228,9 @@ class Latency:
     """Milliseconds for one inference of one sample on a board."""
 
     p50: float
-    p90: float
-    p99: float
+    p90: float | None
+    """None where the board does not tell it, as of ``p99``."""
+    p99: float | None
     mean: float
     runs: int
     threads: int

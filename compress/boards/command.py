@@ -34,6 +34,21 @@ class Answer:
         return lines[-1].strip()[:300] if lines else ""
 
 
+def check_file(path: Path) -> None:
+    """Look at the first bytes of an artifact, before a tool is asked that may only crash on it.
+
+    Raises:
+        BoardFailure: if it cannot be read or is no TFLite file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise BoardFailure(f"{path} cannot be read: {error.strerror}; correct the path") from error
+    if start[4:8] != b"TFL3":
+        raise BoardFailure(f"{path.name} is no TFLite file (it begins with {start!r}); export the model again")
+
+
 def run_program(
     command: Sequence[str | Path], timeout: float, *, folder: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Answer:

@@ -2,11 +2,12 @@
 
     python -P host_worker.py OPTIONS MODEL.tflite ...
 
-OPTIONS is a JSON object with threads, runs, warmup, precision (or null), seconds and xnnpack. Every file is run by a
+OPTIONS is a JSON object with threads, runs, warmup, precision (or null), seconds and xnnpack. Each file is run by a
 process of its own: a crash leaves the others alone, and the memory that it takes is its own. The files take turns, a
 block of runs each and in the opposite order every other round, so that what slows the machine down for a while slows
 all of them. It goes on until every file has its runs and the confidence interval of its median is narrower than
-``precision`` of it, but for no more than ``seconds`` for each file beyond its runs.
+``precision`` of it, but for no more than ``seconds`` for each file beyond its runs. With ``attached`` it ends when its
+standard input does.
 
 Prints one JSON object, ``{"files": [...]}``: p50, p90, p99, mean, first (milliseconds), interval (or null), runs,
 threads, load_ms, memory_bytes (or null) of each file; or failure.
@@ -21,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -36,7 +38,17 @@ def main() -> None:
     if sys.argv[1] == "--run":
         run(sys.argv[2], json.loads(sys.argv[3]))
     else:
-        print(json.dumps({"files": time_files(sys.argv[2:], json.loads(sys.argv[1]))}))
+        options = json.loads(sys.argv[1])
+        if options.get("attached"):
+            threading.Thread(target=end_with_input, daemon=True).start()
+        print(json.dumps({"files": time_files(sys.argv[2:], options)}))
+
+
+def end_with_input() -> None:
+    """End this process when standard input does; those that run files end with it."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 def time_files(models: list, options: dict) -> list:

@@ -17,6 +17,13 @@ _TIMES = ("p50", "p90", "p99", "mean", "first")
 _FIELDS = {*_TIMES, "interval", "runs", "threads", "load_ms", "memory_bytes"}
 _MOST = 1e9
 """Milliseconds, runs and so on beyond it are no answer."""
+_NEXT_STEPS = {
+    "valid Flatbuffer": "export the model again",
+    "unresolved custom op": "LiteRT has no such operator: leave the layer out that made it, or register it",
+    "Select TensorFlow op": "export without TensorFlow's own operators: LiteRT alone does not run them",
+    "Didn't find op for builtin": "this LiteRT is older than the file: install a newer ai-edge-litert on the board",
+    "No module named": "pip install ai-edge-litert, on the board, for the Python that board.python names",
+}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -61,9 +68,15 @@ def read_times(board: str, printed: str, count: int) -> list[Measurement]:
         return [Measurement(board, None, f"unreadable answer {printed[:100]!r}")] * count
 
 
+def with_next_step(reason: str) -> str:
+    """Return the reason of a failure with what can be done about it, where that is known."""
+    steps = [step for sign, step in _NEXT_STEPS.items() if sign.lower() in reason.lower()]
+    return f"{reason.rstrip('.')}; {steps[0]}" if steps else reason
+
+
 def _measurement(board: str, one: Mapping[str, Any]) -> Measurement:
     if set(one) == {"failure"} and isinstance(one["failure"], str):
-        return Measurement(board, None, one["failure"][:400] or "no reason given")
+        return Measurement(board, None, with_next_step(one["failure"][:400]) or "no reason given")
     if set(one) != _FIELDS:
         raise ValueError("other fields than expected")
     p50, p90, p99, mean, first = (_number(one[key], above=0) for key in _TIMES)
