@@ -27,11 +27,15 @@ class FinishedRows:
 
     def add(self, row: Row) -> None:
         """Keep the row and write the page anew."""
-        self._rows.append(row)
+        self.add_all([row])
+
+    def add_all(self, rows: Sequence[Row]) -> None:
+        """Keep rows that belong together and write the page anew."""
+        self._rows.extend(rows)
         with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         self.write_page()
-        print(row, flush=True)
+        print(*rows, sep="\n", flush=True)
 
     def write_page(self) -> None:
         """Write ``results/<name>.md``."""

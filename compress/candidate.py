@@ -244,20 +244,46 @@ class Latency:
     """Milliseconds for one inference of one sample on a board."""
 
     p50: float
-    p90: float
-    p99: float
+    p90: float | None
+    """None where the board does not tell it, as of ``p99``."""
+    p99: float | None
     mean: float
     runs: int
     threads: int
+    first: float | None = None
+    """The first run after loading, which the others do not count."""
+    interval: float | None = None
+    """Width of the 95 % confidence interval of ``p50``, as a share of it."""
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What one operator of the file takes: milliseconds measured or estimated, as the measurement itself is."""
+
+    name: str
+    ms: float
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a board says about an artifact: its latency, or why there is none."""
+    """What a board says about an artifact: what it has measured or estimated, or why it says nothing."""
 
     board: str
-    latency_ms: Latency | None
+    latency_ms: Latency | None = None
     failure: str | None = None
+    estimate_ms: float | None = None
+    """Milliseconds for one sample as computed by a board that runs nothing; it is never called a latency."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """What else it says, by name and unit: ``arena_bytes``, ``cycles``."""
+    operators: tuple[OperatorTime, ...] = ()
+    """Times by operator, where the board tells."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know, such as operators that fall back to the processor."""
+
+    @property
+    def cost_ms(self) -> float | None:
+        """What a budget in latency compares: the median, or the estimate of a board that runs nothing."""
+        return self.estimate_ms if self.latency_ms is None else self.latency_ms.p50
 
 
 @dataclass(frozen=True)
@@ -279,6 +305,12 @@ class Numbers:
     latency_failure: str | None = None
     sparse_kernels: int = 0
     """Kernels that the ``.tflite`` stores without their zeros."""
+    estimate_ms: float | None = None
+    """One sample as a board computes it that runs nothing; not a latency."""
+    speedup: float | None = None
+    """Times as fast as the baseline, both on the board in turns; None of the baseline itself."""
+    on_board: Mapping[str, float] = field(default_factory=dict)
+    """What else the board says, by name and unit."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Numbers:

@@ -208,6 +208,9 @@ class Pipeline:
             other_model=functools.cache(self._teacher),
         )
         candidate, results = reference, []
+        # Stages export over the artifact's file; this one stays, to be measured beside each of them.
+        first = dataclasses.replace(artifact, path=folder / "baseline.tflite", packed=None)
+        shutil.copyfile(artifact.path, first.path)
         for number, stage in enumerate(self.stages, start=1):
             code = code_digest(type(stage.strategy))
             start = [key, code, self.seed, number]
@@ -226,7 +229,7 @@ class Pipeline:
                     return self.cache.remembered(_digest([*start, stage.name, name, *settings]), measure)
 
                 own = dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
-                return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder)
+                return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder, first)
 
             candidate, result, artifact = self._cached(key, make, folder)
             results.append(result)
@@ -284,7 +287,13 @@ class Pipeline:
         return found.candidate, result, Artifact(tflite, found.candidate.storage, packed)
 
     def _measured(
-        self, name: str, config: dict[str, Any], make: Callable[[], Candidate], data: Data, folder: Path
+        self,
+        name: str,
+        config: dict[str, Any],
+        make: Callable[[], Candidate],
+        data: Data,
+        folder: Path,
+        baseline: Artifact | None = None,
     ) -> tuple[Candidate, StageResult]:
         _LOG.info("%s: running", name)
         started = time.perf_counter()
@@ -294,7 +303,7 @@ class Pipeline:
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
         artifact = self._packed(candidate, artifact)
-        numbers = measure(artifact, file, candidate.model, data, self.board)
+        numbers = measure(artifact, file, candidate.model, data, self.board, baseline)
         noise: tuple[Noise, ...] = ()
         if candidate.storage.scheme in _QUANTIZED:
             noise = quantization_noise(candidate, data, artifact.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from compress.candidate import Artifact, Measurement
@@ -18,4 +19,8 @@ class Board(ABC):
 
     @abstractmethod
     def measure(self, artifact: Artifact) -> Measurement:
-        """Run the artifact and return its latency; a failure of the board is returned, not raised."""
+        """Return what the board says of the artifact; a failure of the board is returned, not raised."""
+
+    def measure_all(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
+        """Return what it says of each, so that they can be compared: in turns, where its times are noisy."""
+        return [self.measure(artifact) for artifact in artifacts]

@@ -18,7 +18,14 @@ from compress.metrics.tflite_file import TFLiteFile
 _LOG = logging.getLogger("compress")
 
 
-def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, data: Data, board: Board) -> Numbers:
+def measure(
+    artifact: Artifact,
+    file: TFLiteFile,
+    model: tf_keras.Model | None,
+    data: Data,
+    board: Board,
+    baseline: Artifact | None = None,
+) -> Numbers:
     """Return everything that is known about an exported file.
 
     Args:
@@ -27,14 +34,16 @@ def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, 
         model: what it was made from. Without it, or without Keras layers in it, the file itself is counted.
         data: its test part is what the accuracy is measured on.
         board: where the latency is measured.
+        baseline: what it is compared with; both are measured in turns.
 
     Raises:
         CompressError: if the runtime rejects the file.
     """
     accuracy = file_accuracy(artifact.path, data.test)
-    measurement = board.measure(artifact)
+    measurement, *others = board.measure_all([artifact] if baseline is None else [artifact, baseline])
+    times = [one.cost_ms for one in (measurement, *others)]
     if measurement.failure is not None:
-        _LOG.warning("board %s gave no latency: %s", measurement.board, measurement.failure)
+        _LOG.warning("board %s: %s", measurement.board, measurement.failure)
     return Numbers(
         accuracy=accuracy,
         accuracy_keras=None if model is None else keras_accuracy(model, data.test),
@@ -48,4 +57,7 @@ def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, 
         latency_ms=measurement.latency_ms,
         latency_failure=measurement.failure,
         sparse_kernels=file.sparse_kernels,
+        estimate_ms=measurement.estimate_ms,
+        speedup=times[1] / times[0] if len(times) == 2 and times[0] and times[1] else None,
+        on_board=dict(measurement.values),
     )

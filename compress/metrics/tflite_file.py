@@ -317,17 +317,13 @@ class TFLiteFile:
 
     def macs(self) -> int:
         """Return the multiply-adds of one run, counted on the operators of the file."""
-        total = 0
-        for op, weight in self.weighted:
-            out = self.tensors[op.outputs[0]].shape
-            size = int(np.prod(weight.shape))
-            if op.name == "FULLY_CONNECTED":
-                total += size * int(np.prod(out[:-1]))
-            elif op.name == "TRANSPOSE_CONV":
-                total += size * int(np.prod(self.tensors[op.inputs[2]].shape[:-1]))
-            else:
-                total += size * int(np.prod(out[:-1]))
-        return total
+        return sum(self.macs_of(op, weight) for op, weight in self.weighted)
+
+    def macs_of(self, op: Operator, weight: Tensor) -> int:
+        """Return the multiply-adds of an operator that multiplies by ``weight``."""
+        # A transposed convolution multiplies at each place of what it reads, the others at each that they write.
+        places = op.inputs[2] if op.name == "TRANSPOSE_CONV" else op.outputs[0]
+        return int(np.prod(weight.shape)) * int(np.prod(self.tensors[places].shape[:-1]))
 
     def peak_memory_bytes(self) -> int:
         """Return the most bytes of activations alive at once, operators run in the order of the file.

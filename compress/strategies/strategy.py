@@ -129,7 +129,7 @@ class Context:
         return Hints(teacher, layers, self.recovery.hint_weight)
 
     def median_latency(self, artifact: Artifact, instead: str) -> float:
-        """Return the median latency of a file on the board, in milliseconds.
+        """Return the median latency of a file on the board, in milliseconds; its estimate, if it runs nothing.
 
         Args:
             artifact: the file.
@@ -139,14 +139,14 @@ class Context:
             CompressError: if there is no board, or it gives none.
         """
         measurement = None if self.measure is None else self.measure(artifact)
-        if measurement is None or measurement.latency_ms is None:
+        if measurement is None or measurement.cost_ms is None:
             raise CompressError(
                 f"strategy.{self.stage}.latency",
                 expected="a board that measures latency",
                 received="no board" if measurement is None else f"{measurement.board}: {measurement.failure}",
                 fix=f"Choose another board, or give strategy.{self.stage}.{instead} instead.",
             )
-        return measurement.latency_ms.p50
+        return measurement.cost_ms
 
     def calibration_samples(self, count: int) -> np.ndarray:
         """Return up to ``count`` samples of the training part, augmented as in training, without their labels.

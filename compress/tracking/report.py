@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -41,7 +42,7 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
         "trained": not result.untrained,
         "data": _choice(config["data"]),
         "seed": config["seed"],
-        "board": _choice(config["board"]),
+        "board": board_name(config["board"]),
         "versions": versions(),
         "seconds": round(seconds, 3),
         "baseline": numbers_to_json(baseline),
@@ -98,6 +99,9 @@ def notes(result: Result) -> list[str]:
             )
         if stage.numbers.latency_failure is not None:
             found.append(f"{stage.name}: the board gave no latency: {stage.numbers.latency_failure}.")
+    if final.estimate_ms is not None:
+        was = f"{baseline.estimate_ms:.3f} to " if result.stages and baseline.estimate_ms else ""
+        found.append(f"The board runs nothing: {was}{final.estimate_ms:.3f} ms is an estimate and no latency.")
     if result.keras_model is None:
         found.append(_A_FILE if result.candidate is None else _A_GRAPH)
     elif missing := uncounted(result.keras_model):
@@ -113,10 +117,12 @@ def notes(result: Result) -> list[str]:
                 f"{stage.name}: {has} kernels are stored sparsely, {had} before: the others get no smaller by it, or "
                 "LiteRT does not run them so (int8 weights of a dense layer, or beside float activations)."
             )
-    if baseline.latency_ms and final.latency_ms and final.latency_ms.p50 > 0.97 * baseline.latency_ms.p50:
+    if baseline.latency_ms and final.latency_ms and _gain(baseline, final) < 1 / 0.97:
         reasons = [text for kind, text in _SLOW_REASONS.items() if kind in kinds]
         found.append(
-            f"Latency did not fall ({baseline.latency_ms.p50:.3f} to {final.latency_ms.p50:.3f} ms): "
+            f"Latency did not fall ({baseline.latency_ms.p50:.3f} to {final.latency_ms.p50:.3f} ms"
+            + (f", in turns {final.speedup:.2f} times as fast" if final.speedup else "")
+            + "): "
             + ("; ".join(reasons) or "no stage removed work that this runtime would do")
             + "."
         )
@@ -133,6 +139,13 @@ def notes(result: Result) -> list[str]:
     for text in released:
         found.append(f"Given up on purpose: {text}.")
     return found
+
+
+def _gain(baseline: Numbers, final: Numbers) -> float:
+    """Return how many times as fast the final file is, by times that were taken side by side if there are such."""
+    if final.speedup is not None or baseline.latency_ms is None or final.latency_ms is None:
+        return final.speedup or 1.0
+    return baseline.latency_ms.p50 / final.latency_ms.p50
 
 
 def _sparse_note(stage: str, before: Numbers, after: Numbers) -> str:
@@ -284,6 +297,11 @@ def _stage(stage: StageResult) -> dict[str, Any]:
         "measured": dict(stage.measured),
         "noise": [asdict(item) for item in stage.noise],
     }
+
+
+def board_name(values: Mapping[str, Any]) -> str:
+    """Return the name of a configured board: that of its class, as the choices of ``board=`` are spelt."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(values["_target_"]).rpartition(".")[2]).lower()
 
 
 def _choice(values: Mapping[str, Any]) -> str:

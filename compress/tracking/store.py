@@ -105,8 +105,10 @@ def metrics_of(numbers: Numbers) -> dict[str, float]:
     plain = asdict(numbers)
     plain.pop("latency_failure")
     latency = plain.pop("latency_ms") or {}
+    on_board = plain.pop("on_board")
     metrics = {key: float(value) for key, value in plain.items() if value is not None}
-    metrics.update({f"latency_{key}": float(latency[key]) for key in ("p50", "p90", "p99", "mean") if key in latency})
+    metrics.update({f"board_{key}": float(value) for key, value in on_board.items()})
+    metrics.update({f"latency_{key}": float(latency[key]) for key in ("p50", "p90", "p99", "mean") if latency.get(key)})
     if "accuracy_keras" in metrics:
         metrics["accuracy_gap"] = metrics["accuracy"] - metrics["accuracy_keras"]
     return metrics

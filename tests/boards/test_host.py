@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
+import tensorflow as tf
 import tf_keras
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compress.boards import host as module
+from compress.boards import host_worker
 from compress.boards.host import Host
 from compress.candidate import Artifact, Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 
 layers = tf_keras.layers
-ANSWER = {"p50": 1.0, "p90": 2.0, "p99": 3.0, "mean": 1.5, "runs": 100, "threads": 1}
+TIMES = {"p50": 1.0, "p90": 2.0, "p99": 3.0, "mean": 1.5, "first": 4.0, "interval": 0.01}
+ANSWER = {**TIMES, "runs": 100, "threads": 1, "load_ms": 0.5, "memory_bytes": None}
 
 
 def artifact(folder: Path, filters: int = 2, scheme: str = "float32") -> Artifact:
@@ -27,6 +34,10 @@ def artifact(folder: Path, filters: int = 2, scheme: str = "float32") -> Artifac
     part = Split(np.random.default_rng(0).normal(size=(8, 16, 16, filters)).astype(np.float32), np.arange(8) % 2)
     candidate = Candidate(model, storage=Storage(scheme, Calibration(4)))
     return export(candidate, make_data("random", part, part), folder / f"{filters}.tflite")
+
+
+def said(answer: dict) -> str:
+    return json.dumps({"files": [answer]})
 
 
 @pytest.fixture
@@ -55,11 +66,15 @@ def test_a_file_is_timed(scheme, tmp_path):
     measurement = Host(runs=120, warmup=2).measure(artifact(tmp_path, scheme=scheme))
     latency = measurement.latency_ms
     assert measurement.failure is None
-    assert (latency.runs, latency.threads) == (120, 1)
+    assert latency.threads == 1
+    assert latency.runs >= 120
     assert 0 < latency.p50 <= latency.p90 <= latency.p99
-    # The mean of 120 times, each above zero, half of them at least p50.
+    # The mean of times above zero, half of them at least p50.
     assert latency.p50 / 2 <= latency.mean
     assert latency.p50 < 100
+    assert latency.first > 0
+    assert measurement.values["load_ms"] > 0
+    assert 0 < measurement.values["memory_bytes"] < 2**30
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
@@ -81,7 +96,63 @@ def test_two_threads_are_reported_as_two(tmp_path):
     assert Host(runs=100, warmup=1, threads=2).measure(artifact(tmp_path)).latency_ms.threads == 2
 
 
-@pytest.mark.parametrize("wrong", [{"runs": 99}, {"warmup": 0}, {"threads": 0}, {"timeout": 0}, {"thread": 1}])
+def test_a_narrow_interval_takes_more_runs_and_time_bounds_them(tmp_path):
+    made = artifact(tmp_path, 64)
+    plain = Host(runs=100, precision=None).measure(made).latency_ms
+    for precise in (Host(runs=100, precision=1e-6, seconds=1.0), Host(runs=100, precision=1e-6, seconds=0.0)):
+        latency = precise.measure(made).latency_ms
+        assert (latency.runs > 2 * plain.runs) == (precise.seconds > 0)
+        assert latency.interval > 1e-6
+
+
+def test_files_are_measured_in_turns_and_one_that_crashes_leaves_the_others(tmp_path):
+    small, large = artifact(tmp_path, 1), artifact(tmp_path, 64)
+    (tmp_path / "none.tflite").write_bytes(b"nothing")
+    broken = Artifact(tmp_path / "none.tflite", Storage())
+    first, failed, second, again = Host(runs=100).measure_all([small, broken, large, small])
+    assert failed.latency_ms is None
+    assert "code" in failed.failure
+    assert second.latency_ms.p50 > 3 * first.latency_ms.p50
+    assert 0.8 < again.latency_ms.p50 / first.latency_ms.p50 < 1.25
+
+
+def test_every_input_is_filled(tmp_path):
+    one, other = tf_keras.Input((4,)), tf_keras.Input((5,))
+    model = tf_keras.Model([one, other], layers.Dense(2)(layers.Concatenate()([one, other])))
+    path = tmp_path / "two.tflite"
+    path.write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    assert Host(runs=100, precision=None).measure(Artifact(path, Storage())).failure is None
+
+
+def test_reference_kernels_are_slower(tmp_path):
+    made = artifact(tmp_path, 64)
+    fast, plain = (Host(runs=100, precision=None, xnnpack=on).measure(made).latency_ms for on in (True, False))
+    assert plain.p50 > 1.2 * fast.p50
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=12, max_size=60))
+def test_the_interval_is_that_of_the_binomial_distribution(medians):
+    ordered = sorted(medians)
+    # The ranks between which the median lies with a probability of at least 95 %, by SciPy's binomial distribution.
+    low, high = (int(scipy.stats.binom.ppf(share, len(ordered), 0.5)) for share in (0.025, 0.975))
+    exact = (ordered[high] - ordered[low - 1]) / np.median(ordered)
+    wider = (ordered[min(high + 1, len(ordered) - 1)] - ordered[max(low - 2, 0)]) / np.median(ordered)
+    assert exact - 1e-9 <= host_worker.interval(medians) <= wider + 1e-9
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=60), st.floats(0, 100))
+def test_percentiles_are_numpys(values, share):
+    assert host_worker.percentile(sorted(values), share) == pytest.approx(np.percentile(values, share))
+
+
+def test_too_few_blocks_have_no_interval():
+    assert host_worker.interval([1.0] * 5) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"runs": 99}, {"warmup": 0}, {"threads": 0}, {"timeout": 0}, {"thread": 1}, {"precision": 0}, {"seconds": -1}],
+)
 def test_settings_that_measure_nothing_are_refused(wrong):
     with pytest.raises(ValidationError):
         Host(**wrong)
@@ -117,15 +188,15 @@ def test_no_answer_in_time_is_a_failure(worker):
 
 @pytest.mark.parametrize(
     "printed",
-    ["", "garbage", "[]", "7", "null", json.dumps({"p50": 1.0})],
-    ids=["nothing", "text", "list", "number", "null", "fields-missing"],
+    ["", "garbage", "[]", "7", "null", '{"files": []}', json.dumps({"files": [{"p50": 1.0}]}), "[" * 100_000],
+    ids=["nothing", "text", "list", "number", "null", "no-files", "fields-missing", "deep"],
 )
 def test_an_unreadable_answer_is_a_failure(printed, worker):
     assert "unreadable" in failure_of(Host(), worker(f"print({printed!r})\n"))
 
 
 def test_an_answer_is_read_from_the_last_line(worker):
-    made = worker(f"print('INFO: a note of the runtime')\nprint({json.dumps(ANSWER)!r})\n")
+    made = worker(f"print('INFO: a note of the runtime')\nprint({said(ANSWER)!r})\n")
     assert Host().measure(made).latency_ms.p90 == 2.0
 
 
@@ -141,6 +212,21 @@ def test_bytes_that_are_no_text_are_a_failure(code, worker):
     failure_of(Host(), worker(code))
 
 
-@pytest.mark.parametrize("value", [float("nan"), "fast", -1.0, None])
+@pytest.mark.parametrize("value", [float("nan"), "fast", -1.0, None, True, 2.5, 1e300])
 def test_an_answer_without_a_positive_number_is_a_failure(value, worker):
-    failure_of(Host(), worker(f"print({json.dumps({**ANSWER, 'p50': value})!r})\n"))
+    failure_of(Host(), worker(f"print({said({**ANSWER, 'p50': value})!r})\n"))
+
+
+def test_an_answer_without_end_is_a_failure(worker):
+    assert "more than" in failure_of(Host(timeout=30), worker("while True:\n    print('x' * 1000)\n"))
+
+
+def test_nothing_runs_on_after_a_timeout(worker, tmp_path):
+    beat = tmp_path / "beat"
+    child = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('x')\n    time.sleep(0.02)\n"
+    made = worker(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])\n")
+    failure_of(Host(timeout=1.0), made)
+    size = beat.stat().st_size
+    time.sleep(0.2)
+    assert size > 0
+    assert beat.stat().st_size == size

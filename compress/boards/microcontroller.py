@@ -1,0 +1,93 @@
+"""TensorFlow Lite for Microcontrollers (TFLM), run on this machine: does it run the file, and in how much memory.
+
+Its interpreter comes from ``pip install 'compress[microcontroller]'``. Times on this machine say nothing of a
+microcontroller, so none are given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from compress.boards.board import Board
+from compress.boards.command import Answer, BoardFailure, check_file, run_program
+from compress.candidate import Artifact, Measurement
+
+_WORKER = Path(__file__).with_name("microcontroller_worker.py")
+_ARENA = {
+    "arena_bytes": re.compile(r"Arena allocation total (\d+) bytes"),
+    "arena_head_bytes": re.compile(r"Arena allocation head (\d+) bytes"),
+    "arena_tail_bytes": re.compile(r"Arena allocation tail (\d+) bytes"),
+}
+_TOO_SMALL = re.compile(r"(?:Failed to resize buffer|Failed to allocate)[^\n]*")
+_REASONS = re.compile(
+    r"^(?!\s|Traceback|RuntimeError)[^\n]*(?:not supported|Didn't find op|Failed|failed)[^\n]*$", re.M
+)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Microcontroller(Board):
+    """Runs the file in TFLM's interpreter, and its outputs are compared with LiteRT's.
+
+    Attributes:
+        arena_bytes: memory that the interpreter may use for activations and its own tables.
+        flash_bytes: a larger file is a failure; null: there is no such limit.
+        tolerance: outputs may differ by this share of what an output's integers can hold, or of the largest float.
+        timeout: seconds.
+    """
+
+    arena_bytes: Annotated[int, Ge(1024), Le(2**30)] = 2**24
+    flash_bytes: Annotated[int, Ge(1)] | None = None
+    tolerance: Annotated[float, Ge(0), Le(1)] = 0.02
+    timeout: Annotated[float, Gt(0), Le(1e6)] = 300.0
+    channel_multiple: Annotated[int, Ge(1), Le(1024)] = 1
+
+    name: ClassVar[str] = "microcontroller"
+
+    def measure(self, artifact: Artifact) -> Measurement:
+        """Return what of the arena is used, the file's size, and how far the outputs are from LiteRT's."""
+        try:
+            if find_spec("tflite_micro") is None:
+                raise BoardFailure("TFLM is not installed; pip install 'compress[microcontroller]'")
+            check_file(artifact.path)
+            flash = artifact.path.stat().st_size
+            if self.flash_bytes is not None and flash > self.flash_bytes:
+                raise BoardFailure(f"the file has {flash:,} bytes, the flash {self.flash_bytes:,}; make it smaller")
+            command: list[str | Path] = [sys.executable, "-P", _WORKER, artifact.path.resolve(), str(self.arena_bytes)]
+            answer = run_program(command, self.timeout)
+            return self._read(answer, flash)
+        except BoardFailure as failure:
+            return Measurement(self.name, failure=str(failure))
+
+    def _read(self, answer: Answer, flash: int) -> Measurement:
+        if answer.code != 0:
+            raise BoardFailure(self._reason(answer))
+        try:
+            said = json.loads(answer.output.strip().splitlines()[-1])
+            difference, compared = float(said["difference"]), int(said["compared"])
+            arena = {name: float(found.search(answer.errors)[1]) for name, found in _ARENA.items()}  # type: ignore[index]
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise BoardFailure(f"unreadable answer {answer.output[:100]!r}") from error
+        if not math.isfinite(difference) or compared < 1 or difference > self.tolerance:
+            raise BoardFailure(
+                f"outputs differ from LiteRT's by {difference:.2%} of their range, more than "
+                f"board.tolerance={self.tolerance:g}"
+            )
+        return Measurement(self.name, values={**arena, "flash_bytes": float(flash), "max_difference": difference})
+
+    def _reason(self, answer: Answer) -> str:
+        small = _TOO_SMALL.search(answer.errors)
+        if small is not None:
+            said = small[0].strip()
+            return f"the arena of {self.arena_bytes:,} bytes is too small ({said}); give board.arena_bytes more"
+        reasons = "; ".join(dict.fromkeys(line.strip() for line in _REASONS.findall(answer.errors)))[:300]
+        return f"TFLM ended with code {answer.code}: {reasons or answer.last_error}".rstrip(": ")

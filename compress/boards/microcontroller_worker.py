@@ -1,0 +1,69 @@
+"""Runs a ``.tflite`` file in TensorFlow Lite for Microcontrollers; a program of its own, so that a crash stays outside.
+
+    python -P microcontroller_worker.py MODEL.tflite ARENA
+
+Imports nothing of this project. Runs random inputs there and in LiteRT, with an arena of ARENA bytes. Prints one JSON
+object: the largest difference of the outputs, as a share of what an output's integers can hold or of the largest
+float, and how many numbers were compared. The runtime itself writes how much of the arena it used to standard error.
+"""
+
+import json
+import sys
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from tflite_micro import runtime
+
+SAMPLES = 3
+
+
+def main() -> None:
+    """Read the arguments, run, print."""
+    model, arena = sys.argv[1], int(sys.argv[2])
+    # The reference kernels: rounding of TFLM is theirs, not that of LiteRT's fast kernels.
+    phone = Interpreter(
+        model_path=model, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    )
+    phone.allocate_tensors()
+    micro = runtime.Interpreter.from_file(model, arena_size=arena)
+    generator = np.random.default_rng(0)
+    largest, compared = 0.0, 0
+    for _ in range(SAMPLES):
+        for number, detail in enumerate(phone.get_input_details()):
+            values = random_values(generator, detail["shape"], detail["dtype"])
+            phone.set_tensor(detail["index"], values)
+            micro.set_input(values, number)
+        phone.reset_all_variables()
+        phone.invoke()
+        micro.invoke()
+        for number, detail in enumerate(phone.get_output_details()):
+            wanted = phone.get_tensor(detail["index"])
+            given = np.asarray(micro.get_output(number)).reshape(wanted.shape)
+            largest = max(largest, difference(given, wanted))
+            compared += wanted.size
+        micro.reset()
+    micro.print_allocations()
+    print(json.dumps({"difference": largest, "compared": compared}))
+
+
+def difference(given: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest difference as a share of all that an integer can be, or of the largest float."""
+    most = np.abs(wanted).max(initial=0)
+    if np.issubdtype(wanted.dtype, np.integer):
+        most = np.iinfo(wanted.dtype).max - np.iinfo(wanted.dtype).min
+    distance = np.abs(given.astype(np.float64) - wanted.astype(np.float64)).max(initial=0)
+    return float(distance / most) if most else float(distance)
+
+
+def random_values(generator: np.random.Generator, shape: np.ndarray, dtype: type) -> np.ndarray:
+    """Return an input: all integers of small types, floats from 0 to 1, zeros of larger integers (indices)."""
+    if np.issubdtype(dtype, np.floating):
+        return generator.uniform(0, 1, shape).astype(dtype)
+    if np.dtype(dtype).itemsize > 1:
+        return np.zeros(shape, dtype)
+    limits = np.iinfo(dtype)
+    return generator.integers(limits.min, limits.max + 1, shape).astype(dtype)
+
+
+if __name__ == "__main__":
+    main()
