@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import ClassVar
 
 from compress.candidate import Artifact, Measurement
@@ -19,3 +20,7 @@ class Board(ABC):
     @abstractmethod
     def measure(self, artifact: Artifact) -> Measurement:
         """Run the artifact and return its latency; a failure of the board is returned, not raised."""
+
+    def lacks(self, operators: Collection[str]) -> frozenset[str]:
+        """Return which of a file's operators the board is known to have no kernel for; none, if it does not say."""
+        return frozenset()

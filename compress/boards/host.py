@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -35,6 +36,10 @@ class Host(Board):
     channel_multiple: Annotated[int, Ge(1), Le(1024)] = 1
 
     name: ClassVar[str] = "host"
+
+    def lacks(self, operators: Collection[str]) -> frozenset[str]:
+        """Return the operators of TensorFlow itself, which LiteRT has no kernels for."""
+        return frozenset(name for name in operators if name.startswith("Flex"))
 
     def measure(self, artifact: Artifact) -> Measurement:
         """Return the latency of one sample over ``runs`` runs."""

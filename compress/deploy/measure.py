@@ -9,8 +9,9 @@ import tf_keras
 from compress.boards.board import Board
 from compress.candidate import Artifact, Numbers
 from compress.data.source import Data
+from compress.deploy.verification import Agreement, agreement
 from compress.graph.saved_graph import has_layers
-from compress.metrics.accuracy import file_accuracy, keras_accuracy
+from compress.metrics.accuracy import accuracy, file_outputs, keras_outputs
 from compress.metrics.counts import count_macs, count_nonzero_params, count_params
 from compress.metrics.size import file_bytes, gzip_bytes
 from compress.metrics.tflite_file import TFLiteFile
@@ -18,8 +19,10 @@ from compress.metrics.tflite_file import TFLiteFile
 _LOG = logging.getLogger("compress")
 
 
-def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, data: Data, board: Board) -> Numbers:
-    """Return everything that is known about an exported file.
+def measure(
+    artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, data: Data, board: Board
+) -> tuple[Numbers, Agreement | None]:
+    """Return everything that is known about an exported file, and how its outputs agree with those of the model.
 
     Args:
         artifact: the file on disk, and the packed one.
@@ -31,13 +34,14 @@ def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, 
     Raises:
         CompressError: if the runtime rejects the file.
     """
-    accuracy = file_accuracy(artifact.path, data.test)
+    outputs = file_outputs(artifact.path, data.test.x)
+    expected = None if model is None else keras_outputs(model, data.test.x)
     measurement = board.measure(artifact)
     if measurement.failure is not None:
         _LOG.warning("board %s gave no latency: %s", measurement.board, measurement.failure)
-    return Numbers(
-        accuracy=accuracy,
-        accuracy_keras=None if model is None else keras_accuracy(model, data.test),
+    numbers = Numbers(
+        accuracy=accuracy(outputs, data.test.y),
+        accuracy_keras=None if expected is None else accuracy(expected, data.test.y),
         params=file.count_params() if model is None else count_params(model),
         nonzero_params=file.count_nonzero_params() if model is None else count_nonzero_params(model),
         macs=count_macs(model) if model is not None and has_layers(model) else file.macs(),
@@ -49,3 +53,4 @@ def measure(artifact: Artifact, file: TFLiteFile, model: tf_keras.Model | None, 
         latency_failure=measurement.failure,
         sparse_kernels=file.sparse_kernels,
     )
+    return numbers, None if expected is None else agreement(expected, outputs)
