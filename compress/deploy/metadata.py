@@ -11,9 +11,8 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import flatbuffers
 import numpy as np
@@ -99,13 +98,9 @@ class _Number:
     wide: bool = False
 
 
-_Value: TypeAlias = "str | _Number | Sequence[float] | list[_Value] | tuple[_Value | None, ...]"
-"""A tuple is a table, its values by slot; a list is a vector; a string and a number are themselves."""
-
-
 def _flatbuffer(interface: Interface, author: str, licence: str) -> bytes:
     low, high = interface.pixels
-    source: list[_Value | None] = ["image", "An image.", None, None, None, ([high], [low])]
+    source: list[Any] = ["image", "An image.", None, None, None, ([high], [low])]
     if interface.channels is None:
         source[:2] = ["features", "The numbers to classify."]
         source[3] = (_Number(_FEATURES), ())
@@ -114,20 +109,23 @@ def _flatbuffer(interface: Interface, author: str, licence: str) -> bytes:
         size = (_Number(columns, wide=True), _Number(rows, wide=True))
         source[3] = (_Number(_IMAGE), (_Number(_COLORS[interface.channels]), size))
         source[4] = [(_Number(_NORMALIZATION), ([interface.mean], [interface.std]))]
-    files: _Value | None = None
+    files = None
     if interface.labels:
         files = [(LABELS_FILE, "Names of the classes, one a line.", _Number(_AXIS_LABELS))]
-    target: _Value = ("scores", _SCORES[interface.scores], None, (_Number(_FEATURES), ()), None, None, files)
-    graph: _Value = (None, None, [tuple(source)], [target])
+    target = ("scores", _SCORES[interface.scores], None, (_Number(_FEATURES), ()), None, None, files)
+    graph = (None, None, [tuple(source)], [target])
     what = f"A classifier of {interface.output.shape[-1]} classes, made smaller by compress."
-    root: _Value = (interface.name, what, None, [graph], author or None, licence or None, None, _PARSER)
+    root = (interface.name, what, None, [graph], author or None, licence or None, None, _PARSER)
     builder = flatbuffers.Builder(1024)
     builder.Finish(_write(builder, root), file_identifier=_IDENTIFIER)
     return bytes(builder.Output())
 
 
-def _write(builder: flatbuffers.Builder, value: _Value) -> int:
-    """Write a string, a vector or a table, what it refers to first, and return its offset."""
+def _write(builder: flatbuffers.Builder, value: Any) -> int:
+    """Write a string, a list as a vector, or a tuple as a table with a value or None for each slot; return its offset.
+
+    What a vector or table refers to is written before it.
+    """
     if isinstance(value, str):
         return int(builder.CreateString(value))
     if isinstance(value, tuple):
