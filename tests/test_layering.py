@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FLOORS = (
-    {"run", "reproduce"},
+    {"run", "reproduce", "predict"},
     {"cli"},
     {"tracking"},
     {"pipeline"},

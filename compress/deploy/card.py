@@ -17,11 +17,17 @@ _PLOTS = {"layers.png": "weights and multiply-adds of each layer, before and aft
 
 
 def make_card(
-    report: Mapping[str, Any], *, licence: str | None = None, author: str | None = None, data_licence: str | None = None
+    report: Mapping[str, Any],
+    *,
+    licence: str = "",
+    author: str = "",
+    data_licence: str = "",
+    files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the card of a run; what nobody has said is marked as such."""
+    """Return the card of a run; what nobody has said is marked as such. ``files``: what lies beside it, and why."""
     interface = Interface.from_json(report["interface"])
     tags = ["compressed"] if interface.channels is None else ["image-classification", "compressed"]
+    beside = ["## Files", _rows(("file", "what it is"), list(files.items()))] if files else []
     parts = [
         # YAML for model hubs; what JSON quotes, YAML reads.
         f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: tflite\ntags: {json.dumps(tags)}\n---",
@@ -29,6 +35,7 @@ def make_card(
         _summary(report, interface),
         "## Use",
         _use(interface),
+        *beside,
         "## What was done",
         _done(report),
         "## Numbers",

@@ -15,6 +15,7 @@ Scores = Literal["probabilities", "logits"]
 _PASSED = ("DEQUANTIZE", "QUANTIZE", "RESHAPE")
 """Operators that leave what values mean."""
 _BRIGHTEST = 255.0
+_TYPES = ("float32", "int8", "uint8", "int16", "int32", "int64")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ def interface_of(
             expected="a classifier: one input, and one output of shape [1, classes]",
             received=f"inputs and outputs of shapes {shapes}",
             fix="Cut the model down to the part that classifies, and export it again.",
+        )
+    strange = [end.dtype for end in (*inputs, *outputs) if end.dtype not in _TYPES]
+    if strange:
+        raise CompressError(
+            name,
+            expected=f"inputs and outputs of type {', '.join(_TYPES)}",
+            received=strange[0],
+            fix="Export it again with inputs and outputs of one of these types.",
         )
     scores: Scores = "probabilities" if _last_operator(file) in ("SOFTMAX", "LOGISTIC") else "logits"
     return Interface(name, inputs[0], outputs[0], pixels, tuple(labels[: outputs[0].shape[-1]]), scores)
