@@ -5,7 +5,7 @@
     cat photo.jpg | python -m compress.predict model=out/model.tflite input=-
 
 model   a .tflite, .cmp or .keras file
-input   an image, a folder of images, - for an image on standard input, or a .npy file of samples as the model reads them
+input   an image, a folder of images, - for an image on standard input, or samples as the model reads them (.npy)
 top     how many classes are shown (default 3)
 
 The file's metadata say how a photo goes in and what the classes are called; for a file without any, the report.json of

@@ -86,7 +86,9 @@ def load_predictor(path: Path) -> Predictor:
 
 def _of_tflite(content: bytes, path: Path, report: Interface | None) -> Predictor:
     file = TFLiteFile(content, f"model={path}")
-    strange = [use.name for use in operators_in(content) if not use.builtin or use.name.startswith("BUILTIN_")]
+    strange = [
+        use.name for use in operators_in(content, f"model={path}") if not use.builtin or use.name.startswith("BUILTIN_")
+    ]
     if strange:
         raise CompressError(
             f"model={path}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 from compress.boards.board import Board
 from compress.boards.micro_kernels import MICRO_KERNELS
 from compress.candidate import Scheme
+from compress.errors import CompressError
 
 LEAST_SAME_CLASS = 99.0
 """Percent of the samples that file and Keras model must put into the same class, or the report says so."""
@@ -77,8 +79,21 @@ def agreement(keras: np.ndarray, file: np.ndarray) -> Agreement:
     )
 
 
-def operators_in(content: bytes) -> tuple[OperatorUse, ...]:
-    """Return the operators of all subgraphs of a ``.tflite`` file, the most frequent first."""
+def operators_in(content: bytes, name: str = "model.tflite") -> tuple[OperatorUse, ...]:
+    """Return the operators of all subgraphs of a ``.tflite`` file, the most frequent first.
+
+    Raises:
+        CompressError: if it is damaged.
+    """
+    try:
+        return _operators(content)
+    except (struct.error, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise CompressError(
+            name, expected="a whole TFLite file", received=f"a damaged one ({error})", fix="Export the model again."
+        ) from error
+
+
+def _operators(content: bytes) -> tuple[OperatorUse, ...]:
     model = schema.Model.GetRootAs(content, 0)
     graphs = [model.Subgraphs(i) for i in range(model.SubgraphsLength())]
     counts = Counter(graph.Operators(i).OpcodeIndex() for graph in graphs for i in range(graph.OperatorsLength()))
