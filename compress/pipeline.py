@@ -26,6 +26,7 @@ from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
 from compress.deploy.packing import packed_bytes, write_cmp
 from compress.deploy.tflite import export
+from compress.deploy.verification import Agreement
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
 from compress.graph.selection import Selection
@@ -100,6 +101,8 @@ class StageResult:
     """What the stage has measured of its own work."""
     noise: tuple[Noise, ...] = ()
     """What each tensor of an integer file has lost against the float one."""
+    agreement: Agreement | None = None
+    """How the exported file's outputs agree with those of its Keras model."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Pipeline:
         data = self.data.fitted_to_shapes(inputs, outputs, f"model.path {path}")
         packed = folder / "model.cmp"
         write_cmp(packed, path)
-        numbers = measure(Artifact(path, Storage(), packed), file, None, data, self.board)
+        numbers, _ = measure(Artifact(path, Storage(), packed), file, None, data, self.board)
         final = folder / "model.tflite"
         if not (final.exists() and final.samefile(path)):
             partial = folder / ".model.tflite.partial"
@@ -303,7 +306,7 @@ class Pipeline:
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
         artifact = self._packed(candidate, artifact)
-        numbers = measure(artifact, file, candidate.model, data, self.board, baseline)
+        numbers, agreement = measure(artifact, file, candidate.model, data, self.board, baseline)
         noise: tuple[Noise, ...] = ()
         if candidate.storage.scheme in _QUANTIZED:
             noise = quantization_noise(candidate, data, artifact.path)
@@ -322,6 +325,7 @@ class Pipeline:
             layers,
             measured=dict(candidate.measured),
             noise=noise,
+            agreement=agreement,
         )
 
     def _packed(self, candidate: Candidate, artifact: Artifact) -> Artifact:
@@ -497,6 +501,7 @@ def _result_from_json(value: dict[str, Any], *, cached: bool) -> StageResult:
             "guarantees": tuple(value["guarantees"]),
             "released": tuple(value["released"]),
             "noise": tuple(Noise(**item) for item in value["noise"]),
+            "agreement": None if value["agreement"] is None else Agreement(**value["agreement"]),
             "cached": cached,
         }
     )

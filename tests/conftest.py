@@ -43,6 +43,18 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished_run(session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a finished run: the digits model as an int8 file. Not to be changed."""
+    from compress.cli.compose import compose_config
+    from compress.cli.job import run_job
+
+    folder = tmp_path_factory.mktemp("run")
+    overrides = ["strategy=quantize", "tracking=none", f"cache.dir={session_cache}", *QUICK]
+    run_job(compose_config(overrides), folder, None)
+    return folder
+
+
 @pytest.fixture
 def cli(tmp_path: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     """Run ``compress.run`` in this process, in a folder of its own: returns (exit code, stdout, stderr)."""

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FLOORS = (
-    {"run", "reproduce", "measure"},
+    {"run", "reproduce", "measure", "predict"},
     {"cli"},
     {"tracking"},
     {"pipeline"},

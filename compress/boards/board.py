@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 from compress.candidate import Artifact, Measurement
@@ -24,3 +24,7 @@ class Board(ABC):
     def measure_all(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
         """Return what it says of each, so that they can be compared: in turns, where its times are noisy."""
         return [self.measure(artifact) for artifact in artifacts]
+
+    def lacks(self, operators: Collection[str]) -> frozenset[str]:
+        """Return which of a file's operators the board is known to have no kernel for; none, if it does not say."""
+        return frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +23,10 @@ class Host(Timing, Board):
     """Measures in child processes, so that a crash of the runtime cannot take the run along; fields as in Timing."""
 
     name: ClassVar[str] = "host"
+
+    def lacks(self, operators: Collection[str]) -> frozenset[str]:
+        """Return the operators of TensorFlow itself, which LiteRT has no kernels for."""
+        return frozenset(name for name in operators if name.startswith("Flex"))
 
     def measure(self, artifact: Artifact) -> Measurement:
         """Return the latency of one sample."""

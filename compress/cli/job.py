@@ -11,9 +11,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from compress.cli.build import make_plan, to_plain
+from compress.deploy.card import make_card
+from compress.deploy.interface import interface_of
+from compress.deploy.verification import verify
+from compress.metrics.tflite_file import TFLiteFile
 from compress.pipeline import StageResult
 from compress.tracking.charts import layers_picture, noise_picture
-from compress.tracking.report import make_report, print_table, write_report
+from compress.tracking.report import make_report, model_name, print_table, write_report
 from compress.tracking.store import Recorder, open_recorder
 
 _LOG = logging.getLogger("compress")
@@ -40,12 +44,20 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
         keras_file.unlink(missing_ok=True)
         if result.keras_model is not None:
             plan.model.save(result.keras_model, keras_file)
-        report = make_report(result, plain, seconds=time.perf_counter() - started)
+        file = TFLiteFile.read(result.artifact.path)
+        report = make_report(
+            result,
+            plain,
+            seconds=time.perf_counter() - started,
+            interface=interface_of(file, model_name(result, plain), pipeline.data.pixels, pipeline.data.labels),
+            verification=verify(file.content, result.last.agreement, plan.board),
+        )
         layers_picture(result.baseline.layers, result.last.layers, str(report["strategy"]), folder / "layers.png")
         noise_file = folder / "noise.png"
         noise_file.unlink(missing_ok=True)
         if result.last.noise:
             noise_picture(result.last.noise, f"{report['strategy']}, against the float file", noise_file)
+        (folder / "card.md").write_text(make_card(report))
         write_report(report, folder / "report.json")
         recorder.finish(report, result, folder)
     print_table(report)

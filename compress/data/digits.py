@@ -35,4 +35,6 @@ class Digits(DataSource):
             augmentation=Augmentation(shift=self.shift),
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            labels=[str(name) for name in bunch.target_names],
+            pixels=(0.0, 16.0),
         )

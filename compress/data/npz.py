@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,11 +20,24 @@ _DAMAGED = (
     *(zlib.error, zipfile.BadZipFile),
 )
 """What reading a damaged, encrypted or lying file raises."""
+_DIGITS = tuple("0123456789")
+_LABELS = {
+    "mnist": _DIGITS,
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+"""Names of the classes, as the data sets' authors give them."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Npz(DataSource):
-    """A user's arrays: ``x_train, y_train, x_test, y_test`` and, if given, ``x_val, y_val``."""
+    """A user's arrays: ``x_train, y_train, x_test, y_test`` and, if given, ``x_val, y_val``, ``labels``.
+
+    ``labels``: names of the classes. ``pixels``: what a black and a white pixel are in the arrays.
+    """
 
     path: str | None = None
     recovery_epochs: Annotated[float, Ge(0)] = 1.0
@@ -31,6 +45,7 @@ class Npz(DataSource):
     mirror: bool = False
     train_limit: Annotated[int, Gt(0)] | None = None
     test_limit: Annotated[int, Gt(0)] | None = None
+    pixels: tuple[float, float] | None = None
 
     def load(self) -> Data:
         """Read the arrays."""
@@ -44,7 +59,7 @@ class Npz(DataSource):
         file = Path(self.path).expanduser()
         return self._build(file.stem, read_arrays(file))
 
-    def _build(self, name: str, arrays: dict[str, np.ndarray]) -> Data:
+    def _build(self, name: str, arrays: dict[str, np.ndarray], labels: Sequence[str] = ()) -> Data:
         validation = None
         if "x_val" in arrays:
             validation = Split(arrays["x_val"], _labels(arrays["y_val"]))
@@ -56,6 +71,8 @@ class Npz(DataSource):
             augmentation=Augmentation(self.shift, self.mirror),
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            labels=_names(arrays["labels"], name) if "labels" in arrays else labels,
+            pixels=self.pixels,
         )
 
 
@@ -68,7 +85,8 @@ class KerasDataset(Npz):
     def load(self) -> Data:
         """Read ``<dataset>.npz`` from ``path`` or ``$COMPRESS_DATA_DIR``, else use Keras' download."""
         file = find_file(self.path, f"{self.dataset}.npz")
-        return self._build(self.dataset, self._download() if file is None else read_arrays(file))
+        arrays = self._download() if file is None else read_arrays(file)
+        return self._build(self.dataset, arrays, _LABELS[self.dataset])
 
     def _download(self) -> dict[str, np.ndarray]:
         import tf_keras
@@ -115,7 +133,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                     received=f"{', '.join(archive.files)} (without {', '.join(missing)})",
                     fix="Save them with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...).",
                 )
-            arrays = {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val")}
+            arrays = {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val", "labels")}
             strange = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
             if strange:
                 raise ValueError(f"{strange[0]} is no array")
@@ -127,6 +145,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             received=f"{type(error).__name__}: {str(error)[:160]}",
             fix="Save it again with numpy.savez.",
         ) from error
+
+
+def _names(labels: np.ndarray, name: str) -> list[str]:
+    """Return the names of the classes that a file gives."""
+    if labels.ndim != 1 or labels.dtype.kind not in "USiu":
+        raise CompressError(
+            f"data {name}, labels",
+            expected="an array of strings of shape [classes]",
+            received=f"{labels.dtype} of shape {labels.shape}",
+            fix="Save labels=numpy.array(['first class', 'second class']), or leave it out.",
+        )
+    return [text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in labels.tolist()]
 
 
 def _labels(y: np.ndarray) -> np.ndarray:

@@ -52,7 +52,10 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Data:
-    """A loaded data set. ``identity`` is a digest of every sample and label in it."""
+    """A loaded data set. ``identity`` is a digest of every sample and label in it.
+
+    ``labels``: names of the classes, where they are known. ``pixels``: what a black and a white pixel are in ``x``.
+    """
 
     name: str
     train: Split
@@ -61,6 +64,8 @@ class Data:
     classes: int
     augmentation: Augmentation
     identity: str
+    labels: tuple[str, ...] = ()
+    pixels: tuple[float, float] = (0.0, 255.0)
 
     def fitted_to(self, model: tf_keras.Model, where: str) -> Data:
         """Return the data in the shape that ``model`` reads, as :meth:`fitted_to_shapes` does."""
@@ -159,10 +164,13 @@ def make_data(
     augmentation: Augmentation | None = None,
     train_limit: int | None = None,
     test_limit: int | None = None,
+    labels: Sequence[str] = (),
+    pixels: tuple[float, float] | None = None,
 ) -> Data:
     """Check the arrays, hold out a validation part where none is given, and build the data set.
 
     The split is the same for every run: it depends on nothing but the number of training samples.
+    ``labels``: names of the classes. ``pixels``: what black and white are; None: as the training samples look.
 
     Raises:
         CompressError: if shapes, label counts or values cannot be right.
@@ -202,7 +210,38 @@ def make_data(
     classes = int(max(split.y.max() for split in (train, validation, test))) + 1
     augmentation = augmentation or Augmentation()
     digest.update(repr(augmentation).encode())
-    return Data(name, train, validation, test, classes, augmentation, digest.hexdigest())
+    _check_descriptions(name, labels, classes, pixels)
+    pixels = _apparent_pixels(train.x) if pixels is None else pixels
+    return Data(
+        name, train, validation, test, classes, augmentation, digest.hexdigest(), tuple(labels), (pixels[0], pixels[1])
+    )
+
+
+def _apparent_pixels(x: np.ndarray) -> tuple[float, float]:
+    """Return what black and white are in images like these, by the usual conventions."""
+    low, high = float(x.min()), float(x.max())
+    if x.dtype.kind != "f" or high > 1.0:
+        return 0.0, 255.0
+    return (-1.0 if low < 0 else 0.0), 1.0
+
+
+def _check_descriptions(name: str, labels: Sequence[str], classes: int, pixels: tuple[float, float] | None) -> None:
+    unprintable = [text for text in labels if not text.strip() or not text.isprintable()]
+    if labels and (len(labels) < classes or unprintable):
+        short = len(labels) < classes
+        raise CompressError(
+            f"data {name}, labels",
+            expected=f"a name for each of the {classes} classes" if short else "names that can be printed in one line",
+            received=f"{len(labels)} names" if short else repr(unprintable[:3]),
+            fix="Save an array of strings, the name of class 0 first, or none.",
+        )
+    if pixels is not None and not (np.isfinite(pixels).all() and pixels[0] < pixels[1]):
+        raise CompressError(
+            "data.pixels",
+            expected="two numbers: what a black pixel is in the arrays, and, larger, what a white one is",
+            received=str(list(pixels)),
+            fix="Write for example data.pixels=[0,255].",
+        )
 
 
 def _check(name: str, part: str, split: Split, train: Split) -> None:

@@ -9,8 +9,9 @@ import tf_keras
 from compress.boards.board import Board
 from compress.candidate import Artifact, Numbers
 from compress.data.source import Data
+from compress.deploy.verification import Agreement, agreement
 from compress.graph.saved_graph import has_layers
-from compress.metrics.accuracy import file_accuracy, keras_accuracy
+from compress.metrics.accuracy import accuracy, file_outputs, keras_outputs
 from compress.metrics.counts import count_macs, count_nonzero_params, count_params
 from compress.metrics.size import file_bytes, gzip_bytes
 from compress.metrics.tflite_file import TFLiteFile
@@ -25,8 +26,8 @@ def measure(
     data: Data,
     board: Board,
     baseline: Artifact | None = None,
-) -> Numbers:
-    """Return everything that is known about an exported file.
+) -> tuple[Numbers, Agreement | None]:
+    """Return everything that is known about an exported file, and how its outputs agree with those of the model.
 
     Args:
         artifact: the file on disk, and the packed one.
@@ -39,14 +40,15 @@ def measure(
     Raises:
         CompressError: if the runtime rejects the file.
     """
-    accuracy = file_accuracy(artifact.path, data.test)
+    outputs = file_outputs(artifact.path, data.test.x)
+    expected = None if model is None else keras_outputs(model, data.test.x)
     measurement, *others = board.measure_all([artifact] if baseline is None else [artifact, baseline])
     times = [one.cost_ms for one in (measurement, *others)]
     if measurement.failure is not None:
         _LOG.warning("board %s: %s", measurement.board, measurement.failure)
-    return Numbers(
-        accuracy=accuracy,
-        accuracy_keras=None if model is None else keras_accuracy(model, data.test),
+    numbers = Numbers(
+        accuracy=accuracy(outputs, data.test.y),
+        accuracy_keras=None if expected is None else accuracy(expected, data.test.y),
         params=file.count_params() if model is None else count_params(model),
         nonzero_params=file.count_nonzero_params() if model is None else count_nonzero_params(model),
         macs=count_macs(model) if model is not None and has_layers(model) else file.macs(),
@@ -61,3 +63,4 @@ def measure(
         speedup=times[1] / times[0] if len(times) == 2 and times[0] and times[1] else None,
         on_board=dict(measurement.values),
     )
+    return numbers, None if expected is None else agreement(expected, outputs)

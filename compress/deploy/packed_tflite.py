@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from tensorflow.lite.python import schema_py_generated as schema
+from ai_edge_litert import schema_py_generated as schema
 
 from compress.deploy.packed import Packed
 from compress.errors import CompressError

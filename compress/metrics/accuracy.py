@@ -7,12 +7,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tf_keras
 
 from compress.data.source import Split
 from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    import tf_keras
 
 _WORKER = Path(__file__).with_name("interpreter_worker.py")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from tensorflow.lite.python import schema_py_generated as schema
+from ai_edge_litert import schema_py_generated as schema
 
 _LARGEST = 2**31 - 1
 _VECTORS = {

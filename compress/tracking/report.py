@@ -13,6 +13,8 @@ from typing import Any
 
 import compress
 from compress.candidate import Numbers
+from compress.deploy.interface import Interface
+from compress.deploy.verification import Verification, complaints
 from compress.graph.macs import uncounted
 from compress.pipeline import Result, StageResult
 
@@ -26,19 +28,31 @@ _PACKAGES = (
 _RATIOS = ("params", "nonzero_params", "macs", "tflite_bytes", "packed_bytes", "gzip_bytes", "peak_memory_bytes")
 
 
-def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
+def make_report(
+    result: Result,
+    config: Mapping[str, Any],
+    *,
+    seconds: float,
+    interface: Interface | None = None,
+    verification: Verification | None = None,
+) -> dict[str, Any]:
     """Return the report of a finished pipeline.
 
     Args:
         result: what the pipeline gave.
         config: the composed configuration, as plain values.
         seconds: wall time of the whole run.
+        interface: what the last file reads and writes.
+        verification: what is known about the last file; what is wrong with it becomes notes.
     """
     baseline, final = result.baseline.numbers, result.final
-    return {
+    found = notes(result)
+    if verification is not None:
+        found += complaints(verification, result.artifact.storage.scheme)
+    report = {
         "schema": 1,
         "strategy": "+".join(stage.name for stage in result.stages) or "none",
-        "model": Path(config["model"]["path"]).stem if result.candidate is None else result.candidate.model.name,
+        "model": model_name(result, config),
         "trained": not result.untrained,
         "data": _choice(config["data"]),
         "seed": config["seed"],
@@ -50,7 +64,7 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
         "final": numbers_to_json(final),
         "ratios": ratios(baseline, final),
         "layers": {"baseline": result.baseline.layers, "final": result.last.layers},
-        "notes": notes(result),
+        "notes": found,
         "artifacts": {
             "keras": None if result.keras_model is None else "model.keras",
             "tflite": "model.tflite",
@@ -58,6 +72,17 @@ def make_report(result: Result, config: Mapping[str, Any], *, seconds: float) ->
             "card": None,
         },
     }
+    if verification is not None:
+        report["verification"] = verification.to_json()
+    if interface is not None:
+        report["interface"] = interface.to_json()
+        report["artifacts"]["card"] = "card.md"
+    return report
+
+
+def model_name(result: Result, config: Mapping[str, Any]) -> str:
+    """Return the name of the model: the Keras model's, or that of the file that was brought."""
+    return Path(config["model"]["path"]).stem if result.candidate is None else result.candidate.model.name
 
 
 def numbers_to_json(numbers: Numbers) -> dict[str, Any]:

@@ -341,3 +341,60 @@ def test_only_images_are_shifted_and_mirrored(tmp_path):
     np.savez(tmp_path / "flat.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     with pytest.raises(CompressError, match=r"data\.shift=0"):
         Npz(path=str(tmp_path / "flat.npz"), shift=1).load()
+
+
+def test_class_names_and_pixel_range_of_the_built_in_data(tmp_path):
+    digits = Digits().load()
+    assert digits.labels == tuple("0123456789")
+    assert digits.pixels == (0.0, 16.0)
+    pictures = np.zeros((20, 4, 4, 3), np.uint8)
+    saved(tmp_path / "cifar10.npz", x_train=pictures, y_train=np.arange(20) % 10, x_test=pictures, y_test=[9] * 20)
+    cifar = KerasDataset(path=str(tmp_path), dataset="cifar10").load()
+    assert (cifar.labels[3], cifar.labels[9], len(cifar.labels)) == ("cat", "truck", 10)
+    assert cifar.pixels == (0.0, 255.0)
+
+
+def test_class_names_of_own_arrays_change_no_identity(tmp_path):
+    plain = Npz(path=str(saved(tmp_path / "plain.npz"))).load()
+    named = Npz(path=str(saved(tmp_path / "named.npz", labels=np.array(["ant", "bee", "cow"])))).load()
+    assert plain.labels == ()
+    assert named.labels == ("ant", "bee", "cow")
+    assert named.identity == plain.identity
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (np.array(["ant", "bee"]), "2 names"),
+        (np.array(["ant", "", "cow"]), "''"),
+        (np.array(["ant", "b\nc", "cow"]), "b\\nc"),
+        (np.array([["a", "b", "c"]]), "(1, 3)"),
+        (np.array([0.5, 1.0, 2.0]), "float64"),
+    ],
+)
+def test_class_names_that_cannot_be_right(tmp_path, labels, named):
+    error = refused(Npz(path=str(saved(tmp_path / "a.npz", labels=labels))).load)
+    assert "labels" in error.where
+    assert named in error.received
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "pixels"),
+    [
+        (0, 255, np.uint8, (0, 255)),
+        (0, 1, np.uint8, (0, 255)),
+        (0.0, 1.0, np.float32, (0, 1)),
+        (-0.9, 1.0, np.float32, (-1, 1)),
+        (0.0, 200.0, np.float32, (0, 255)),
+    ],
+)
+def test_what_black_and_white_are_is_seen_from_the_arrays_unless_said(tmp_path, low, high, dtype, pixels):
+    x = np.linspace(low, high, 40 * 16).reshape(40, 4, 4, 1).astype(dtype)
+    file = saved(tmp_path / "a.npz", x_train=x)
+    assert Npz(path=str(file)).load().pixels == pixels
+    assert Npz(path=str(file), pixels=(2.0, 3.0)).load().pixels == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("pixels", [(1.0, 1.0), (5.0, 2.0), (0.0, float("nan")), (0.0, float("inf"))])
+def test_a_pixel_range_that_is_none(tmp_path, pixels):
+    assert refused(Npz(path=str(saved(tmp_path / "a.npz")), pixels=pixels).load).where == "data.pixels"
