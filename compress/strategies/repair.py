@@ -6,7 +6,7 @@ what makes the sum that it is added to that of the original again; and the norms
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,14 +89,18 @@ class Repair:
     def put(
         self, walk: Walk, step: Step, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
     ) -> None:
-        """Write the solved matrix into the layer of this step; arguments as for :meth:`solved`.
+        """Write the solved matrix into the layer of this step; arguments as for :meth:`solved`."""
+        self.put_solution(walk, step, known, lambda found: self.solved(step.layer.name, found, before, ridge, left))
+
+    def put_solution(self, walk: Walk, step: Step, known: Moments, solution: Callable[[Moments], np.ndarray]) -> None:
+        """Write what ``solution`` makes of the moments, a matrix [d + 1, outputs], into the layer of this step.
 
         Where a ReLU follows, what was negative before it may be anything negative: the layer is solved again for the
         nearest such target, a few times; the error behind the ReLU falls each time. (Zhang et al., arXiv 1505.06798,
         section 3.2, minimise the same error; here it is bounded from above by one that is quadratic.)
         """
         name = step.layer.name
-        assign_matrix(step.layer, self.solved(name, known, before, ridge, left))
+        assign_matrix(step.layer, solution(known))
         if name not in self._rectified or name in self._fixed:
             return
         others = [tensor for tensor in self._sums.get(name, ()) if tensor in walk.values]
@@ -105,8 +109,7 @@ class Repair:
         for _ in range(_RECTIFIED_ROUNDS):
             now = linear_output(step.layer, step.changed_inputs[0]) + beside
             target = np.where(wanted > 0, wanted, np.minimum(now, 0)) - beside
-            again = self.moments(step, target, known)
-            assign_matrix(step.layer, self.solved(name, again, before, ridge, left))
+            assign_matrix(step.layer, solution(self.moments(step, target, known)))
 
     def solved(
         self, layer: str, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
@@ -133,10 +136,14 @@ class Repair:
                 own = own + (walk.values[tensor] - walk.changed_values[tensor])
         return own
 
+    def gains(self) -> dict[str, np.ndarray]:
+        """Return folded layer -> what :meth:`with_norms` divides each output of its kernel by."""
+        return {name: _factor_of(self.model.get_layer(norm)) for name, norm in foldable_pairs(self.model).items()}
+
     def with_norms(self, changed: tf_keras.Model) -> tf_keras.Model:
         """Return the repaired network with its batch norms, their statistics measured anew."""
         pairs = foldable_pairs(self.model)
-        result = copy_model(self.model)
+        result, factors = copy_model(self.model), self.gains()
         look = tf_keras.Model(changed.inputs, [changed.get_layer(name).output for name in pairs])
         sums = [np.zeros((2, changed.get_layer(name).output_shape[-1])) for name in pairs]
         batches = 0
@@ -158,7 +165,7 @@ class Repair:
             mean = mean if norm.center else np.zeros_like(mean)
             # The kernel goes back to the size that it had before it was folded. A norm hides the size of a kernel, but
             # the smaller a kernel is the more a training step turns it.
-            factor = _factor_of(self.model.get_layer(norm_name))
+            factor = factors[name]
             variance = variance / factor**2 if norm.scale else np.asarray(norm.moving_variance)
             kernel = np.asarray(source.weights[0])
             spread = factor.reshape(kernel.shape[2:]) if isinstance(layer, tf_keras.layers.DepthwiseConv2D) else factor

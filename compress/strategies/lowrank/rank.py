@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tf_keras
 
@@ -19,38 +19,48 @@ def first_factor(layer: str) -> str:
 
 @dataclass(frozen=True)
 class Rank(Guarantee):
-    """Layer ``name`` reads at most ``ranks[name]`` channels from its first factor."""
+    """Layer ``name`` is a chain whose first factor writes at most ``ranks[name]`` channels."""
 
     ranks: Mapping[str, int]
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """Layer -> the name of its chain's form."""
+    inner: Mapping[str, int] = field(default_factory=dict)
+    """Layer in the middle of a chain -> how many channels it writes at most."""
 
     @property
     def layers(self) -> frozenset[str]:
         """Names of the layers that it binds."""
-        return frozenset(self.ranks) | frozenset(first_factor(name) for name in self.ranks)
+        return frozenset(self.ranks) | frozenset(self._widths)
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        """Layer of a chain, but the last -> how many channels it writes at most."""
+        return {first_factor(name): rank for name, rank in self.ranks.items()} | dict(self.inner)
 
     def describe(self) -> str:
         """Say how many layers are factorized."""
         return f"{len(self.ranks)} layers are products of rank at most {max(self.ranks.values())}"
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
-        """Look at the width between the factors."""
+        """Look at the widths between the factors."""
         layers = {layer.name: layer for layer in model.layers}
-        found = []
-        for name, rank in self.ranks.items():
-            factor = layers.get(first_factor(name))
-            if factor is None or name not in layers or not kernel_attributes(factor):
-                found.append(Violation(name, "it is no longer a product of two layers"))
-            elif factor.output_shape[-1] > rank:
-                found.append(Violation(name, f"rank {factor.output_shape[-1]}, at most {rank}"))
+        found = [Violation(name, "it is no longer a product of layers") for name in self.ranks if name not in layers]
+        for name, width in self._widths.items():
+            factor = layers.get(name)
+            if factor is None or not kernel_attributes(factor):
+                found.append(Violation(name, "it is no longer a factor"))
+            elif factor.output_shape[-1] > width:
+                found.append(Violation(name, f"rank {factor.output_shape[-1]}, at most {width}"))
         return found
 
     def check_file(self, file: TFLiteFile) -> list[Violation]:
-        """Look at the number of channels that the first factor's operator writes."""
-        found = []
-        for name, rank in self.ranks.items():
-            width = file.output_channels_of(first_factor(name))
-            if width is None or file.operator_of(name) is None:
-                found.append(Violation(name, "the file does not run it as a product of two layers"))
-            elif width > rank:
-                found.append(Violation(name, f"rank {width} in the file, at most {rank}"))
+        """Look at the number of channels that the factors' operators write."""
+        lost = "the file does not run it as a product of layers"
+        found = [Violation(name, lost) for name in self.ranks if file.operator_of(name) is None]
+        for name, width in self._widths.items():
+            written = file.output_channels_of(name)
+            if written is None:
+                found.append(Violation(name, lost))
+            elif written > width:
+                found.append(Violation(name, f"rank {written} in the file, at most {width}"))
         return found

@@ -16,7 +16,7 @@ from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_macs, count_params
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.lowrank.rank import first_factor
-from compress.strategies.lowrank.svd import LowRank
+from compress.strategies.lowrank.factorize import LowRank
 from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
 from compress.training import Recovery
