@@ -15,8 +15,8 @@ from compress.errors import CompressError
 from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_macs, count_params
 from compress.metrics.tflite_file import TFLiteFile
-from compress.strategies.lowrank.rank import first_factor
 from compress.strategies.lowrank.factorize import LowRank
+from compress.strategies.lowrank.rank import first_factor
 from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
 from compress.training import Recovery
