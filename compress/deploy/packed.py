@@ -56,9 +56,7 @@ def can_hold(array: np.ndarray) -> bool:
     return array.dtype.name in _DTYPES
 
 
-def write_packed(
-    packed: Packed, coders: tuple[SymbolCoder, ...] = CODERS, forms: tuple[Form, ...] = FORMS
-) -> bytes:
+def write_packed(packed: Packed, coders: tuple[SymbolCoder, ...] = CODERS, forms: tuple[Form, ...] = FORMS) -> bytes:
     """Return the bytes of the file.
 
     Args:

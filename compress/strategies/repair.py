@@ -6,7 +6,7 @@ what makes the sum that it is added to that of the original again; and the norms
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,14 +89,18 @@ class Repair:
     def put(
         self, walk: Walk, step: Step, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
     ) -> None:
-        """Write the solved matrix into the layer of this step; arguments as for :meth:`solved`.
+        """Write the solved matrix into the layer of this step; arguments as for :meth:`solved`."""
+        self.put_solved(walk, step, known, lambda moments: self.solved(step.layer.name, moments, before, ridge, left))
+
+    def put_solved(self, walk: Walk, step: Step, known: Moments, solved: Callable[[Moments], np.ndarray]) -> None:
+        """Write into the layer of this step the matrix that ``solved`` returns for its moments.
 
         Where a ReLU follows, what was negative before it may be anything negative: the layer is solved again for the
         nearest such target, a few times; the error behind the ReLU falls each time. (Zhang et al., arXiv 1505.06798,
         section 3.2, minimise the same error; here it is bounded from above by one that is quadratic.)
         """
         name = step.layer.name
-        assign_matrix(step.layer, self.solved(name, known, before, ridge, left))
+        assign_matrix(step.layer, solved(known))
         if name not in self._rectified or name in self._fixed:
             return
         others = [tensor for tensor in self._sums.get(name, ()) if tensor in walk.values]
@@ -106,7 +110,7 @@ class Repair:
             now = linear_output(step.layer, step.changed_inputs[0]) + beside
             target = np.where(wanted > 0, wanted, np.minimum(now, 0)) - beside
             again = self.moments(step, target, known)
-            assign_matrix(step.layer, self.solved(name, again, before, ridge, left))
+            assign_matrix(step.layer, solved(again))
 
     def solved(
         self, layer: str, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None

@@ -92,5 +92,3 @@ class Buckets(Guarantee):
         book[buckets[alive]] = signed[alive]
         wrong = int(np.count_nonzero(signed[alive] != book[buckets[alive]]))
         return [Violation(name, f"{wrong} weights that are not their bucket's number{where}")] if wrong else []
-
-
