@@ -81,6 +81,8 @@ class LossTerm(Protocol):
     """What the task loss is multiplied with beside this term."""
     layers: Sequence[str]
     """Layers of the trained model whose outputs it reads."""
+    variables: Sequence[tf.Variable]
+    """What else training changes: those of the term's own."""
 
     def prepare(self, data: Data, batch_size: int, *, same_images: bool) -> None:
         """Get ready for training on ``data``: called once, outside the compiled step.
@@ -361,7 +363,8 @@ class _Trainee(tf_keras.Model):
             for term in plan["terms"]:
                 loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices, features))
             total = tf.add_n([loss, *self.losses]) if self.losses else loss
-        variables = self.trainable_variables
+        own_variables = [variable for term in plan["terms"] for variable in term.variables]
+        variables = [*self.trainable_variables, *own_variables]
         gradients = tape.gradient(total, variables)
         updates: list[tuple[tf.Tensor, tf.Variable]] = []
         decayed = {v.ref() for v in plan["decayed"]} if plan["weight_decay"] else set()

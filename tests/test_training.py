@@ -251,6 +251,7 @@ def test_a_loss_term_is_added_beside_its_share_of_the_task():
     class Push:
         task_weight = 0.0
         layers = ()
+        variables = ()
 
         def prepare(self, source: Data, batch_size: int, *, same_images: bool) -> None:
             self.prepared = (len(source.train), batch_size, same_images)

@@ -36,6 +36,7 @@ SETTINGS = {
     "prune": f"sparsity={SPARSITY}",
     "mixed_precision": "images=64",
     "rate_distortion": "images=64",
+    "hashed": "images=100",
 }
 SETTINGS_AFTER = {("prune", "mixed_precision"): "bytes=0.4"}
 """Of the second stage: the float file of a pruned model leaves its zeros out, and is not far above the integer one."""

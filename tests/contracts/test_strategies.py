@@ -25,7 +25,7 @@ from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
-QUICK = {"mixed_precision": {"images": 64}, "rate_distortion": {"images": 64}}
+QUICK = {"mixed_precision": {"images": 64}, "rate_distortion": {"images": 64}, "hashed": {"images": 64}}
 """Fields that save time, and change nothing that is tested here."""
 BUDGETS = ("macs", "params", "weights", "sparsity", "channels")
 
@@ -129,10 +129,14 @@ def budgets() -> list[tuple[str, str]]:
 def test_a_budget_is_met(strategy, unit, keep, context, reference):
     if strategy == "compact" and keep == 0.6:
         keep = 0.7
-    result = make(strategy, **{unit: keep}).apply(Candidate(reference), context)
+    result = make(strategy, **QUICK.get(strategy, {}), **{unit: keep}).apply(Candidate(reference), context)
     sparse = strategy == "prune"
     kernels = {w.name: np.asarray(w) for w in result.model.trainable_weights if "kernel" in w.name}
-    if unit in ("sparsity", "weights"):
+    if strategy == "hashed":
+        # The hash leaves some buckets out, of those that are: e**(-1 / keep).
+        numbers = sum(len(np.unique(np.abs(k))) for k in kernels.values()) / sum(k.size for k in kernels.values())
+        assert numbers == pytest.approx(keep * (1 - np.exp(-1 / keep)), abs=0.02)
+    elif unit in ("sparsity", "weights"):
         zeros = np.mean(np.concatenate([k.ravel() for k in kernels.values()]) == 0)
         reached = zeros if unit == "sparsity" else 1 - zeros
         assert reached == pytest.approx(keep, abs=1e-3)

@@ -242,6 +242,11 @@ def test_a_later_stream_uses_the_table_of_an_earlier_one() -> None:
         np.testing.assert_array_equal(back, symbols)
 
 
+def test_more_values_than_a_frequency_table_holds_are_written_all_the_same() -> None:
+    array = np.random.default_rng(0).permutation(np.tile(np.arange(40_000, dtype=np.uint32), 4))
+    assert bits_of(there_and_back(array)) == bits_of(array)
+
+
 @settings(deadline=None, max_examples=60)
 @given(hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 10**6)))
 def test_huffman_codes_are_prefix_free_and_short(counts: np.ndarray) -> None:

@@ -23,6 +23,7 @@ class Hints:
     """
 
     task_weight = 1.0
+    variables: Sequence[tf.Variable] = ()
 
     def __init__(self, teacher: Teacher, layers: Sequence[str], weight: float) -> None:
         self.layers: Sequence[str] = layers

@@ -24,6 +24,7 @@ class SoftTargets:
     """
 
     layers: Sequence[str] = ()
+    variables: Sequence[tf.Variable] = ()
 
     def __init__(self, teachers: Sequence[Teacher], temperature: float, soft_weight: float) -> None:
         self.task_weight = 1.0 - soft_weight

@@ -6,20 +6,30 @@ Source: Chen, Wilson, Tyree, Weinberger, Chen, Compressing Neural Networks with 
 from __future__ import annotations
 
 import zlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tensorflow as tf
-from annotated_types import Gt, Lt
+import tf_keras
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect, Skipped
+from compress.candidate import Candidate, Effect, Hash, Skipped
 from compress.deploy.coding.hashing import KEYS, buckets_and_signs
+from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, merged_on_export
 from compress.graph.kernels import Kernel, get_variable, kernels, without_kernel
+from compress.graph.rewrite import copy_model
+from compress.graph.walk import Walk
+from compress.strategies.least_squares import Moments, is_linear, matrix_of
+from compress.strategies.repair import RIDGE, Repair, called_once
 from compress.strategies.sharing.buckets import Buckets
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
+
+_ITERATIONS = 20
+_PRECISION = 1e-6
+"""Of conjugate gradients: the part of the squared slope that may be left."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,10 +44,13 @@ class Hashed(Strategy):
         weights: buckets of a kernel, as part of its weights.
         gradient: a bucket learns from the ``mean`` of its weights' gradients, or from their ``sum``, which is the
             paper's and asks for a lower learning rate.
+        images: unlabelled calibration images, on which buckets are solved for in closed form; 0: they start from the
+            means of their weights.
     """
 
     weights: Annotated[float, Gt(0), Lt(1)] = 0.125
     gradient: Literal["mean", "sum"] = "mean"
+    images: Annotated[int, Ge(0), Le(100_000)] = 500
 
     effects = frozenset({Effect.TRAIN, Effect.SHARE, Effect.LEVEL})
     establishes = Buckets
@@ -73,13 +86,93 @@ class Hashed(Strategy):
             shapes={kernel.name: list(kernel.value.shape) for kernel in chosen},
         )
         result = candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(guarantee)
+        if self.images:
+            self._solve(candidate, model, guarantee, context)
         restore(model, result.guarantees)
         summed = chosen if self.gradient == "sum" else []
         projections = [SummedSteps(get_variable(model, kernel.name), kernel.name, guarantee) for kernel in summed]
         return context.recover(result, projections=projections)
 
+    def _solve(self, candidate: Candidate, model: tf_keras.Model, guarantee: Buckets, context: Context) -> None:
+        """Write into ``model`` the buckets that keep what the layers compute, layer after layer."""
+        try:
+            repair = Repair(
+                candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees
+            )
+        except CompressError as error:
+            error.fix = f"Write strategy.{context.stage}.images=0: buckets are then the means of their weights."
+            raise CompressError(error.where, expected=error.expected, received=error.received, fix=error.fix) from error
+        changed = copy_model(repair.folded)
+        hashes = guarantee.hashes()
+        for step in (walk := Walk(repair.folded, changed, repair.samples)):
+            layer = step.layer
+            if layer.name not in guarantee.layers:
+                continue
+            if not is_linear(layer) or not called_once(walk, step):
+                weights = [name for name in hashes if name.rpartition("/")[0] == layer.name]
+                for name in weights:
+                    kernel = get_variable(changed, name)
+                    kernel.assign(guarantee.project(name, kernel.value()))
+            else:
+                before, hashing = matrix_of(layer), hashes[f"{layer.name}/kernel"]
+                known = repair.moments(step, repair.target(walk, step))
+
+                def solved(
+                    moments: Moments, layer: Any = layer, before: np.ndarray = before, hashing: Hash = hashing
+                ) -> np.ndarray:
+                    return hashed_least_squares(moments, before, hashing, start=matrix_of(layer))
+
+                repair.put_solution(walk, step, known, solved)
+            model.get_layer(layer.name).set_weights(layer.get_weights())
+
     def _buckets(self, kernel: Kernel) -> int:
         return round(self.weights * kernel.size)
+
+
+def hashed_least_squares(
+    known: Moments, before: np.ndarray, hashing: Hash, ridge: float = RIDGE, start: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the hashed matrix with the least squared error of the outputs, by conjugate gradients.
+
+    Args:
+        known: the moments of the layer's inputs and targets.
+        before: the matrix with the bias in the last row [d + 1, outputs], which the result is drawn towards; what is
+            zero in it stays zero.
+        hashing: the hash of the kernel.
+        ridge: how strongly, relative to the mean of the inputs' squares.
+        start: a matrix to begin from; ``before`` if None.
+    """
+    kernel, guess = before[:-1], before if start is None else start
+    buckets, signs = buckets_and_signs(hashing, kernel.size)
+    # A place that has to be zero has no sign.
+    signed = np.where(signs, -1.0, 1.0) * (kernel.reshape(-1) != 0)
+    strength = ridge * max(float(np.mean(np.diag(known.inputs)[:-1])), 1e-12)
+    penalty = np.append(np.full(len(kernel), strength), strength * 1e-3)[:, None]
+
+    def spread(numbers: np.ndarray) -> np.ndarray:
+        return np.vstack([(numbers[buckets] * signed).reshape(kernel.shape), numbers[None, hashing.buckets :]])
+
+    def gathered(matrix: np.ndarray) -> np.ndarray:
+        sums = np.bincount(buckets, matrix[:-1].reshape(-1) * signed, hashing.buckets)
+        return np.append(sums, matrix[-1])
+
+    scale = gathered(spread(np.ones(hashing.buckets + kernel.shape[1])) * (np.diag(known.inputs)[:, None] + penalty))
+    inverse = np.where(scale > 0, 1 / np.maximum(scale, 1e-30), 0.0)
+    members = np.maximum(np.bincount(buckets, signed**2, hashing.buckets), 1)
+    found = np.append(gathered(guess)[: hashing.buckets] / members, guess[-1])
+    left = gathered(known.cross + penalty * before - known.inputs @ spread(found) - penalty * spread(found))
+    first = last = float(left @ (inverse * left))
+    direction = inverse * left
+    for _ in range(_ITERATIONS):
+        if last <= _PRECISION * first:
+            break
+        whole = spread(direction)
+        image = gathered(known.inputs @ whole + penalty * whole)
+        length = last / float(direction @ image)
+        found, left = found + length * direction, left - length * image
+        last, previous = float(left @ (inverse * left)), last
+        direction = inverse * left + last / previous * direction
+    return spread(found)
 
 
 class SummedSteps:
