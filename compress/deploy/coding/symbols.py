@@ -85,7 +85,7 @@ class Deflate(SymbolCoder):
         if len(counts) > MOST_DEFLATE_SYMBOLS:
             return None
         writer = zlib.compressobj(9, zlib.DEFLATED, _RAW, 9, zlib.Z_HUFFMAN_ONLY)
-        content = writer.compress(symbols.astype(np.uint8)) + writer.flush()
+        content = writer.compress(symbols.astype(np.uint8).tobytes()) + writer.flush()
         return Draft.of(varint(len(content)) + content, tables)
 
     def decode(self, reader: Reader, alphabet: int, count: int, tables: Tables) -> tuple[np.ndarray, Tables]:
