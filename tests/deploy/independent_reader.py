@@ -88,7 +88,7 @@ def read_values(reader: Bytes, rows: int, columns: int, size: int, tables: list[
         return [book[i] for i in read_stream(reader, len(book), count, tables)]
     if form == 3:
         head = reader.byte()
-        bits, signed = head & 127, head >> 7
+        bits, lowest, signed = head & 63, head >> 6 & 1, head >> 7
         steps = struct.unpack(f"<{columns}f", reader.take(4 * columns))
         symbols = read_stream(reader, 2**bits + signed, count, tables)
         values = []
@@ -96,7 +96,7 @@ def read_values(reader: Bytes, rows: int, columns: int, size: int, tables: list[
             # A product of a float32 and a small whole number is exact in Python's floats; packing rounds it once.
             product = (symbol - 2 ** (bits - 1)) * steps[i % columns]
             (value,) = struct.unpack("<I", struct.pack("<f", product))
-            values.append(0x80000000 if symbol == 2**bits else value)
+            values.append(0x80000000 if symbol == 2**bits or (lowest and not symbol) else value)
         return values
     if form == 5:
         head, known = reader.byte(), reader.varint()

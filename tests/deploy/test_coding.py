@@ -24,7 +24,7 @@ from compress.deploy.coding.symbols import (
     draft_symbols,
     read_symbols,
 )
-from compress.deploy.coding.tensors import FORMS, Shape, draft_array, read_array
+from compress.deploy.coding.tensors import FORMS, GridLevels, Shape, draft_array, read_array
 from compress.deploy.coding.wire import DamagedError, Reader, pack_bits, unpack_bits, varint
 from compress.deploy.packing import CODER_CHOICES
 
@@ -117,6 +117,19 @@ def test_each_form_alone(form: object, data: st.DataObject) -> None:
     back, _ = form.decode(reader, np.dtype(np.uint32), Shape.of(array), Tables())  # type: ignore[attr-defined]
     reader.finish()
     np.testing.assert_array_equal(back, values)
+
+
+@pytest.mark.parametrize("lowest", [-127, -64, -4, -3])
+@pytest.mark.parametrize("coder", sorted(CODER_CHOICES))
+def test_a_grid_with_negative_zeros(lowest: int, coder: str) -> None:
+    """Whether or not the lowest level of its bits is in use, which else stands for the negative zero."""
+    rng = np.random.default_rng(0)
+    array = rng.integers(lowest, -lowest, (400, 6)).astype(np.float32) * np.float32(0.37)
+    array[0] = 0.37
+    array[rng.random(array.shape) < 0.1] = -0.0
+    draft = draft_array(array, Tables(), CODER_CHOICES[coder])
+    assert draft.write()[0] == next(form.code for form in FORMS if isinstance(form, GridLevels))
+    assert bits_of(there_and_back(array, coder)) == bits_of(array)
 
 
 @pytest.mark.parametrize("way", POSITIONS, ids=lambda way: type(way).__name__)

@@ -20,6 +20,7 @@ from compress.candidate import Hash
 from compress.deploy import pack
 from compress.deploy import unpack as unpack_command
 from compress.deploy.coding.hashing import buckets_and_signs
+from compress.deploy.coding.symbols import Deflate, FixedWidth, Huffman
 from compress.deploy.packed import MAGIC, VERSION, Packed, read_packed, write_packed
 from compress.deploy.packing import CODER_CHOICES, read_model, unpack, write_cmp
 from compress.errors import CompressError
@@ -84,6 +85,18 @@ def test_another_program_can_read_it(coder: str) -> None:
     assert (kind, structure, skeleton) == (0, {"config": {"a": [1, None, "ü"]}}, b"")
     for name, array in some_arrays().items():
         assert arrays[name] == (array.dtype.name, list(array.shape), array.tobytes()), name
+
+
+def test_another_program_can_read_large_alphabets_and_negative_zeros() -> None:
+    """What :func:`some_arrays` leaves out: Huffman codes of more than 256 symbols, both marks of a grid."""
+    rng = np.random.default_rng(0)
+    wide = rng.choice(65_536, 300, replace=False).astype(np.uint16)[rng.geometric(0.007, 3_000) % 300]
+    levels = rng.integers(-3, 4, (150, 1)).astype(np.float32)
+    levels[:9] = -0.0
+    full = np.where(levels == 3, np.float32(-4), levels)
+    arrays = {"wide": wide, "free": levels * np.float32(0.3), "full": full * np.float32(0.3)}
+    _, _, found, _ = read_file(write_packed(Packed("keras", arrays), (FixedWidth(), Huffman(), Deflate())))
+    assert {name: raw for name, (_, _, raw) in found.items()} == {name: a.tobytes() for name, a in arrays.items()}
 
 
 def test_every_flipped_byte_is_found() -> None:

@@ -23,8 +23,8 @@ from compress.deploy.coding.wire import DamagedError, Reader, little_endian, var
 _SAMPLE = 200_000
 """Values that are looked at first, to see whether a codebook or a grid is worth a try."""
 _MOST_LEVEL = 127
-_SIGNED = 128
-"""Set in a grid's number of bits if it has a symbol for the negative zero."""
+_SIGNED, _LOWEST = 128, 64
+"""Set in a grid's number of bits if it has a symbol for the negative zero: one more, or the lowest level's."""
 _NEGATIVE_ZERO = np.uint32(1 << 31)
 _DOWN = 128
 """Added to the length of vectors that stand in columns."""
@@ -124,7 +124,7 @@ class Codebook(Form):
 class GridLevels(Form):
     """A step for each column, and the whole number of steps that each float32 value is: 1 to 8 bits.
 
-    One symbol more stands for the negative zero, if there is any.
+    The negative zero, if there is any, takes the symbol of the lowest level, or one more where that is in use.
     """
 
     code = 3
@@ -140,16 +140,16 @@ class GridLevels(Form):
         bits = int(max(levels.max(), -levels.min() - 1, 0)).bit_length() + 1
         symbols = levels + 2 ** (bits - 1)
         negative_zeros = (values == _NEGATIVE_ZERO).reshape(symbols.shape)
-        symbols[negative_zeros] = 2**bits
-        signed = bool(negative_zeros.any())
-        stream = draft_symbols(symbols.reshape(-1), 2**bits + signed, tables, coders)
-        return stream.after(bytes([bits | _SIGNED * signed]), little_endian(steps))
+        mark = int(negative_zeros.any()) and (_LOWEST if symbols.min() > 0 else _SIGNED)
+        symbols[negative_zeros] = 0 if mark == _LOWEST else 2**bits
+        stream = draft_symbols(symbols.reshape(-1), 2**bits + (mark == _SIGNED), tables, coders)
+        return stream.after(bytes([bits | mark]), little_endian(steps))
 
     def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
         """Multiply."""
         head = reader.byte()
-        bits, signed = head & ~_SIGNED, bool(head & _SIGNED)
-        if not 1 <= bits <= 8 or not shape.float32:
+        bits, signed, lowest = head & ~(_SIGNED | _LOWEST), bool(head & _SIGNED), bool(head & _LOWEST)
+        if not 1 <= bits <= 8 or (signed and lowest) or not shape.float32:
             raise DamagedError(f"a grid of {bits} bits for numbers of {dtype.itemsize} bytes")
         steps = reader.array(np.dtype(np.float32), shape.columns)
         symbols, tables = read_symbols(reader, 2**bits + signed, shape.rows * shape.columns, tables)
@@ -158,8 +158,8 @@ class GridLevels(Form):
         with np.errstate(all="ignore"):
             levels *= steps
         values = levels.reshape(-1).view(np.uint32)
-        if signed:
-            values[symbols == 2**bits] = _NEGATIVE_ZERO
+        if signed or lowest:
+            values[symbols == (0 if lowest else 2**bits)] = _NEGATIVE_ZERO
         return values, tables
 
 
