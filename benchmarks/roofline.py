@@ -1,14 +1,15 @@
 """How well does ``board=roofline`` estimate networks that its profile was not fitted to?
 
-    python benchmarks/roofline.py
+    python benchmarks/roofline.py [folder]
 
 Twelve networks as float and as int8 files are measured on the host, in turns. Each network is then estimated by the
 profile that is fitted to the other eleven. Measured rows are kept in ``results/roofline.jsonl``: remove it to measure
-anew. Writes ``results/roofline.md``.
+anew. ``folder`` keeps the files for the next time. Writes ``results/roofline.md``.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,9 +95,11 @@ def page(rows: Sequence[Row], works: dict[tuple[str, str], Work]) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         wanted = [(name, kind) for name in timed_files.MODELS for kind in timed_files.TYPES]
-        files = {key: timed_files.write(*key, Path(folder)) for key in wanted}
+        files = {key: timed_files.write(*key, folder) for key in wanted}
         works = {key: work_of(TFLiteFile.read(path)) for key, path in files.items()}
         rows = FinishedRows("roofline", ["model", "type"], lambda found: page(found, works))
         if not all(key in rows for key in wanted):

@@ -59,8 +59,11 @@ MODELS: dict[str, Callable[[], tf_keras.Model]] = {
 
 
 def write(name: str, kind: str, folder: Path) -> Path:
-    """Write the file of a model and return its path."""
+    """Write the file of a model, unless it is there, and return its path."""
+    path = folder / f"{list(MODELS).index(name)}-{kind}.tflite"
+    if path.is_file():
+        return path
     tf_keras.utils.set_random_seed(0)
     model = MODELS[name]()
     candidate = Candidate(model, storage=Storage(kind, Calibration(_SAMPLES)))
-    return export(candidate, random_data(model), folder / f"{list(MODELS).index(name)}-{kind}.tflite").path
+    return export(candidate, random_data(model), path).path

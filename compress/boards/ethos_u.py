@@ -22,9 +22,11 @@ from pydantic.dataclasses import dataclass
 from compress.boards.board import Board
 from compress.boards.command import Answer, BoardFailure, check_file, run_program
 from compress.candidate import Artifact, Measurement, OperatorTime
+from compress.errors import CompressError
 
 _MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
 _LONGEST_FILE = 1 << 22
+_KNOWN_TO_PROCESSORS = {"TFLite_Detection_PostProcess", "ethos-u"}
 _COMPLAINT = re.compile(r"operator: (\w+), ofm: '[^\n]*'\nReason: ([^\n]*)")
 
 
@@ -60,6 +62,7 @@ class EthosU(Board):
             if find_spec("ethosu") is None:
                 raise BoardFailure("Vela is not installed; pip install 'compress[ethos_u]'")
             check_file(artifact.path)
+            refuse_foreign(artifact.path)
             with tempfile.TemporaryDirectory(prefix="compress-vela-") as folder:
                 answer = run_program(self._command(artifact.path, Path(folder)), self.timeout)
                 return self._read(answer, Path(folder))
@@ -100,6 +103,22 @@ class EthosU(Board):
                 *(f"runs on the processor, not counted: {text}" for text in unsupported[:3]),
             ),
         )
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse what Vela would leave, uncounted, to a processor that does not know it either.
+
+    Raises:
+        BoardFailure: naming the operators, or what is wrong with the file.
+    """
+    from compress.metrics.tflite_file import TFLiteFile
+
+    try:
+        names = set(TFLiteFile.read(path).foreign_operators) - _KNOWN_TO_PROCESSORS
+    except CompressError as error:
+        raise BoardFailure(str(error)) from error
+    if names:
+        raise BoardFailure(f"operators that nothing there runs: {', '.join(sorted(names))}; leave their layers out")
 
 
 def _unsupported(printed: str) -> list[str]:

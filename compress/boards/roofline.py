@@ -111,11 +111,9 @@ def work_of(file: TFLiteFile) -> Work:
     Raises:
         BoardFailure: if there is an operator that nobody knows the work of.
     """
-    unknown = sorted({op.name for op in file.operators if op.name == "CUSTOM" or op.name.startswith("BUILTIN_")})
-    if unknown:
-        raise BoardFailure(
-            f"operators whose work is not known: {', '.join(unknown)}; measure the file where they run instead"
-        )
+    if file.foreign_operators:
+        names = ", ".join(file.foreign_operators)
+        raise BoardFailure(f"operators whose work is not known: {names}; measure the file where they run instead")
     macs = {id(op): file.macs_of(op, weight) for op, weight in file.weighted}
     # Constants that are stored in another form are expanded once, when the file is loaded.
     run = [op for op in file.operators if not all(file.stored(i).data is not None for i in op.outputs)]

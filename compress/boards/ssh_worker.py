@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,8 +30,9 @@ def main() -> None:
     header = json.loads(source.readline())
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
-    folder = Path(tempfile.mkdtemp(prefix="compress-", dir=header["folder"]))
+    folder = Path(header["folder"] or tempfile.gettempdir(), f"compress-{uuid.uuid4().hex}")
     try:
+        folder.mkdir(mode=0o700)
         print(json.dumps({"folder": str(folder)}), flush=True)
         program = folder / "timing.py"
         receive(source, program, header["program"])

@@ -58,7 +58,8 @@ def load_boards(names: Sequence[str], settings: Sequence[str], extra: Path | Non
     places = [f"hydra.searchpath=['file://{extra.resolve()}']"] if extra else []
     boards = []
     for name, found in wanted.items():
-        overrides = [f"board.{text.removeprefix(f'{name}.')}" for text in found]
+        # Added, not overridden: a field that the board lacks is refused below, with the nearest name that it has.
+        overrides = [f"++board.{text.removeprefix(f'{name}.')}" for text in found]
         plain = to_plain(compose_config([*places, f"board={name}", *overrides]))
         boards.append(construct(Board, plain["board"], name))
     return boards

@@ -205,6 +205,13 @@ class TFLiteFile:
         )
 
     @cached_property
+    def foreign_operators(self) -> tuple[str, ...]:
+        """Names of operators that are not the format's own, or newer than this program."""
+        codes = [self._model.OperatorCodes(i) for i in range(self._model.OperatorCodesLength())]
+        custom = {(code.CustomCode() or b"CUSTOM").decode(errors="replace") for code in codes if _is_custom(code)}
+        return (*sorted(custom), *sorted({op.name for op in self.operators if op.name.startswith("BUILTIN_")}))
+
+    @cached_property
     def _producer(self) -> dict[int, Operator]:
         return {tensor: op for op in self.operators for tensor in op.outputs}
 
@@ -356,6 +363,10 @@ class TFLiteFile:
         np.add.at(change, birth[alive], size[alive])
         np.add.at(change, death[alive] + 1, -size[alive])
         return int(np.cumsum(change).max(initial=0))
+
+
+def _is_custom(code: schema.OperatorCode) -> bool:
+    return max(code.BuiltinCode(), code.DeprecatedBuiltinCode()) == schema.BuiltinOperator.CUSTOM
 
 
 def _names(tensor_name: str, layer: str) -> bool:

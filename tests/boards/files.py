@@ -1,0 +1,41 @@
+"""Small files for boards, good ones and bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flatbuffers
+import numpy as np
+import tf_keras
+from tensorflow.lite.python import schema_py_generated as schema
+
+from compress.candidate import Artifact, Calibration, Candidate, Storage
+from compress.data.source import Split, make_data
+from compress.deploy.tflite import export
+
+layers = tf_keras.layers
+
+
+def convolutions(path: Path, filters: int = 2, scheme: str = "float32") -> Artifact:
+    """Write a file of two convolutions and a mean."""
+    image = tf_keras.Input((16, 16, filters), name="image")
+    x = layers.Conv2D(filters, 3, padding="same")(image)
+    model = tf_keras.Model(image, layers.GlobalAveragePooling2D()(layers.Conv2D(filters, 3, padding="same")(x)))
+    part = Split(np.random.default_rng(0).normal(size=(8, 16, 16, filters)).astype(np.float32), np.arange(8) % 2)
+    return export(Candidate(model, storage=Storage(scheme, Calibration(4))), make_data("random", part, part), path)
+
+
+def with_unknown_operator(good: Path, path: Path) -> Artifact:
+    """Write a copy in which an operator that nobody knows stands in the place of the convolutions."""
+    model = schema.ModelT.InitFromPackedBuf(good.read_bytes(), 0)
+    for code in model.operatorCodes:
+        if code.builtinCode == schema.BuiltinOperator.CONV_2D:
+            code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM
+            code.customCode = "Mystery"
+    for op in model.subgraphs[0].operators:
+        if model.operatorCodes[op.opcodeIndex].builtinCode == schema.BuiltinOperator.CUSTOM:
+            op.builtinOptions, op.builtinOptionsType = None, schema.BuiltinOptions.NONE
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
+    return Artifact(path, Storage())
