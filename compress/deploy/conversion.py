@@ -22,8 +22,10 @@ _OVERFLOWN = 1e37
 """The converter writes the largest float for an infinite limit."""
 
 
-def make_converter(model: tf_keras.Model) -> tf.lite.TFLiteConverter:
+def make_converter(model: tf_keras.Model, *, select_tf_ops: bool = False) -> tf.lite.TFLiteConverter:
     """Return a converter of the model for one sample at a time.
+
+    With ``select_tf_ops`` it writes operators of TensorFlow itself where LiteRT has none.
 
     Raises:
         CompressError: if a size of the input is not known.
@@ -43,7 +45,10 @@ def make_converter(model: tf_keras.Model) -> tf.lite.TFLiteConverter:
     # file in four to nine times the time.
     holder = tf.Module()
     holder.weights = model.weights
-    return tf.lite.TFLiteConverter.from_concrete_functions([signature], holder)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], holder)
+    if select_tf_ops:
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS]
+    return converter
 
 
 def integer_form(candidate: Candidate) -> tf_keras.Model:
@@ -110,7 +115,8 @@ def complaints_explained(scheme: Scheme, model: tf_keras.Model | None = None) ->
                 f"export as {scheme}, layer {', '.join(_layers_with(unknown, model)) or '?'}",
                 expected="operations that LiteRT has",
                 received=", ".join(f"tf.{name}" for name in unknown),
-                fix="Put layers in their place that do the same with other operations, or end the model before them.",
+                fix="Put layers in their place that do the same with other operations, or end the model before them."
+                + _fallback(model),
             ) from error
         raise CompressError(
             f"export as {scheme}",
@@ -120,6 +126,21 @@ def complaints_explained(scheme: Scheme, model: tf_keras.Model | None = None) ->
             if scheme == "float32"
             else "Choose another storage (quantize with scheme=dynamic), or replace the layer that is named.",
         ) from error
+
+
+def _fallback(model: tf_keras.Model) -> str:
+    """Say what a file with operators of TensorFlow itself would cost, measured on this model; empty: there is none."""
+    try:
+        with stderr_aside(show_on_failure=False):
+            size = len(make_converter(model, select_tf_ops=True).convert())
+    except Exception:
+        # As above: the converter refuses the model in this way, too, which is no news.
+        return ""
+    return (
+        f" With TensorFlow's own operators it would be a file of {size:,} bytes (python -m compress.deploy.export "
+        "my.keras -o my.tflite --select-tf-ops), which cannot be measured here: it needs a runtime with the Flex "
+        "delegate, as tensorflow-lite-select-tf-ops is for Android, and no microcontroller has one."
+    )
 
 
 def calibration_samples(candidate: Candidate, data: Data, images: int) -> Iterator[list[np.ndarray]]:

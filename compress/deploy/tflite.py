@@ -56,16 +56,20 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
     return Artifact(path, candidate.storage)
 
 
-def export_float(model: tf_keras.Model, path: Path) -> None:
+def export_float(model: tf_keras.Model, path: Path, *, select_tf_ops: bool = False) -> None:
     """Write the float file of a model that no data are at hand for.
 
-    It is the file that :func:`export` writes of a float candidate.
+    It is the file that :func:`export` writes of a float candidate. With ``select_tf_ops`` it may hold operators of
+    TensorFlow itself, which LiteRT's Python package does not run.
 
     Raises:
         CompressError: if the converter refuses the model.
     """
     with complaints_explained("float32", model):
-        content = bytes(make_converter(model).convert())
+        content = bytes(make_converter(model, select_tf_ops=select_tf_ops).convert())
+    if select_tf_ops:
+        _write(content, path)
+        return
     shape = [1, *(size or 1 for size in model.inputs[0].shape[1:])]
     samples = np.random.default_rng(0).normal(size=(_COMPARED_IMAGES, *shape)).astype(np.float32)
     _write_smaller(content, list(samples), _TOLERANCE, path)
@@ -76,6 +80,10 @@ def _write_smaller(content: bytes, samples: Sequence[np.ndarray], tolerance: flo
     sparse = store_sparsely(content)
     if sparse is not None and _agree(content, sparse, samples, tolerance):
         content = sparse
+    _write(content, path)
+
+
+def _write(content: bytes, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_bytes(content)
     unfinished.replace(path)

@@ -57,8 +57,6 @@ class Verification:
     board: str
     lacking: tuple[str, ...]
     """Operators that the board says it has no kernel for."""
-    select_tf_ops: tuple[str, ...]
-    """Operators that only TensorFlow itself has."""
     micro_lacking: tuple[str, ...]
     """Operators that TensorFlow Lite for Microcontrollers has no kernel for."""
 
@@ -124,7 +122,6 @@ def verify(content: bytes, agreed: Agreement | None, board: Board) -> Verificati
         operators,
         board.name,
         lacking=tuple(sorted(board.lacks(names))),
-        select_tf_ops=tuple(sorted(u.name for u in operators if not u.builtin and u.name.startswith("Flex"))),
         micro_lacking=tuple(name for name in names if name not in MICRO_KERNELS),
     )
 

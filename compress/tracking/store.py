@@ -20,9 +20,11 @@ from filelock import FileLock
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from compress.deploy.interface import Interface
 from compress.errors import CompressError
 from compress.tracking.charts import OBJECTIVES, Point, pareto_page, pareto_picture
 from compress.tracking.pareto import non_dominated
+from compress.tracking.serving import log_served_model
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -89,11 +91,18 @@ class MlflowRecorder(Recorder):
         self._step += 1
 
     def finish(self, report: Mapping[str, Any], result: Result, folder: Path) -> None:
-        """Log ratios, the files and the picture of the layers."""
+        """Log ratios, the files, the picture of the layers, and the model as one that MLflow can serve."""
         ratios = {f"ratio.{key}": value for key, value in report["ratios"].items() if value is not None}
         _log_metrics(self._client, self._run, {**ratios, "seconds": report["seconds"]})
         for name in ("report.json", "model.tflite", "model.cmp", "layers.png"):
             self._client.log_artifact(self._run, str(folder / name))
+        if "interface" in report:
+            self._client.log_artifact(self._run, str(folder / report["artifacts"]["card"]))
+            interface = Interface.from_json(report["interface"])
+            log_served_model(self._client, self._run, folder / report["artifacts"]["tflite"], interface)
+            self._client.set_tag(
+                self._run, "serve", f"mlflow models serve -m runs:/{self._run}/model --env-manager local"
+            )
         if result.last.noise:
             self._client.log_artifact(self._run, str(folder / "noise.png"))
             rows = [asdict(item) for item in result.last.noise]

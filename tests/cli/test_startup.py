@@ -29,6 +29,12 @@ def test_no_heavy_module_is_imported(outside, arguments):
     assert "HEAVY [] CODE 0" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("module", ["compress.predict", "compress.deploy.__main__", "compress.deploy.export"])
+def test_help_of_the_other_commands(outside, module):
+    done = outside("-c", PROBE.format(arguments=["--help"]).replace("compress.run", module))
+    assert "HEAVY [] CODE 0" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=lambda a: " ".join(a))
 def test_answers_within_a_second(outside, arguments):
     seconds = []

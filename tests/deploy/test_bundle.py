@@ -105,7 +105,16 @@ def test_the_python_program_has_the_accuracy_of_the_report_without_this_project(
     test = np.arange(len(bunch.target)) % 5 == 4
     np.save(tmp_path / "x.npy", bunch.images[test][..., None])
     np.save(tmp_path / "y.npy", bunch.target[test])
-    command = [sys.executable, "-I", "-c", SNIPPET_TEST, str(bundle), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    command = [
+        sys.executable,
+        "-I",
+        "-B",
+        "-c",
+        SNIPPET_TEST,
+        str(bundle),
+        str(tmp_path / "x.npy"),
+        str(tmp_path / "y.npy"),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(report_of(bundle)["final"]["accuracy"])
