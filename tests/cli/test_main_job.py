@@ -22,7 +22,7 @@ from compress.deploy.packing import unpack
 from compress.tracking.report import SCHEMA_FILE
 from tests.conftest import REPOSITORY
 
-QUICK = ["recovery.epochs=1", "board.runs=100", "board.warmup=1"]
+QUICK = ["recovery.epochs=1", "board.runs=100", "board.warmup=1", "board.precision=null"]
 SAME = ("accuracy", "accuracy_keras", "params", "nonzero_params", "macs", "tflite_bytes", "packed_bytes", "gzip_bytes")
 
 

@@ -12,7 +12,14 @@ import tf_keras
 from .test_bad_input import assert_refused
 
 layers = tf_keras.layers
-SHORT = ("model.train.epochs=2", "recovery.epochs=0.2", "board.runs=100", "board.warmup=1", "strategy=distill")
+SHORT = (
+    "model.train.epochs=2",
+    "recovery.epochs=0.2",
+    "board.runs=100",
+    "board.warmup=1",
+    "board.precision=null",
+    "strategy=distill",
+)
 
 
 def student_of(path: Path, *, classes: int = 10, scale: float = 1.0) -> Path:

@@ -22,7 +22,7 @@ from compress.tracking.report import SCHEMA_FILE
 from .test_bad_input import assert_refused
 
 layers = tf_keras.layers
-QUICK = ("board.runs=100", "board.warmup=1")
+QUICK = ("board.runs=100", "board.warmup=1", "board.precision=null")
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 
 

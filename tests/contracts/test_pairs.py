@@ -29,6 +29,8 @@ REFUSED = {
     *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", "block_circulant")),
     *(("share", second) for second in OTHERS if second not in ("qat", "pack")),
 }
+NO_BOARD = "board=roofline"
+"""Times are not looked at here, and an estimate starts no process."""
 CLUSTERS = 16
 SPARSITY = 0.6
 SETTINGS = {
@@ -95,7 +97,7 @@ def test_pair(first, second, pipeline, tmp_path):
         settings.append(f"strategy.{second}.{SETTINGS_AFTER[first, second]}")
     if (first, second) in RATES:
         settings.append(f"strategy.{second}.recovery.learning_rate={RATES[first, second]}")
-    built = pipeline(f"strategy={first}+{second}", *settings)
+    built = pipeline(f"strategy={first}+{second}", *settings, NO_BOARD)
     (tmp_path / "first").mkdir()
     (tmp_path / "both").mkdir()
     if (first, second) in REFUSED:
@@ -124,7 +126,7 @@ def test_pair(first, second, pipeline, tmp_path):
     if "quantize" in (first, second):
         assert {tensor.dtype for tensor in stored} == {np.dtype(np.int8)}
     if first in ("lowrank", "compact", "prune_channels"):
-        alone = pipeline(f"strategy={first}").run(tmp_path / "first")
+        alone = pipeline(f"strategy={first}", NO_BOARD).run(tmp_path / "first")
         before = operators_in(tmp_path / "first" / "model.tflite")
         after = operators_in(file)
         kinds = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
@@ -153,7 +155,7 @@ def test_pair(first, second, pipeline, tmp_path):
 @pytest.mark.parametrize("others", [("prune", "share"), ("share", "prune")], ids="-".join)
 def test_zeros_clusters_and_integers_live_together(others, position, last, pipeline, tmp_path):
     order = [*others[:position], last, *others[position:]]
-    built = pipeline(f"strategy={'+'.join(order)}", *(f"strategy.{k}.{SETTINGS[k]}" for k in others))
+    built = pipeline(f"strategy={'+'.join(order)}", *(f"strategy.{k}.{SETTINGS[k]}" for k in others), NO_BOARD)
     if last == "qat" and order.index("qat") < order.index("share"):
         with pytest.raises(CompressError, match="share after stage qat"):
             built.run(tmp_path)
