@@ -347,3 +347,37 @@ def test_pruned_zeros_survive_every_scope(scope, model, data):
     assert [v for guarantee in shared.guarantees for v in guarantee.check(shared.model)] == []
     for before, after in zip(kernels(pruned.model), kernels(shared.model), strict=True):
         assert not after.value[before.value == 0].any()
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_tfmot_s_scheme_gives_few_values_and_keeps_zeros(pruned, model, data):
+    candidate = Candidate(model)
+    if pruned:
+        candidate = Prune(sparsity=0.5).apply(candidate, context(model, data, Recovery(method="none")))
+    before = [weight.copy() for weight in candidate.model.get_weights()]
+    shared = Share(clusters=6, scheme="tfmot").apply(candidate, context(model, data, TRAINING))
+    for one, other in zip(before, candidate.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [type(layer) for layer in shared.model.layers if "Cluster" in type(layer).__name__] == []
+    assert [v for guarantee in shared.guarantees for v in guarantee.check(shared.model)] == []
+    for old, new in zip(kernels(candidate.model), kernels(shared.model), strict=True):
+        assert not new.value[old.value == 0].any()
+        if new.layer.name in ("conv", "dense"):
+            assert 3 <= len(np.unique(new.value)) <= 6
+
+
+def test_tfmot_s_scheme_is_refused_or_listed_where_it_cannot(model, data):
+    shared = Share(clusters=6).apply(Candidate(model), context(model, data, Recovery(method="none")))
+    with pytest.raises(CompressError, match="know nothing of share"):
+        Share(clusters=4, scheme="tfmot").apply(shared, context(model, data, Recovery(method="none")))
+    with pytest.raises(ValueError, match="scope=model only beside scheme=own"):
+        Share(scheme="tfmot", scope="model")
+    image = tf_keras.Input((6, 6, 2))
+    x = layers.Flatten()(layers.DepthwiseConv2D(3, name="depthwise")(image))
+    deep = tf_keras.Model(image, layers.Dense(3, name="dense")(x))
+    found = Share(clusters=4, scheme="tfmot").apply(Candidate(deep), context(deep, data, Recovery(method="none")))
+    assert [(item.layer, item.by_choice) for item in found.skipped] == [("depthwise", False)]
+    assert len(np.unique(found.model.get_layer("dense").kernel)) <= 4
+    pruned = Prune(sparsity=0.5).apply(Candidate(model), context(model, data, Recovery(method="none")))
+    with pytest.raises(CompressError, match="TFMOT's cluster_weights takes"):
+        Share(clusters=2, scheme="tfmot").apply(pruned, context(model, data, Recovery(method="none")))

@@ -14,10 +14,14 @@ from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
+from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, merged_on_export
-from compress.graph.kernels import Kernel, get_variable, kernels, without_kernel
+from compress.graph.kernels import Kernel, get_variable, get_weight, kernels, without_kernel
+from compress.strategies.options import refuse_without_effect
+from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.sharing.centroids import TrainedCentroids
 from compress.strategies.sharing.codebook import Codebook
+from compress.strategies.sharing.tfmot_clustering import is_clusterable, unwrap, wrapped_by_tfmot
 from compress.strategies.strategy import STRICT, Context, Strategy
 
 Start = Literal["linear", "density", "kmeans++"]
@@ -44,6 +48,8 @@ class Share(Strategy):
         iterations: of k-means, at most.
         gradient: a centroid learns from the ``mean`` of its weights' gradients, or from their ``sum``, which asks for a
             much lower learning rate.
+        scheme: ``own``, or ``tfmot``: the toolkit's layers, in which weights change their cluster while they train; of
+            what earlier stages establish they keep zeros only.
     """
 
     clusters: Annotated[int, Ge(2), Le(65536)] = 32
@@ -51,9 +57,14 @@ class Share(Strategy):
     start: Start = "linear"
     iterations: Annotated[int, Ge(1)] = 100
     gradient: Literal["mean", "sum"] = "mean"
+    scheme: Literal["own", "tfmot"] = "own"
 
     effects = frozenset({Effect.TRAIN, Effect.SHARE})
     establishes = Codebook
+
+    def __post_init__(self) -> None:
+        """Refuse fields that TFMOT's scheme does not have."""
+        refuse_without_effect(self, [(self.scheme == "own", ("scope", "iterations"), "scheme=own")])
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Fold, cluster, and train the centroids."""
@@ -74,6 +85,8 @@ class Share(Strategy):
                 skipped.append(
                     Skipped(kernel.layer.name, "the export merges a normalisation next to it into its kernel")
                 )
+            elif self.scheme == "tfmot" and not is_clusterable(kernel.layer):
+                skipped.append(Skipped(kernel.layer.name, "TFMOT does not cluster all its kernels"))
             elif size <= self.clusters and self.scope != "model":
                 what = "weights of a channel" if self.scope == "channel" else "weights"
                 skipped.append(Skipped(kernel.layer.name, f"{size} {what}, {self.clusters} clusters", True))
@@ -81,6 +94,8 @@ class Share(Strategy):
                 chosen.append(kernel)
         if not chosen or (self.scope == "model" and sum(kernel.size for kernel in chosen) <= self.clusters):
             raise context.nothing_done(f"a kernel with more than {self.clusters} weights", skipped)
+        if self.scheme == "tfmot":
+            return self._by_tfmot(candidate.evolve(model=model), chosen, skipped, context)
         labels = self._cluster(model, chosen, np.random.default_rng(context.seed))
         variables = [get_variable(model, kernel.name) for kernel in chosen]
         trained = TrainedCentroids(variables, labels, joint=self.scope == "model", summed=self.gradient == "sum")
@@ -96,6 +111,39 @@ class Share(Strategy):
             return context.recover(shared.with_guarantee(guarantee), projections=projections)
         shared = context.recover(shared, projections=projections)
         return shared.with_guarantee(guarantee.with_values(trained.values()))
+
+    def _by_tfmot(
+        self, candidate: Candidate, chosen: Sequence[Kernel], skipped: Sequence[Skipped], context: Context
+    ) -> Candidate:
+        names = {kernel.layer.name for kernel in chosen}
+        bound = [guarantee for guarantee in candidate.guarantees if guarantee.layers & names]
+        foreign = sorted({guarantee.stage for guarantee in bound if not isinstance(guarantee, Zeros)})
+        if foreign:
+            raise CompressError(
+                f"strategy.{context.stage}.scheme",
+                expected="scheme=own behind stages whose properties have to be kept, other than zeros",
+                received=f"scheme=tfmot, whose layers know nothing of {', '.join(foreign)}",
+                fix=f"Write strategy.{context.stage}.scheme=own.",
+            )
+        wrapped = wrapped_by_tfmot(
+            candidate.model,
+            names,
+            self.clusters,
+            start=self.start,
+            gradient=self.gradient,
+            keep_zeros={name for guarantee in bound for name in guarantee.layers & names},
+            where=f"stage {context.stage}",
+        )
+        left_alone = context.skip(skipped)
+        others = tuple(guarantee.without(names) for guarantee in candidate.guarantees)
+        context.recover(candidate.evolve(model=wrapped, guarantees=others))
+        model = unwrap(wrapped, candidate.model)
+        labels = {}
+        for kernel in chosen:
+            value = get_weight(model, kernel.name)
+            labels[kernel.name] = np.unique(value, return_inverse=True)[1].reshape(value.shape).astype(np.int32)
+        result = candidate.evolve(model=model, skipped=left_alone)
+        return result.with_guarantee(Codebook(context.stage, self.clusters, labels))
 
     def _cluster(self, model: object, chosen: Sequence[Kernel], rng: np.random.Generator) -> list[np.ndarray]:
         """Write the clustered weights into the model; return the label of each weight, an array for each kernel."""

@@ -61,7 +61,7 @@ class MixturePrior:
         between = max((high - low) / max(components - 1, 1) / 2, width)
         self._widths = tf.Variable(np.log(np.append(width, np.full(components, between))), dtype=tf.float32)
         self._shares = tf.Variable(tf.zeros(components), name="shares")
-        self.variables = [self._means, self._widths, self._shares]
+        self.variables: Sequence[tf.Variable] = [self._means, self._widths, self._shares]
         for _ in range(_FITTING_STEPS):
             self._fit()
 
@@ -96,7 +96,7 @@ class MixturePrior:
     def _complexity(self, flat: tf.Tensor, means: tf.Tensor, widths: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
         """Return minus the log of the posterior density of weights [n] and mixture, with natural gradients."""
 
-        @tf.custom_gradient
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
         def complexity(
             flat: tf.Tensor, means: tf.Tensor, widths: tf.Tensor, shares: tf.Tensor
         ) -> tuple[tf.Tensor, object]:
