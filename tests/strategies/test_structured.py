@@ -19,7 +19,9 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.sharing.block_circulant import BlockCirculant
 from compress.strategies.sharing.block_toeplitz import BlockToeplitz
 from compress.strategies.sharing.butterfly import Butterfly
+from compress.strategies.sharing.displacement import Pairs, nearest_pairs
 from compress.strategies.sharing.kronecker import Kronecker
+from compress.strategies.sharing.low_displacement import LowDisplacement
 from compress.strategies.sharing.structured import Structured, _named
 from compress.strategies.strategy import Context
 from compress.training import Recovery
@@ -109,6 +111,57 @@ def test_what_is_a_butterfly_stays_one(inputs: int, outputs: int) -> None:
     np.testing.assert_allclose(again, found, atol=1e-4)
 
 
+def sum_of_pairs(pairs: Pairs) -> np.ndarray:
+    """What the definition says, by SciPy: a skew-circulant matrix is Toeplitz."""
+    total = np.zeros((len(pairs.circulant),) * 2)
+    for g, h in zip(pairs.circulant.T, pairs.skew.T, strict=True):
+        skew = scipy.linalg.toeplitz(h, np.concatenate([h[:1], -h[:0:-1]]))
+        total += scipy.linalg.circulant(g) @ skew
+    return total
+
+
+@given(size=st.integers(2, 14), rank=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_a_sum_of_circulant_times_skew_circulant_is_found_again(size: int, rank: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = sum_of_pairs(Pairs(rng.normal(size=(size, rank)), rng.normal(size=(size, rank))))
+    found = nearest_pairs(matrix, min(rank, size - 1) if rank < size else size)
+    np.testing.assert_allclose(found.matrix(), sum_of_pairs(found), atol=1e-8 * np.abs(matrix).max() + 1e-9)
+    np.testing.assert_allclose(sum_of_pairs(found), matrix, atol=1e-4 * np.abs(matrix).max())
+
+
+def test_more_displacement_rank_comes_nearer_and_better_than_the_singular_vectors_alone() -> None:
+    matrix = random_matrix(24, 24).astype(np.float64)
+    errors = [np.linalg.norm(nearest_pairs(matrix, rank).matrix() - matrix) for rank in (1, 2, 4, 8, 24)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6
+    displacement = np.roll(matrix, 1, axis=0) - np.concatenate([matrix[:, 1:], -matrix[:, :1]], 1)
+    vectors, values, others = np.linalg.svd(displacement)
+    start = Pairs(vectors[:, :4] * values[:4] / 2, others[:4].T[::-1])
+    assert errors[2] < 0.8 * np.linalg.norm(sum_of_pairs(start) - matrix)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 12), (24, 8), (21, 8), (8, 24), (8, 21), (9, 2)])
+def test_low_displacement_rank_in_square_blocks(inputs: int, outputs: int, rank: int) -> None:
+    matrix = random_matrix(inputs, outputs)
+    if rank >= min(inputs, outputs):
+        assert "no more than rank 2" in str(LowDisplacement(rank=rank).project(matrix))
+        return
+    found, count = multiplied_with(LowDisplacement(rank=rank), matrix)
+    size, length = min(inputs, outputs), max(inputs, outputs)
+    blocks = -(-length // size)
+    assert count == 2 * size * rank * blocks
+    whole = np.zeros((blocks * size, size))
+    whole[:length] = matrix if inputs >= outputs else matrix.T
+    expected = [
+        sum_of_pairs(nearest_pairs(block if inputs >= outputs else block.T, rank))
+        for block in whole.reshape(blocks, size, size)
+    ]
+    joined = np.concatenate(expected, 0 if inputs >= outputs else 1)[:inputs, :outputs]
+    np.testing.assert_allclose(found, joined, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def data() -> Data:
     rng = np.random.default_rng(0)
@@ -127,7 +180,7 @@ def two_layers() -> tf_keras.Model:
     return tf_keras.Model(image, layers.Dense(4, name="last")(x))
 
 
-ALL = [BlockCirculant(block=8), BlockToeplitz(block=8), Kronecker(rank=2), Butterfly()]
+ALL = [BlockCirculant(block=8), BlockToeplitz(block=8), Kronecker(rank=2), Butterfly(), LowDisplacement(rank=2)]
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=lambda s: type(s).__name__)
