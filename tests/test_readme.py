@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from compress.cli.boards import load_boards
 from compress.cli.compose import compose_config
 from compress.cli.places import conf_dir
 from compress.reproduce import names
@@ -29,6 +30,19 @@ def test_run_commands_compose(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.reproduce")])
 def test_reproduce_commands_name_experiments(command):
     assert set(shlex.split(command)[3:]) <= set(names())
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.measure")])
+def test_measure_commands_name_boards(command):
+    words = shlex.split(command)[3:]
+    (boards,) = re.findall(r"--boards (\S+)", command)
+    settings = [word for word in words if "=" in word]
+    own = {
+        word.rpartition("/")[2].removesuffix(".yaml") for other in COMMANDS for word in other.split() if "yaml" in word
+    }
+    assert (
+        load_boards([name for name in boards.split(",") if name not in own], settings) or set(boards.split(",")) <= own
+    )
 
 
 @pytest.mark.parametrize("group", ["strategy", "model", "data", "recovery", "board", "tracking", "cache"])

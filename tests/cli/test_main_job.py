@@ -82,6 +82,9 @@ def test_the_default_job(cli, tmp_path):
         assert metrics[f"baseline.{key}"] == report["baseline"][key]
         assert metrics[f"lowrank.{key}"] == report["stages"][0][key]
     assert metrics["latency_p50"] == report["final"]["latency_ms"]["p50"]
+    assert metrics["board_load_ms"] == report["final"]["on_board"]["load_ms"] > 0
+    assert report["baseline"]["speedup"] is None
+    assert metrics["speedup"] == report["final"]["speedup"] > 0
     assert metrics["ratio.gzip_bytes"] == report["ratios"]["gzip_bytes"]
     assert children[0].data.params["strategy.prune.ramp"] == "0.25"
     files = {item.path for item in client.list_artifacts(children[0].info.run_id)}

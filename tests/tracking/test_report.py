@@ -217,6 +217,24 @@ def test_a_board_that_failed_is_said(model):
     assert "code -6" in note
 
 
+def test_an_estimate_is_never_called_a_latency(model):
+    first, last = (replace(n, latency_ms=None, estimate_ms=ms) for n, ms in ((BASELINE, 2.0), (SMALLER, 0.5)))
+    result = finished(model, last, baseline=first)
+    (note,) = notes(result)
+    assert "2.000 to 0.500 ms is an estimate and no latency" in note
+    report = make_report(result, CONFIG, seconds=1.0)
+    jsonschema.validate(report, json.loads(SCHEMA_FILE.read_text()))
+    assert report["final"]["latency_ms"] is None
+    assert report["ratios"]["latency_p50"] is None
+
+
+def test_times_taken_in_turns_say_whether_the_latency_fell(model):
+    slow = replace(BASELINE.latency_ms, p50=1.9)
+    (note,) = notes(finished(model, replace(SMALLER, latency_ms=slow, speedup=0.98)))
+    assert "in turns 0.98 times as fast" in note
+    assert notes(finished(model, replace(SMALLER, latency_ms=replace(slow, p50=2.1), speedup=1.2))) == []
+
+
 @pytest.mark.parametrize(
     ("guarantees", "reason"),
     [
