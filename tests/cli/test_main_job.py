@@ -88,8 +88,13 @@ def test_the_default_job(cli, tmp_path):
     assert metrics["ratio.gzip_bytes"] == report["ratios"]["gzip_bytes"]
     assert children[0].data.params["strategy.prune.ramp"] == "0.25"
     files = {item.path for item in client.list_artifacts(children[0].info.run_id)}
-    assert {"report.json", "model.tflite", "layers.png", "config.yaml"} <= files
+    assert {"report.json", "model.tflite", "layers.png", "config.yaml", "card.md", "model"} <= files
+    assert f"runs:/{children[0].info.run_id}/model" in children[0].data.tags["serve"]
+    served = {item.path for item in client.list_artifacts(children[0].info.run_id, "model")}
+    assert {"model/MLmodel", "model/served_model.py", "model/artifacts"} <= served
     assert (tmp_path / "out" / "layers.png").is_file()
+    assert report["artifacts"]["card"] == "card.md"
+    assert f"{report['final']['accuracy']:.2f} %" in (tmp_path / "out" / "card.md").read_text()
 
 
 def test_an_integer_file_shows_its_noise_layer_by_layer(cli, tmp_path):
