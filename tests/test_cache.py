@@ -20,8 +20,8 @@ from compress.cache import Entry, StageCache, code_digest
 from compress.candidate import Calibration, Candidate, Storage
 from compress.models.small import Lenet5
 from compress.strategies.compact.separable_form import SeparableForm
-from compress.strategies.lowrank.rank import Rank
 from compress.strategies.lowrank.factorize import LowRank
+from compress.strategies.lowrank.rank import Rank
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.quantization.stored import Stored
