@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tf_keras
 
-from compress.candidate import Candidate
+from compress.candidate import Artifact, Candidate, Latency, Measurement
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
@@ -16,7 +16,7 @@ from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_macs, count_params
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.lowrank.factorize import LowRank
-from compress.strategies.lowrank.rank import first_factor
+from compress.strategies.lowrank.rank import Rank, first_factor
 from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
 from compress.training import Recovery
@@ -238,7 +238,7 @@ def test_a_budget_below_rank_one_everywhere_is_refused_with_the_limit():
     with pytest.raises(CompressError) as caught:
         lowered(model, macs=0.001)
     assert caught.value.where == "strategy.lowrank.macs"
-    least = count_macs(lowered(model, rank=1, form="spatial").model) / count_macs(model)
+    least = count_macs(lowered(model, rank=1, form="tucker").model) / count_macs(model)
     assert f"{least:.3f}" in caught.value.expected
 
 
@@ -284,3 +284,132 @@ def test_a_layer_that_the_file_computes_with_floats_is_factorized_into_such(tmp_
     kinds = {name: next(dtype for tensor, dtype in stored.items() if f"{name}/" in tensor) for name in wanted}
     assert kinds == {"second_reduce": np.float32, "second": np.float32, "first": np.int8}
     assert [v for guarantee in candidate.guarantees for v in guarantee.check_file(file)] == []
+
+
+def measuring(milliseconds) -> Context:
+    """A context whose board takes so long as ``milliseconds`` says of a file."""
+    x = np.random.default_rng(3).normal(size=(8, 10, 10, 6)).astype(np.float32)
+    part = Split(x, np.arange(8) % 2)
+
+    def measure(artifact: Artifact) -> Measurement:
+        time = milliseconds(TFLiteFile.read(artifact.path))
+        return Measurement("imagined", Latency(time, time, time, time, 1, 1))
+
+    model = network("same")
+    return Context("lowrank", make_data("random", part, part), model, Recovery(method="none"), 0, measure=measure)
+
+
+def test_a_budget_of_latency_is_met_where_multiply_adds_take_time():
+    context = measuring(lambda file: 1e-6 * file.macs() + 1e-4)
+    result = LowRank(latency=0.6).apply(Candidate(context.reference), context)
+    assert 0.55 <= result.measured["latency_kept"] <= 0.6
+    assert count_macs(result.model) / count_macs(context.reference) == pytest.approx(0.6, abs=0.06)
+
+
+def test_layers_that_a_chain_makes_no_faster_on_the_board_are_left_alone():
+    def milliseconds(file: TFLiteFile) -> float:
+        """Every layer costs something of its own: two thin ones take longer than the small convolution."""
+        return 1e-6 * file.macs() + 0.08 * len(file.weighted)
+
+    context = measuring(milliseconds)
+    result = LowRank(latency=0.7).apply(Candidate(context.reference), context)
+    assert result.measured["latency_kept"] <= 0.7
+    assert set(result.guarantees[0].ranks) == {"two"}
+    with pytest.raises(CompressError, match=r"strategy\.lowrank\.latency"):
+        LowRank(latency=0.05).apply(Candidate(context.reference), context)
+
+
+@pytest.mark.parametrize("form", ["tucker", "cp", "tensor_train"])
+def test_a_chain_of_three_and_more_is_exported_guaranteed_and_factorized_again(form, tmp_path):
+    model = chain((9, 9, 16), layers.Conv2D(16, 3, name="layer"), layers.GlobalAveragePooling2D())
+    first = lowered(model, rank=8, form=form)
+    part = Split(np.zeros((8, 9, 9, 16), np.float32), np.arange(8) % 2)
+    second = lowered(model, "lowrank2", first, rank=3, form=form)
+    for candidate in (first, second):
+        file = TFLiteFile.read(export(candidate, make_data("none", part, part), tmp_path / "model.tflite").path)
+        assert [v for g in candidate.guarantees for v in (*g.check(candidate.model), *g.check_file(file))] == []
+    assert first.guarantees[0].forms == {"layer": form}
+    widths = [second.model.get_layer(name).output_shape[-1] for name in ("layer_reduce", *second.guarantees[1].inner)]
+    assert max(widths) <= 3
+    broken = Rank("stage", {"layer": 2}, {"layer": form}, dict.fromkeys(second.guarantees[1].inner, 2))
+    assert {violation.layer for violation in broken.check(second.model)} == {
+        "layer_reduce",
+        *(name for name in broken.inner if second.model.get_layer(name).output_shape[-1] > 2),
+    }
+
+
+def trained_like(seed: int = 0) -> tf_keras.Model:
+    """A network whose layers read correlated values, with batch norms and a sum."""
+    tf_keras.utils.set_random_seed(seed)
+    image = tf_keras.Input((10, 10, 6))
+    x = layers.Conv2D(16, 3, padding="same", name="one")(image)
+    x = kept = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
+    x = layers.ReLU()(layers.Conv2D(16, 3, padding="same", name="two")(x))
+    x = layers.Add()([kept, layers.Conv2D(16, 3, padding="same", name="three")(x)])
+    x = layers.ReLU()(x)
+    model = tf_keras.Model(image, layers.Dense(5, name="head")(layers.GlobalAveragePooling2D()(x)))
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(16, 16)) * np.geomspace(1, 0.05, 16)
+    kernel = model.get_layer("one").kernel
+    kernel.assign(np.asarray(kernel) @ mix)
+    return model
+
+
+@pytest.mark.parametrize("form", ["auto", "spatial", "tucker"])
+def test_fitting_to_outputs_keeps_the_logits_better_than_fitting_to_weights(form):
+    model = trained_like()
+    rng = np.random.default_rng(1)
+    images = rng.normal(size=(192, 10, 10, 6)).astype(np.float32)
+    images = np.cumsum(images, axis=1) / 3
+    train, held_out = (Split(part, np.arange(len(part)) % 5) for part in (images[:128], images[128:]))
+    context = Context("lowrank", make_data("random", train, held_out), model, Recovery(method="none"), 0)
+    wanted = np.asarray(model(held_out.x))
+    errors = {}
+    for fit in ("weights", "outputs"):
+        more = {"images": 128} if fit == "outputs" else {}
+        result = LowRank(macs=0.45, form=form, fit=fit, **more).apply(Candidate(model), context)
+        assert 0.38 <= count_macs(result.model) / count_macs(model) <= 0.45
+        assert result.measured["macs_kept"] == count_macs(result.model) / count_macs(model)
+        assert result.guarantees[0].check(result.model) == []
+        errors[fit] = float(np.mean((np.asarray(result.model(held_out.x)) - wanted) ** 2))
+    assert errors["outputs"] < 0.5 * errors["weights"]
+
+
+def test_batch_norms_between_the_factors_change_nothing_and_are_merged_into_the_file(tmp_path):
+    model = trained_like()
+    plain = lowered(model, rank=4)
+    normed = lowered(model, rank=4, batch_norm=True)
+    names = {layer.name for layer in normed.model.layers} - {layer.name for layer in plain.model.layers}
+    assert names == {f"{layer}_reduce_norm" for layer in plain.guarantees[0].ranks}
+    np.testing.assert_allclose(outputs(normed.model), outputs(plain.model), atol=1e-4)
+    part = Split(np.zeros((8, 10, 10, 6), np.float32), np.arange(8) % 2)
+    file = TFLiteFile.read(export(normed, make_data("none", part, part), tmp_path / "model.tflite").path)
+    assert normed.guarantees[0].check_file(file) == []
+    assert file.macs() == count_macs(plain.model)
+
+
+def test_a_share_of_the_rank_is_a_share_of_each_layers_own():
+    model = chain((40,), layers.Dense(30, name="one"), layers.Dense(20, name="two"), layers.Dense(60, name="three"))
+    result = lowered(model, ranks=0.2)
+    assert result.guarantees[0].ranks == {"one": 6, "two": 4, "three": 4}
+
+
+def test_variational_bayes_takes_the_planted_rank():
+    model = chain((60,), layers.Dense(50, name="dense"))
+    rng = np.random.default_rng(0)
+    planted = rng.normal(size=(60, 4)) @ rng.normal(size=(4, 50))
+    model.get_layer("dense").kernel.assign((planted + 0.3 * rng.normal(size=(60, 50))).astype(np.float32))
+    assert lowered(model, rank="vbmf").guarantees[0].ranks == {"dense": 4}
+    with pytest.raises(ValueError, match="spatial"):
+        LowRank(rank="vbmf", form="cp")
+
+
+def test_a_rank_above_every_full_rank_is_refused_with_the_highest():
+    with pytest.raises(CompressError, match="at most 24") as caught:
+        lowered(LAYERS["dense"](), rank=25)
+    assert caught.value.where == "strategy.lowrank.rank"
+
+
+def test_images_that_nothing_looks_at_are_refused():
+    with pytest.raises(ValueError, match="fit=outputs"):
+        LowRank(images=100)

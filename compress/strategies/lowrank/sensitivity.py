@@ -18,8 +18,8 @@ from compress.strategies.lowrank.fitting import Fit, Goal
 from compress.strategies.lowrank.form import Form
 from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
 
-_SAMPLES = 256
-_LEVELS = (3 / 4, 1 / 2, 1 / 4)
+_SAMPLES = 128
+_LEVELS = (2 / 3, 1 / 3)
 _SWEEPS = 1
 
 Table = dict[str, dict[str, dict[str, list[float]]]]

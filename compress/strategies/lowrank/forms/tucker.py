@@ -12,6 +12,8 @@ import tf_keras
 
 from compress.strategies.lowrank.form import Decomposition, Form, Spectrum, Widths
 
+_ITERATIONS = 10
+
 
 class Tucker(Form):
     """Both channel axes are cut to the same share; the rank is that of the filters."""
@@ -53,7 +55,7 @@ class Tucker(Form):
 
         def factors(rank: int) -> list[np.ndarray]:
             wanted = [int(self.widths(kernel.shape, np.array([rank]))[letter][0]) for letter in "pq"]
-            (core, (reading, writing)), _ = partial_tucker(kernel, wanted, modes=[2, 3])
+            (core, (reading, writing)), _ = partial_tucker(kernel, wanted, modes=[2, 3], n_iter_max=_ITERATIONS)
             return [reading, core, writing.T]
 
         return Decomposition(lambda: errors, factors, spectrum)
