@@ -119,7 +119,7 @@ def write(rows: dict[str, dict]) -> None:
     lines = [
         "# How long low-rank factorization takes",
         "",
-        "Random weights. Processor seconds are those of both cores together; on an idle machine with two cores the time "
+        "Random weights. Processor seconds are those of both cores together; on an idle one with two cores the time "
         "lies between half of them and all of them. Seconds are what the clock said, which other work on the machine "
         "makes longer.",
         "",
