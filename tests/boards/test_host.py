@@ -98,11 +98,9 @@ def test_two_threads_are_reported_as_two(tmp_path):
 
 def test_a_narrow_interval_takes_more_runs_and_time_bounds_them(tmp_path):
     made = artifact(tmp_path, 64)
-    plain = Host(runs=100, precision=None).measure(made).latency_ms
-    for precise in (Host(runs=100, precision=1e-6, seconds=1.0), Host(runs=100, precision=1e-6, seconds=0.0)):
-        latency = precise.measure(made).latency_ms
-        assert (latency.runs > 2 * plain.runs) == (precise.seconds > 0)
-        assert latency.interval > 1e-6
+    short, long = (Host(runs=100, precision=1e-6, seconds=seconds).measure(made).latency_ms for seconds in (0.0, 2.0))
+    assert 100 <= short.runs < long.runs
+    assert min(short.interval, long.interval) > 1e-6
 
 
 def test_files_are_measured_in_turns_and_one_that_crashes_leaves_the_others(tmp_path):
@@ -113,7 +111,8 @@ def test_files_are_measured_in_turns_and_one_that_crashes_leaves_the_others(tmp_
     assert failed.latency_ms is None
     assert "code" in failed.failure
     assert second.latency_ms.p50 > 3 * first.latency_ms.p50
-    assert 0.8 < again.latency_ms.p50 / first.latency_ms.p50 < 1.25
+    # The same file; the machine may be busy with other tests.
+    assert 0.5 < again.latency_ms.p50 / first.latency_ms.p50 < 2
 
 
 def test_every_input_is_filled(tmp_path):
