@@ -25,7 +25,7 @@ from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
-QUICK = {"mixed_precision": {"images": 64}, "rate_distortion": {"images": 64}}
+QUICK = {"mixed_precision": {"images": 64}, "rate_distortion": {"images": 64}, "product_quantization": {"images": 64}}
 """Fields that save time, and change nothing that is tested here."""
 BUDGETS = ("macs", "params", "weights", "sparsity", "channels")
 
