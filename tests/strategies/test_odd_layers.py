@@ -1,4 +1,4 @@
-"""Layers that have next to nothing to share: each sharing strategy leaves them alone and says so, or keeps them whole."""
+"""Layers that have next to nothing to share: each sharing strategy leaves them alone, or keeps them whole."""
 
 from __future__ import annotations
 
