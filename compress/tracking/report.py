@@ -155,7 +155,7 @@ def notes(result: Result) -> list[str]:
         reason = (
             "TFLite stores repeated values like any others, and so zeros where they are too few for its sparse form "
             "or LiteRT cannot run it; gzip_bytes shows what a download would save"
-            if kinds & {"Zeros", "Codebook", "Levels"}
+            if kinds & {"Zeros", "Codebook", "VectorCodebook", "Levels"}
             else "scales, and operators that convert to integers and back, outweigh so few weights"
             if kinds & {"Stored", "OnGrid"}
             else "no stage removed weights or stored them in fewer bits"
@@ -196,6 +196,7 @@ _SLOW_REASONS = {
     "Zeros": "the runtime multiplies by zeros like by any other weight",
     "Levels": "the runtime sees no levels, only floats or integers",
     "Codebook": "the runtime sees no codebook, only floats or integers",
+    "VectorCodebook": "the runtime sees no codebook, only floats or integers",
     "Rank": "two small operators cost more than their multiply-adds say",
     "SeparableForm": "depthwise convolutions do little work for each byte that they move",
     "Stored": "the runtime may lack faster kernels for this type on this processor, or convert back to float",

@@ -39,6 +39,32 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["strategy=prune", "strategy.prune.sparsity=much"], ["strategy.prune.sparsity", "number", "much"]),
         (["strategy=quantize", "strategy.quantize.scheme=int3"], ["strategy.quantize.scheme", "'int8'", "int3"]),
         (["strategy=share", "strategy.share.clusters=1"], ["strategy.share.clusters", "2"]),
+        (["strategy=share", "strategy.share.clusters=65537"], ["strategy.share.clusters", "65536", "65537"]),
+        (
+            ["strategy=share", "strategy.share.clusters=60000"],
+            ["more than 60000 weights", "fc1: 32768 weights"],
+        ),
+        (
+            ["strategy=product_quantization", "strategy.product_quantization.codewords=1"],
+            ["strategy.product_quantization.codewords", "greater than or equal to 2", "1"],
+        ),
+        (
+            ["strategy=product_quantization", "strategy.product_quantization.length=1"],
+            ["strategy.product_quantization.length", "greater than or equal to 2", "1"],
+        ),
+        (
+            ["strategy=block_circulant", "strategy.block_circulant.block=7"],
+            ["fc1: 256 inputs and 128 outputs are not both multiples of block=7", "Leave the stage out"],
+        ),
+        (
+            ["strategy=block_toeplitz", "strategy.block_toeplitz.block=100"],
+            ["fc1: 256 inputs and 128 outputs are not both multiples of block=100"],
+        ),
+        (["strategy=block_circulant", "strategy.block_circulant.block=1"], ["block_circulant.block", "2", "1"]),
+        (["strategy=kronecker", "strategy.kronecker.rank=10000"], ["kronecker", "fc1: ", "would not pay"]),
+        (["strategy=low_displacement", "strategy.low_displacement.rank=64"], ["fc1: 32,768 numbers", "would not pay"]),
+        (["strategy=low_displacement", "strategy.low_displacement.rank=128"], ["fc1: ", "no more than rank 128"]),
+        (["strategy=rate_distortion", "strategy.rate_distortion.bytes=0"], ["rate_distortion.bytes", "greater than 0"]),
         (["strategy=prune", "strategy.prune.macs=0.5", "strategy.prune.sparsity=0.5"], ["strategy.prune", "one of"]),
         (["strategy=prune", "strategy.prune.only={type: Dens}"], ["strategy.prune.only", "Dense"]),
         (["strategy=prune", "strategy.prune.only={name: 'conv('}"], ["strategy.prune.only", "regular expression"]),

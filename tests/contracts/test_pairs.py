@@ -16,7 +16,7 @@ from compress.errors import CompressError
 
 PLAIN = ("compact", "distill", "finetune", "lowrank", "prune", "prune_channels", "quantize", "share")
 """Every pair of these; of the others, those with what comes before and after them."""
-ALIKE = {"block_toeplitz", "butterfly", "kronecker"}
+ALIKE = {"block_toeplitz", "butterfly", "kronecker", "low_displacement"}
 """What they do to a pipeline is what block_circulant does, by the same code."""
 OTHERS = sorted({file.stem for file in (conf_dir() / "strategy").glob("*.yaml")} - set(PLAIN) - ALIKE)
 PAIRS = [
@@ -27,6 +27,7 @@ PAIRS = [
 REFUSED = {
     *((first, second) for first in ("prune", "share") for second in ("lowrank", "compact")),
     *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", "block_circulant")),
+    ("prune", "product_quantization"),
     *(("share", second) for second in OTHERS if second not in ("qat", "pack")),
 }
 NO_BOARD = "board=roofline"
@@ -39,6 +40,7 @@ SETTINGS = {
     "mixed_precision": "images=64",
     "rate_distortion": "images=64",
     "hashed": "images=100",
+    "product_quantization": "images=64",
 }
 SETTINGS_AFTER = {("prune", "mixed_precision"): "bytes=0.4"}
 """Of the second stage: the float file of a pruned model leaves its zeros out, and is not far above the integer one."""

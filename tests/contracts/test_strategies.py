@@ -25,7 +25,9 @@ from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
-QUICK = {"mixed_precision": {"images": 64}, "rate_distortion": {"images": 64}, "hashed": {"images": 64}}
+QUICK = {
+    name: {"images": 64} for name in ("mixed_precision", "rate_distortion", "hashed", "product_quantization")
+}
 """Fields that save time, and change nothing that is tested here."""
 BUDGETS = ("macs", "params", "weights", "sparsity", "channels")
 

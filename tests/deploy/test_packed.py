@@ -293,6 +293,13 @@ def test_the_commands(model: tf_keras.Model, keras_file: Path, tmp_path: Path) -
     [
         (("unpack", "absent.cmp", "-o", "x.keras"), "absent.cmp.*no such file"),
         (("unpack", "model.keras", "-o", "x.keras"), "a packed file of compress"),
+        (("unpack", "model.npz", "-o", "x.keras"), "a packed file of compress.*begin with b'PK"),
+        (("unpack", "empty.cmp", "-o", "x.keras"), "an empty file"),
+        (
+            ("unpack", "newer.cmp", "-o", "x.keras"),
+            f"version {VERSION + 1}.*Install a newer compress",
+        ),
+        (("unpack", "half.cmp", "-o", "x.keras"), "half.cmp, the header: .*damaged"),
         (("unpack", "model.cmp", "-o", "x.h5"), "ends in .keras"),
         (("unpack", "tflite.cmp", "-o", "x.keras"), "what was packed is a .tflite file"),
         (("unpack", "model.cmp", "-o", "absent/x.keras"), "can be written"),
@@ -313,6 +320,11 @@ def test_mistakes_end_with_a_paragraph(
 ) -> None:
     write_cmp(tmp_path / "model.cmp", keras_file)
     (tmp_path / "tflite.cmp").write_bytes(write_packed(Packed("tflite", {}, {"places": []}, b"")))
+    content = (tmp_path / "model.cmp").read_bytes()
+    (tmp_path / "half.cmp").write_bytes(content[: len(content) // 2])
+    (tmp_path / "newer.cmp").write_bytes(content[:4] + struct.pack("<H", VERSION + 1) + content[6:])
+    (tmp_path / "empty.cmp").write_bytes(b"")
+    np.savez(tmp_path / "model.npz", a=np.zeros(3))
     for name in ("model.txt", "broken.tflite", "broken.keras"):
         (tmp_path / name).write_text("nothing of the kind")
     before = sorted(path.name for path in tmp_path.iterdir())
