@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from compress.boards.board import Board
-from compress.boards.command import Answer, BoardFailure, check_file, run_program
+from compress.boards.command import Answer, BoardFailure, measure_readable, run_program
 from compress.boards.timing import with_next_step
 from compress.candidate import Artifact, Latency, Measurement, OperatorTime
 
@@ -71,24 +71,22 @@ class Android(Board):
 
     def measure_all(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
         """Return the latency of one sample of each, taken in turns on the device."""
+        return measure_readable(self.name, artifacts, self._measure_readable)
+
+    def _measure_readable(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
         folder = f"{_TEMPORARY}/compress-{uuid.uuid4().hex}"
+        program = self._program()
+        self._check_device()
         try:
-            program = self._program()
-            for artifact in artifacts:
-                check_file(artifact.path)
-            self._check_device()
-            try:
-                self._shell(["mkdir", folder])
-                self._push(program, f"{folder}/benchmark_model")
-                self._shell(["chmod", "755", f"{folder}/benchmark_model"])
-                places = [f"{folder}/{number}.tflite" for number in range(len(artifacts))]
-                for artifact, place in zip(artifacts, places, strict=True):
-                    self._push(artifact.path, place)
-                return self._measure_there(f"{folder}/benchmark_model", places)
-            finally:
-                self._remove(folder)
-        except BoardFailure as failure:
-            return [Measurement(self.name, failure=str(failure))] * len(artifacts)
+            self._shell(["mkdir", folder])
+            self._push(program, f"{folder}/benchmark_model")
+            self._shell(["chmod", "755", f"{folder}/benchmark_model"])
+            places = [f"{folder}/{number}.tflite" for number in range(len(artifacts))]
+            for artifact, place in zip(artifacts, places, strict=True):
+                self._push(artifact.path, place)
+            return self._measure_there(f"{folder}/benchmark_model", places)
+        finally:
+            self._remove(folder)
 
     def _program(self) -> Path:
         if shutil.which(self.adb) is None:

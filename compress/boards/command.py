@@ -8,9 +8,11 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from compress.candidate import Artifact, Measurement
 
 LONGEST_ANSWER = 1 << 20
 
@@ -47,6 +49,29 @@ def check_file(path: Path) -> None:
         raise BoardFailure(f"{path} cannot be read: {error.strerror}; correct the path") from error
     if start[4:8] != b"TFL3":
         raise BoardFailure(f"{path.name} is no TFLite file (it begins with {start!r}); export the model again")
+
+
+def measure_readable(
+    board: str, artifacts: Sequence[Artifact], measure: Callable[[Sequence[Artifact]], Sequence[Measurement]]
+) -> list[Measurement]:
+    """Return what ``measure`` says of the artifacts that can be read, and of the others why they cannot.
+
+    If it raises a BoardFailure, that is what is said of all that can be read.
+    """
+    found: dict[int, Measurement] = {}
+    for number, artifact in enumerate(artifacts):
+        try:
+            check_file(artifact.path)
+        except BoardFailure as failure:
+            found[number] = Measurement(board, failure=str(failure))
+    readable = [number for number in range(len(artifacts)) if number not in found]
+    if readable:
+        try:
+            said = measure([artifacts[number] for number in readable])
+        except BoardFailure as failure:
+            said = [Measurement(board, failure=str(failure))] * len(readable)
+        found |= dict(zip(readable, said, strict=True))
+    return [found[number] for number in range(len(artifacts))]
 
 
 def run_program(

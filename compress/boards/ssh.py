@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from compress.boards.board import Board
-from compress.boards.command import LONGEST_ANSWER, BoardFailure, check_file
+from compress.boards.command import LONGEST_ANSWER, BoardFailure, measure_readable
 from compress.boards.timing import Timing, read_times, with_next_step
 from compress.candidate import Artifact, Measurement
 
@@ -72,16 +72,13 @@ class Ssh(Timing, Board):
 
     def measure_all(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
         """Return the latency of one sample of each, taken in turns there."""
-        count = len(artifacts)
-        try:
-            if find_spec("asyncssh") is None:
-                raise BoardFailure("asyncssh is not installed; pip install 'compress[ssh]'")
-            for artifact in artifacts:
-                check_file(artifact.path)
-            printed = asyncio.run(self._time([artifact.path for artifact in artifacts]))
-        except BoardFailure as failure:
-            return [Measurement(self.name, failure=str(failure))] * count
-        return read_times(self.name, printed, count)
+        return measure_readable(self.name, artifacts, self._measure_there)
+
+    def _measure_there(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
+        if find_spec("asyncssh") is None:
+            raise BoardFailure("asyncssh is not installed; pip install 'compress[ssh]'")
+        printed = asyncio.run(self._time([artifact.path for artifact in artifacts]))
+        return read_times(self.name, printed, len(artifacts))
 
     async def _time(self, files: Sequence[Path]) -> str:
         """Return what the timing program prints there."""
@@ -119,7 +116,10 @@ class Ssh(Timing, Board):
         if self.user is not None:
             options["username"] = self.user
         if self.key is not None:
-            options["client_keys"] = [str(Path(self.key).expanduser())]
+            key = Path(self.key).expanduser()
+            if not key.is_file():
+                raise BoardFailure(f"{key}, your key, is not there; correct board.key")
+            options["client_keys"] = [str(key)]
         place = self.host if self.port is None else f"{self.host}, port {self.port},"
         scan = "ssh-keyscan" if self.port is None else f"ssh-keyscan -p {self.port}"
         try:
@@ -132,6 +132,10 @@ class Ssh(Timing, Board):
         except asyncssh.PermissionDenied as error:
             raise BoardFailure(
                 f"{place} accepts none of your keys; ssh-copy-id it there, or name it: board.key"
+            ) from error
+        except asyncssh.KeyImportError as error:
+            raise BoardFailure(
+                f"your key cannot be used ({error}); unlock it with ssh-add, without board.key"
             ) from error
         except (OSError, asyncssh.Error, ValueError) as error:
             reason = str(error)[:200] or type(error).__name__
@@ -156,12 +160,17 @@ class Ssh(Timing, Board):
 
     async def _clean_up(self, answer: _RemoteAnswer) -> None:
         """Remove the folder there, should the program there not have come to it."""
+        import asyncssh
+
         folder = answer.folder
         if folder is None:
             return
         try:
             async with await self._connect() as connection:
-                await asyncio.wait_for(connection.run(f"rm -rf -- {shlex.quote(folder)}"), _CLEAN_UP_SECONDS)
+                # What it says to that is of no interest, however long it is.
+                command = f"rm -rf -- {shlex.quote(folder)}"
+                removing = connection.run(command, stdout=asyncssh.DEVNULL, stderr=asyncssh.DEVNULL)
+                await asyncio.wait_for(removing, _CLEAN_UP_SECONDS)
         except Exception as error:
             answer.left = f"; {folder} may be left there ({str(error)[:100] or type(error).__name__})"
 

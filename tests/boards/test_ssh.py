@@ -111,7 +111,10 @@ def test_a_wrong_host_key_is_refused_before_anything_is_sent(remote, made, tmp_p
 def test_a_key_that_is_not_let_in(remote, made, tmp_path):
     asyncssh.generate_private_key("ssh-ed25519").write_private_key(str(tmp_path / "other"))
     assert "accepts none of your keys" in failure_of(board(remote, key=str(tmp_path / "other")), made)
-    assert "cannot be reached" in failure_of(board(remote, key=str(tmp_path / "absent")), made)
+    assert "board.key" in failure_of(board(remote, key=str(tmp_path / "absent")), made)
+    locked = asyncssh.generate_private_key("ssh-ed25519").export_private_key("pkcs8-pem", passphrase="secret")
+    (tmp_path / "locked").write_bytes(locked)
+    assert "ssh-add" in failure_of(board(remote, key=str(tmp_path / "locked")), made)
 
 
 def test_an_unreachable_host(remote, made):

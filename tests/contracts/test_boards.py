@@ -83,8 +83,10 @@ def test_it_says_something_of_a_good_file(board, name, files):
 
 
 def test_files_are_answered_in_order_and_a_bad_one_leaves_the_others(board, files):
-    one, bad, other = board.measure_all([files["small"], files["unknown"], files["good"]])
-    assert bad.failure
+    asked = [files[which] for which in ("small", "unknown", "text", "good")]
+    one, unknown, text, other = board.measure_all(asked)
+    assert unknown.failure
+    assert text.failure
     assert one.failure is None
     assert other.failure is None
     assert other != one
