@@ -88,7 +88,7 @@ def test_a_saved_model_is_quantized(scheme, dtype, cli, saved_model, model, tmp_
     assert before["macs"] == after["macs"] == count_macs(model)
     assert report["ratios"]["tflite_bytes"] > (1.2 if scheme == "float16" else 1.4)
     assert report["model"] == "means"
-    assert report["artifacts"] == {"keras": None, "tflite": "model.tflite", "packed": "model.cmp", "card": None}
+    assert report["artifacts"] == {"keras": None, "tflite": "model.tflite", "packed": "model.cmp", "card": "card.md"}
     assert not (tmp_path / "out" / "model.keras").exists()
     assert "SavedModel" in shown
     details = Interpreter(model_path=str(tmp_path / "out" / "model.tflite")).get_tensor_details()
