@@ -119,9 +119,8 @@ def write(rows: dict[str, dict]) -> None:
     lines = [
         "# How long low-rank factorization takes",
         "",
-        "Random weights. Processor seconds are those of both cores together; on an idle machine with two cores the time "
-        "lies between half of them and all of them. Seconds are what the clock said, which other work on the machine "
-        "makes longer.",
+        "Random weights. Processor seconds are those of both cores together: on an idle machine with two cores it takes "
+        "between half as long and as long. Seconds are what the clock said; other work on the machine makes them more.",
         "",
     ]
     if row := rows.get("vgg16"):
@@ -133,7 +132,7 @@ def write(rows: dict[str, dict]) -> None:
             "",
             f"| its layer of 25088 x 4096, rank {row['rank']} | processor seconds | relative error |",
             "|---|---|---|",
-            f"| ours: random subspace of the Gram matrix | {layer['ours']:.1f} | {errors['ours']:.4f} |",
+            f"| ours, in a random subspace of the Gram matrix | {layer['ours']:.1f} | {errors['ours']:.4f} |",
             f"| LAPACK's full SVD (numpy, single precision) | {layer['lapack']:.1f} | {errors['lapack']:.4f} |",
             f"| times faster | {layer['lapack'] / layer['ours']:.1f} | |",
             "",
