@@ -32,6 +32,7 @@ def vgg16() -> dict[str, object]:
     import_tensorflow()
     import numpy as np
     import tf_keras
+    from threadpoolctl import threadpool_info
 
     from compress.candidate import Candidate
     from compress.data.source import Split, make_data
@@ -62,6 +63,8 @@ def vgg16() -> dict[str, object]:
     errors["lapack"] = float(np.sqrt(np.sum(values[rank:] ** 2) / np.sum(values**2)))
     return {
         "row": "vgg16",
+        "threads": max(pool["num_threads"] for pool in threadpool_info()),
+        "load": os.getloadavg()[0],
         "params": count_params(result.model) / count_params(model),
         "seconds": seconds,
         "processor": processor,
@@ -119,8 +122,8 @@ def write(rows: dict[str, dict]) -> None:
     lines = [
         "# How long low-rank factorization takes",
         "",
-        "Random weights. Processor seconds are those of both cores together: on an idle machine with two cores it takes "
-        "between half as long and as long. Seconds are what the clock said; other work on the machine makes them more.",
+        "Random weights. Processor seconds are those of all threads together. Seconds are what the clock said; other "
+        "work on the machine makes them more.",
         "",
     ]
     if row := rows.get("vgg16"):
@@ -129,6 +132,9 @@ def write(rows: dict[str, dict]) -> None:
             "| VGG-16, 224 x 224 | parameters kept | seconds | processor seconds |",
             "|---|---|---|---|",
             f"| `strategy.lowrank.params=0.25` | {row['params']:.3f} | {row['seconds']:.0f} | {row['processor']:.0f} |",
+            "",
+            f"Threads of the linear algebra: {row['threads']}; processes that waited for a core at the end: "
+            f"{row['load']:.0f}.",
             "",
             f"| its layer of 25088 x 4096, rank {row['rank']} | processor seconds | relative error |",
             "|---|---|---|",
