@@ -32,6 +32,7 @@ def vgg16() -> dict[str, object]:
     import_tensorflow()
     import numpy as np
     import tf_keras
+    from threadpoolctl import threadpool_info
 
     from compress.candidate import Candidate
     from compress.data.source import Split, make_data
@@ -62,6 +63,8 @@ def vgg16() -> dict[str, object]:
     errors["lapack"] = float(np.sqrt(np.sum(values[rank:] ** 2) / np.sum(values**2)))
     return {
         "row": "vgg16",
+        "threads": max(pool["num_threads"] for pool in threadpool_info()),
+        "load": os.getloadavg()[0],
         "params": count_params(result.model) / count_params(model),
         "seconds": seconds,
         "processor": processor,
@@ -119,9 +122,8 @@ def write(rows: dict[str, dict]) -> None:
     lines = [
         "# How long low-rank factorization takes",
         "",
-        "Random weights. Processor seconds are those of both cores together; on an idle one with two cores the time "
-        "lies between half of them and all of them. Seconds are what the clock said, which other work on the machine "
-        "makes longer.",
+        "Random weights. Processor seconds are those of all threads together. Seconds are what the clock said; other "
+        "work on the machine makes them more.",
         "",
     ]
     if row := rows.get("vgg16"):
@@ -131,9 +133,12 @@ def write(rows: dict[str, dict]) -> None:
             "|---|---|---|---|",
             f"| `strategy.lowrank.params=0.25` | {row['params']:.3f} | {row['seconds']:.0f} | {row['processor']:.0f} |",
             "",
+            f"Threads of the linear algebra: {row['threads']}; processes that waited for a core at the end: "
+            f"{row['load']:.0f}.",
+            "",
             f"| its layer of 25088 x 4096, rank {row['rank']} | processor seconds | relative error |",
             "|---|---|---|",
-            f"| ours: random subspace of the Gram matrix | {layer['ours']:.1f} | {errors['ours']:.4f} |",
+            f"| ours, in a random subspace of the Gram matrix | {layer['ours']:.1f} | {errors['ours']:.4f} |",
             f"| LAPACK's full SVD (numpy, single precision) | {layer['lapack']:.1f} | {errors['lapack']:.4f} |",
             f"| times faster | {layer['lapack'] / layer['ours']:.1f} | |",
             "",

@@ -151,8 +151,11 @@ def test_a_large_matrix_is_decomposed_in_its_leading_part():
     left, right = (np.linalg.qr(rng.normal(size=(size, 80)))[0] for size in (1650, 1540))
     matrix = (left * values) @ right.T
     for turned in (matrix, matrix.T):
+        for most in (40, 600):
+            whole = product(turned, most)
+            assert whole.left.shape == (turned.shape[0], most)
+        np.testing.assert_allclose(whole.spectrum.values[:80], values, rtol=0.02)
         found = product(turned, 40)
-        assert found.left.shape == (turned.shape[0], 40)
         tail = np.sum(values[40:] ** 2)
         assert np.sum((turned - found.left @ found.right) ** 2) == pytest.approx(tail, rel=0.02)
         np.testing.assert_allclose(found.spectrum.values, values[:40], rtol=0.02)

@@ -1,4 +1,4 @@
-"""Products of two matrices: the singular value decomposition, of large matrices by way of a random subspace.
+"""Products of two matrices: the singular value decomposition, of large matrices by way of their Gram matrix.
 
 Source: Halko, Martinsson and Tropp, Finding Structure with Randomness (arXiv 0909.4061); scikit-learn's implementation.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigh
 from scipy.linalg.blas import ssyrk
 from sklearn.utils.extmath import randomized_svd
 
@@ -15,7 +16,8 @@ from compress.strategies.lowrank.form import Spectrum
 
 _LARGE = 1536
 """Matrices with both sides at least this long are large, if only a part of the rank is asked for."""
-_PART = 0.4
+_HALF, _LITTLE = 0.5, 0.3
+"""Up to these parts of the rank the Gram matrix is decomposed, and looked for in a random subspace of it."""
 _ITERATIONS = 3
 _OVERSAMPLING = 16
 
@@ -40,7 +42,7 @@ def product(matrix: np.ndarray, most: int) -> Product:
     """Return the best products at ranks up to ``most``; of a large matrix up to a small part of its rank, nearly."""
     shortest = min(matrix.shape)
     most = min(most, shortest)
-    if shortest >= _LARGE and most <= _PART * shortest:
+    if shortest >= _LARGE and most <= _HALF * shortest:
         return _large(matrix.astype(np.float32), most)
     left, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     root = np.sqrt(values[:most])
@@ -49,9 +51,10 @@ def product(matrix: np.ndarray, most: int) -> Product:
 
 
 def _large(matrix: np.ndarray, most: int) -> Product:
-    """Look for the subspace in the smaller Gram matrix, where each pass costs little; it squares what is looked for.
+    """Look for the leading subspace in the smaller Gram matrix, where each pass costs little.
 
-    Only the leading part is of interest, so that rounding does not matter; the product is exact on the subspace found.
+    The Gram matrix squares the values, and rounding hides the small ones; only the large ones are of interest. The
+    matrix is projected on the subspace found, so that no error of the values enters the product.
     """
     if matrix.shape[0] < matrix.shape[1]:
         turned = _large(matrix.T, most)
@@ -59,14 +62,17 @@ def _large(matrix: np.ndarray, most: int) -> Product:
         return Product(turned.right.T, turned.left.T, Spectrum(turned.spectrum.values, shape, turned.spectrum.energy))
     gram = ssyrk(1.0, matrix.T)
     gram += np.triu(gram, 1).T
-    basis, _, _ = randomized_svd(
-        gram,
-        most,
-        n_oversamples=_OVERSAMPLING,
-        n_iter=_ITERATIONS,
-        power_iteration_normalizer="QR",
-        random_state=0,
-    )
+    if most > _LITTLE * len(gram):
+        basis = eigh(gram, driver="evd")[1][:, -most:]
+    else:
+        basis, _, _ = randomized_svd(
+            gram,
+            most,
+            n_oversamples=_OVERSAMPLING,
+            n_iter=_ITERATIONS,
+            power_iteration_normalizer="QR",
+            random_state=0,
+        )
     image = matrix @ basis
     norms = np.maximum(np.linalg.norm(image, axis=0), np.finfo(np.float32).tiny)
     order = np.argsort(-norms)
