@@ -15,6 +15,8 @@ from compress.data.source import Data
 from compress.training import Batch
 
 _FITTING_STEPS = 30
+_PLACES = 8192
+"""On the line from the smallest weight to the largest: far more than fit into a component's width."""
 
 
 class MixturePrior:
@@ -100,21 +102,34 @@ class MixturePrior:
         def complexity(
             flat: tf.Tensor, means: tf.Tensor, widths: tf.Tensor, shares: tf.Tensor
         ) -> tuple[tf.Tensor, object]:
-            densities = self._densities(flat, means, widths, shares)
+            # Which components a weight belongs to depends on its size alone: that is computed for places on a line.
+            low, high = tf.reduce_min(flat), tf.reduce_max(flat)
+            step = tf.maximum((high - low) / (_PLACES - 1), 1e-12)
+            centres = low + step * tf.range(_PLACES, dtype=tf.float32)
+            place = tf.cast(tf.round((flat - low) / step), tf.int32)
+            offset = flat - tf.gather(centres, place)
+            count = tf.math.bincount(place, minlength=_PLACES, maxlength=_PLACES, dtype=tf.float32)[:, None]
+            offsets = tf.math.unsorted_segment_sum(offset, place, _PLACES)[:, None]
+            squares = tf.math.unsorted_segment_sum(offset**2, place, _PLACES)[:, None]
+            densities = self._densities(centres, means, widths, shares)
+            belongs = tf.nn.softmax(densities)
+            away = centres[:, None] - tf.concat([[0.0], means], 0)
+            precisions = tf.exp(-2.0 * widths)
+            slope, bend = (tf.reduce_sum(belongs * part * precisions, 1) for part in (away, tf.ones_like(away)))
             # The Gamma density of a precision whose mode is the width that is expected.
             prior = -self._pseudo * (widths + 0.5 * (self._width * tf.exp(-widths)) ** 2)
-            value = -tf.reduce_sum(tf.reduce_logsumexp(densities, 1)) - tf.reduce_sum(prior)
+            likelihoods = tf.reduce_logsumexp(densities, 1) * count[:, 0] - slope * offsets[:, 0]
+            value = -tf.reduce_sum(likelihoods) - tf.reduce_sum(prior)
 
             def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
-                belongs = tf.nn.softmax(densities)
-                away = flat[:, None] - tf.concat([[0.0], means], 0)
-                precisions = tf.exp(-2.0 * widths)
-                members = tf.reduce_sum(belongs, 0)
-                of_weights = tf.reduce_sum(belongs * away * precisions, 1)
-                of_means = -tf.reduce_sum(belongs * away, 0)[1:] / (members[1:] + 1.0)
-                squares = tf.reduce_sum(belongs * away**2, 0) + self._pseudo * self._width**2
+                of_weights = tf.gather(slope, place) + tf.gather(bend, place) * offset
+                members = tf.reduce_sum(belongs * count, 0)
+                distances = tf.reduce_sum(belongs * (away * count + offsets), 0)
+                variances = tf.reduce_sum(belongs * (away**2 * count + 2.0 * away * offsets + squares), 0)
+                of_means = -distances[1:] / (members[1:] + 1.0)
                 counts = members + self._pseudo
-                of_widths = (counts - squares * precisions) / (2.0 * counts)
+                variances += self._pseudo * self._width**2
+                of_widths = (counts - variances * precisions) / (2.0 * counts)
                 expected = tf.nn.softmax(shares) * tf.reduce_sum(members[1:])
                 of_shares = (expected - members[1:]) / (expected + 1.0)
                 return upstream * of_weights, of_means, of_widths, of_shares

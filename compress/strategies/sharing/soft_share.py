@@ -33,8 +33,8 @@ class SoftShare(Strategy):
     Args:
         components: values besides zero.
         scope: what has a mixture: each ``layer``'s kernel, or the ``model`` as a whole, as in the paper.
-        zeros: share of the weights that the prior expects at zero.
-        strength: of the prior; 1 would make the loss a posterior, which needs many epochs.
+        zeros: share of the weights that the prior expects at zero. The paper has 0.99, and trains for 100 epochs.
+        strength: of the prior: 1 makes the loss a posterior, the paper has 0.005.
         width: spread of a component that the prior expects, relative to that of the weights.
         certainty: how much this expectation counts, relative to the weights themselves.
         settling: part of the training that comes after the weights have become the values, and trains these.
@@ -42,11 +42,11 @@ class SoftShare(Strategy):
 
     components: Annotated[int, Ge(1), Le(256)] = 16
     scope: Literal["layer", "model"] = "layer"
-    zeros: Annotated[float, Gt(0), Lt(1)] = 0.9
-    strength: Annotated[float, Gt(0), Le(1e6)] = 0.05
+    zeros: Annotated[float, Gt(0), Lt(1)] = 0.75
+    strength: Annotated[float, Gt(0), Le(1e6)] = 1.0
     width: Annotated[float, Gt(0), Lt(1)] = 0.1
     certainty: Annotated[float, Gt(0), Le(1e6)] = 1.0
-    settling: Annotated[float, Gt(0), Lt(1)] = 0.3
+    settling: Annotated[float, Gt(0), Lt(1)] = 0.5
 
     effects = frozenset({Effect.TRAIN, Effect.ZERO, Effect.SHARE, Effect.LEVEL})
     establishes = Codebook
