@@ -44,6 +44,8 @@ def measure(
     times = [one.cost_ms for one in (measurement, *others)]
     if measurement.failure is not None:
         _LOG.warning("board %s: %s", measurement.board, measurement.failure)
+    for note in measurement.notes:
+        _LOG.info("board %s: %s", measurement.board, note)
     return Numbers(
         accuracy=accuracy,
         accuracy_keras=None if model is None else keras_accuracy(model, data.test),
