@@ -49,10 +49,11 @@ def page(rows: Sequence[Row], works: dict[tuple[str, str], Work]) -> str:
     def of(chosen: Sequence[Row]) -> tuple[list[Work], list[float]]:
         return [works[row["model"], row["type"]] for row in chosen], [row["p50"] for row in chosen]
 
-    estimates = []
-    for row in rows:
-        profile = fit_profile(*of([other for other in rows if other["model"] != row["model"]]))
-        estimates.append(float(profile.times(works[row["model"], row["type"]]).sum()))
+    profiles = {
+        name: fit_profile(*of([other for other in rows if other["model"] != name]))
+        for name in dict.fromkeys(row["model"] for row in rows)
+    }
+    estimates = [float(profiles[row["model"]].times(works[row["model"], row["type"]]).sum()) for row in rows]
     p50 = np.array([row["p50"] for row in rows])
     estimate, macs = np.array(estimates), np.array([works[row["model"], row["type"]].macs.sum() for row in rows])
     kinds = np.array([row["type"] for row in rows])
@@ -79,15 +80,17 @@ def page(rows: Sequence[Row], works: dict[tuple[str, str], Work]) -> str:
         )
     lines += [
         "",
-        "An error of 20 % means a factor of 1.2, up or down.",
+        "An error of 20 % means a factor of 1.2, up or down. *Sure to*: the width of the 95 % confidence interval of "
+        "the median latency.",
         "",
-        "| network | type | multiply-adds | operators | latency ms | estimate ms | estimate / latency |",
-        "|---|---|---|---|---|---|---|",
+        "| network | type | multiply-adds | operators | latency ms | sure to | estimate ms | estimate / latency |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row, value, count in zip(rows, estimate, macs, strict=True):
-        operators = len(works[row["model"], row["type"]].names)
+        operators, sure = len(works[row["model"], row["type"]].names), f"{row['interval']:.1%}"
         lines.append(
-            f"| {row['model']} | {row['type']} | {count:,.0f} | {operators} | {row['p50']:.4f} | {value:.4f} | "
+            f"| {row['model']} | {row['type']} | {count:,.0f} | {operators} | {row['p50']:.4f} | {sure} | "
+            f"{value:.4f} | "
             f"{value / row['p50']:.2f} |"
         )
     lines += ["", "The profile fitted to all of them:", "", "```yaml", whole.to_yaml().strip(), "```"]

@@ -10,7 +10,7 @@ all of them. It goes on until every file has its runs and the confidence interva
 standard input does.
 
 Prints one JSON object, ``{"files": [...]}``: p50, p90, p99, mean, first (milliseconds), interval (or null), runs,
-threads, load_ms, memory_bytes (or null) of each file; or failure.
+threads, load_ms, cpu_ms (processor time of a run), memory_bytes (or null) of each file; or failure.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Child:
     def __init__(self, model: str, options: dict) -> None:
         self.failure: str | None = None
         self._blocks: list = []
+        self._cpu: list = []
         self._facts: dict[str, float] = {}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         safe = ["-P"] if getattr(sys.flags, "safe_path", False) else []
@@ -100,9 +101,10 @@ class Child:
 
     def block(self, settle: int) -> None:
         """Run the file for a while."""
-        times = self._ask(f"{self._block_runs()} {settle}")
-        if times:
-            self._blocks.append(times)
+        answer = self._ask(f"{self._block_runs()} {settle}")
+        if answer:
+            self._blocks.append(answer["times"])
+            self._cpu.append(answer["cpu_ms"])
 
     def _block_runs(self) -> int:
         shortest = self._facts["warm_ms"] if not self._blocks else percentile(sorted(self._blocks[-1]), 50)
@@ -134,6 +136,7 @@ class Child:
             "runs": len(times),
             "threads": options["threads"],
             "load_ms": self._facts["load_ms"],
+            "cpu_ms": percentile(sorted(self._cpu), 50),
             "memory_bytes": memory,
         }
 
@@ -229,7 +232,10 @@ def run(model: str, options: dict) -> None:
             answer = None if before is None or after is None else max(after - before, 0)
         else:
             count, settle = map(int, line.split())
-            answer = times(settle + count)[settle:]
+            times(settle)
+            begun = time.process_time_ns()
+            answer = {"times": times(count)}
+            answer["cpu_ms"] = (time.process_time_ns() - begun) / 1e6 / count
         print(json.dumps(answer), flush=True)
 
 

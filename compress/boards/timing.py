@@ -14,9 +14,11 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Latency, Measurement
 
 _TIMES = ("p50", "p90", "p99", "mean", "first")
-_FIELDS = {*_TIMES, "interval", "runs", "threads", "load_ms", "memory_bytes"}
+_FIELDS = {*_TIMES, "interval", "runs", "threads", "load_ms", "cpu_ms", "memory_bytes"}
 _MOST = 1e9
 """Milliseconds, runs and so on beyond it are no answer."""
+_BUSY = 1.5
+"""So many times the processor's own time is more than this program and the clock add."""
 _NEXT_STEPS = {
     "valid Flatbuffer": "export the model again",
     "unresolved custom op": "LiteRT has no such operator: leave the layer out that made it, or register it",
@@ -85,10 +87,15 @@ def _measurement(board: str, one: Mapping[str, Any]) -> Measurement:
     runs, threads = (int(_number(one[key], above=0)) for key in ("runs", "threads"))
     width = None if one["interval"] is None else _number(one["interval"], above=-1)
     latency = Latency(p50, p90, p99, mean, runs=runs, threads=threads, first=first, interval=width)
-    values = {"load_ms": _number(one["load_ms"], above=0)}
+    values = {"load_ms": _number(one["load_ms"], above=0), "cpu_ms": _number(one["cpu_ms"], above=-1)}
     if one["memory_bytes"] is not None:
         values["memory_bytes"] = _number(one["memory_bytes"], above=-1, most=1e15)
-    return Measurement(board, latency, values=values)
+    notes: tuple[str, ...] = ()
+    if threads == 1 and p50 > _BUSY * values["cpu_ms"] > 0:
+        notes = (
+            f"the processor was shared: half of the runs took {p50:.3f} ms, of which it ran {values['cpu_ms']:.3f}",
+        )
+    return Measurement(board, latency, values=values, notes=notes)
 
 
 def _number(value: Any, *, above: float, most: float = _MOST) -> float:

@@ -46,6 +46,8 @@ def measure(
     times = [one.cost_ms for one in (measurement, *others)]
     if measurement.failure is not None:
         _LOG.warning("board %s: %s", measurement.board, measurement.failure)
+    for note in measurement.notes:
+        _LOG.info("board %s: %s", measurement.board, note)
     numbers = Numbers(
         accuracy=accuracy(outputs, data.test.y),
         accuracy_keras=None if expected is None else accuracy(expected, data.test.y),

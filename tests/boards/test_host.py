@@ -24,7 +24,7 @@ from compress.deploy.tflite import export
 
 layers = tf_keras.layers
 TIMES = {"p50": 1.0, "p90": 2.0, "p99": 3.0, "mean": 1.5, "first": 4.0, "interval": 0.01}
-ANSWER = {**TIMES, "runs": 100, "threads": 1, "load_ms": 0.5, "memory_bytes": None}
+ANSWER = {**TIMES, "runs": 100, "threads": 1, "load_ms": 0.5, "cpu_ms": 1.0, "memory_bytes": None}
 
 
 def artifact(folder: Path, filters: int = 2, scheme: str = "float32") -> Artifact:
@@ -197,6 +197,19 @@ def test_an_unreadable_answer_is_a_failure(printed, worker):
 def test_an_answer_is_read_from_the_last_line(worker):
     made = worker(f"print('INFO: a note of the runtime')\nprint({said(ANSWER)!r})\n")
     assert Host().measure(made).latency_ms.p90 == 2.0
+
+
+@pytest.mark.parametrize(("cpu", "shared"), [(0.9, False), (0.1, True)])
+def test_a_processor_that_others_use_is_said(cpu, shared, worker):
+    measurement = Host().measure(worker(f"print({said({**ANSWER, 'cpu_ms': cpu})!r})\n"))
+    assert bool(measurement.notes) == shared
+    assert measurement.values["cpu_ms"] == cpu
+
+
+def test_processor_time_is_that_of_a_run(tmp_path):
+    found = Host(runs=100).measure(artifact(tmp_path, 64))
+    # Waiting for the processor is in the longest times, and not in the shortest.
+    assert 0.5 * found.values["cpu_ms"] < found.latency_ms.p50
 
 
 @pytest.mark.parametrize(

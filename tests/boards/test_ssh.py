@@ -169,8 +169,7 @@ def test_a_folder_that_is_not_there(remote, made):
 
 def test_when_this_side_is_killed_the_other_ends_and_cleans_up(remote, made, tmp_path):
     (tmp_path / "timing.py").write_text(
-        f"import time\nopen({str(tmp_path / 'running')!r}, 'w')\nwhile True:\n    time.sleep(0.01)\n"
-        f"    open({str(tmp_path / 'beat')!r}, 'a').write('x')\n"
+        f"import time\nwhile True:\n    time.sleep(0.01)\n    open({str(tmp_path / 'beat')!r}, 'a').write('x')\n"
     )
     code = (
         "import sys; from pathlib import Path; from compress.boards import ssh; from compress.candidate import *\n"
@@ -179,7 +178,7 @@ def test_when_this_side_is_killed_the_other_ends_and_cleans_up(remote, made, tmp
     )
     client = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "running").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "beat").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     client.kill()
     client.wait()
