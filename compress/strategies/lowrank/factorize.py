@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
@@ -37,6 +38,12 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
 VBMF = "vbmf"
+
+
+def _rank(value: object) -> object:
+    if value != VBMF and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise ValueError(f"a whole number from 1, or {VBMF}")
+    return value
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -65,7 +72,7 @@ class LowRank(Strategy):
     latency: Annotated[float, Gt(0), Lt(1)] | None = None
     energy: Annotated[float, Gt(0), Le(1)] | None = None
     ranks: Annotated[float, Gt(0), Lt(1)] | None = None
-    rank: Annotated[int, Ge(1)] | Literal["vbmf"] | None = None
+    rank: Annotated[int | Literal["vbmf"], BeforeValidator(_rank)] | None = None
     form: Literal["auto", "channel", "spatial", "tucker", "cp", "tensor_train"] = "auto"
     fit: Literal["weights", "outputs"] = "weights"
     images: Annotated[int, Ge(16), Le(1_000_000)] = 1000
