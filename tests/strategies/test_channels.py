@@ -340,6 +340,15 @@ def test_a_criterion_without_anything_to_look_at(deep, context):
         PruneChannels(criterion="gamma").apply(Candidate(deep), context)
 
 
+def test_a_share_of_the_channels_counts_those_of_the_blocks_that_go(deep, context):
+    result = PruneChannels(channels=0.6, blocks=True, images=64).apply(Candidate(deep), context)
+    widths = {x.name: x.filters for x in result.model.layers if isinstance(x, layers.Conv2D)}
+    left = sum(width for name, width in widths.items() if name.startswith(("stem", "inner")))
+    assert result.measured["blocks_removed"] >= 1
+    assert 0.5 <= left / 40 <= 0.6
+    assert result.measured["channels_kept"] == pytest.approx(left / 40)
+
+
 def test_blocks_that_are_not_selected_stay(deep, context):
     chosen = dataclasses.replace(context, selection=Selection(skip=(Rule(name="outer2"),)))
     result = PruneChannels(macs=0.6, blocks=True, images=64).apply(Candidate(deep), chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +18,27 @@ Ranking = Literal["global", "layer"]
 
 @dataclass(frozen=True)
 class Size:
-    """Multiply-adds and parameters of a whole model."""
+    """Multiply-adds and parameters of a whole model, and the channels of those of its groups that may go."""
 
     macs: float
     params: float
+    groups: Mapping[str, int]
+    """Name of a group -> its units."""
 
     @classmethod
-    def of(cls, model: tf_keras.Model) -> Size:
+    def of(cls, model: tf_keras.Model, groups: Iterable[Group] = ()) -> Size:
         """Count."""
-        return cls(float(count_macs(model)), float(count_params(model)))
+        return cls(float(count_macs(model)), float(count_params(model)), {group.name: len(group) for group in groups})
+
+    @property
+    def channels(self) -> int:
+        """How many channels may go."""
+        return sum(self.groups.values())
+
+    def channels_kept(self, channels: Channels, stay: np.ndarray) -> float:
+        """Return the share of the channels that is left of these groups; one that is no more has none left."""
+        left = sum(int(stay[group.units].sum()) for group in channels.groups if group.name in self.groups)
+        return left / max(self.channels, 1)
 
 
 class Plan:
@@ -77,8 +89,7 @@ class Plan:
     def cost(self, stay: np.ndarray, unit: str, start: Size) -> float:
         """Return the share of ``start`` that is left."""
         if unit == "channels":
-            mine = np.concatenate([group.units for group in self.groups])
-            return float(stay[mine].mean())
+            return start.channels_kept(self.channels, stay)
         macs, params = self.channels.costs(stay)
         if unit == "macs":
             return (macs + self._outside[0]) / start.macs

@@ -50,8 +50,7 @@ class Reconstruction:
     def __init__(self, repair: Repair, names: frozenset[str]) -> None:
         self.repair = repair
         self.channels = Channels(repair.folded)
-        found = (_cuttable(self.channels, group, names) for group in self.channels.groups)
-        self.cuttable = [item for item in found if item is not None]
+        self.cuttable = cuttable_groups(self.channels, names)
 
     def prepare(self) -> None:
         """Measure what errors of each reader's output mean for the logits."""
@@ -132,7 +131,7 @@ class Allocation:
         self._groups = [item.group for item in work.cuttable]
         self._sizes = [len(group) for group in self._groups]
         self._channels, self._whole, self._floors, self._multiple = work.channels, whole, floors, multiple
-        self._now = Size.of(work.channels.model)
+        self._now = Size.of(work.channels.model, self._groups)
         ranks = [np.arange(size, dtype=float) for size in self._sizes]
         self._plan = Plan(work.channels, self._groups, ranks, [1] * len(ranks), 1)
 
@@ -212,6 +211,12 @@ def _curve(points: dict[int, float], size: int) -> Curve:
     if len(counts) == 1:
         return Curve(np.zeros(size))
     return Curve(np.maximum(PchipInterpolator(counts, errors)(np.arange(1, size + 1)), 0.0))
+
+
+def cuttable_groups(channels: Channels, names: frozenset[str]) -> list[Cuttable]:
+    """Return the groups of a folded model that it can cut, of those that only ``names`` write."""
+    found = (_cuttable(channels, group, names) for group in channels.groups)
+    return [item for item in found if item is not None]
 
 
 def _cuttable(channels: Channels, group: Group, names: frozenset[str]) -> Cuttable | None:
