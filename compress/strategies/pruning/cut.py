@@ -11,6 +11,7 @@ from compress.candidate import Candidate, Skipped
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, Group
 from compress.graph.channels.surgery import oracle_difference, remove_channels
+from compress.strategies.pruning.gradients import inputs_of
 from compress.strategies.strategy import Context
 
 _ORACLE_TOLERANCE = 1e-4
@@ -70,8 +71,8 @@ def left_out(channels: Channels, names: frozenset[str]) -> list[Skipped]:
 
 def oracle_samples(context: Context, model: tf_keras.Model) -> list[np.ndarray]:
     """Return samples to compare a cut with its oracle on, for each input."""
-    x = context.data.train.x[:16].astype(np.float32)
-    return [x] if len(model.inputs) == 1 else [x for _ in model.inputs]
+    found = inputs_of(model, context.data.train.x[:16].astype(np.float32), f"stage {context.stage}")
+    return list(found) if isinstance(found, tuple) else [found]
 
 
 def _lost(groups: Sequence[Group], stay: np.ndarray) -> str:
