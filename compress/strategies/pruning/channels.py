@@ -27,10 +27,11 @@ from compress.graph.residual import residual_blocks, without_blocks, without_bra
 from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
 from compress.strategies.budget import Budget, one_budget
+from compress.strategies.options import refuse_without_effect
 from compress.strategies.pruning.cut import cut, left_out, may_go, oracle_samples, require_equal
 from compress.strategies.pruning.depth import branch_shares, lowest_blocks
 from compress.strategies.pruning.group_sparsity import GroupLasso, GroupSparsity, GrowingDecay
-from compress.strategies.pruning.measured import MEASURED, Start, largest_share
+from compress.strategies.pruning.measured import MEASURED, Start, largest_share, measured_once
 from compress.strategies.pruning.plan import Plan, Ranking, Size
 from compress.strategies.pruning.reconstruction import Allocation, Reconstruction, cuttable_groups
 from compress.strategies.pruning.saliency import Evidence, criteria
@@ -99,6 +100,7 @@ class PruneChannels(Strategy):
     def __post_init__(self) -> None:
         """Refuse several budgets at once, and what does not go together."""
         self._budget()
+        refuse_without_effect(self, [(self.regularisation != "none", ("strength",), "a regularisation")])
         if self.criterion == RECONSTRUCTION and (self.blocks or self.regularisation != "none"):
             raise ValueError(f"no blocks and no regularisation with criterion={RECONSTRUCTION}")
 
@@ -151,7 +153,8 @@ class PruneChannels(Strategy):
                 f"{where}.regularisation",
                 expected="a recovery that trains: half of it drives channels to zero before the cut",
                 received=f"{self.regularisation} with method={recovery.method} epochs={recovery.epochs:g}",
-                fix=f"Write {where}.recovery.epochs=1, or {where}.regularisation=none.",
+                fix=f"Write {where}.recovery.method=finetune {where}.recovery.epochs=1, "
+                f"or {where}.regularisation=none.",
             )
 
     def _groups(self, candidate: Candidate, context: Context) -> list[Group]:
@@ -171,17 +174,20 @@ class PruneChannels(Strategy):
             raise context.nothing_done("a layer with channels that may go", skipped)
         left_alone = context.skip(skipped)
         if self.criterion == RECONSTRUCTION:
-            candidate, stay, repaired = self._reconstruct(candidate, target, start, context)
+            reason = f"{RECONSTRUCTION} cuts what one layer writes and one linear layer reads"
+            every = [*left_alone, *(Skipped(group.name, reason, True) for group in groups)]
+            candidate, stay, repaired = self._reconstruct(candidate, target, start, context, every)
             channels = Channels(candidate.model)
             # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
             oracle = candidate.model
             others = (group for group in groups if not set(group.writers) & repaired)
-            reason = f"{RECONSTRUCTION} cuts what one layer writes and one linear layer reads"
             left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in others))
         else:
             candidate = self._regularise(candidate, channels, groups, target, start, recovering)
             channels = Channels(candidate.model)
-            stay = self._choose(candidate, channels, groups, target, start, context)
+            stay, unscored = self._choose(candidate, channels, groups, target, start, context)
+            reason = f"criterion={self.criterion} finds nothing to look at"
+            left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in unscored))
             oracle = masked_model(channels, stay)
         candidate, difference = cut(candidate, oracle, channels, stay, groups, context)
         narrower = {name for group in groups if not stay[group.units].all() for name in group.writers}
@@ -198,15 +204,20 @@ class PruneChannels(Strategy):
             if not criterion.members(group) and not np.any(finite):
                 score = np.full(len(group), np.inf)
             scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
-        if not any(np.any(score[np.isfinite(score)]) for score in scores):
+        # They are divided by their mean: what differs less does so by rounding.
+        if not any(np.ptp(score[np.isfinite(score)]) > 1e-6 for score in scores if np.isfinite(score).any()):
             blind = not any(criterion.members(group) for group in groups)
-            found = "which finds nothing to look at in the groups that may go" if blind else "whose scores are all zero"
+            found = (
+                "which finds nothing to look at in the groups that may go" if blind else "whose scores are all the same"
+            )
+            advice = ["choose another one (l2)"] if self.criterion != "l2" else []
+            if not blind or not advice:
+                advice.append("look whether the model's weights are what they should be, and trainable")
             raise CompressError(
                 f"strategy.{context.stage}.criterion",
                 expected="a criterion that tells channels apart",
                 received=f"{self.criterion}, {found}",
-                fix="Choose another one (l2)"
-                + ("." if blind else ", or look whether the model's weights are what they should be."),
+                fix=", or ".join(advice).capitalize() + ".",
             )
         floors = self._floors(groups, start)
         return Plan(channels, groups, scores, floors, self._multiple(context))
@@ -219,8 +230,8 @@ class PruneChannels(Strategy):
         budget: Budget,
         start: Start,
         context: Context,
-    ) -> np.ndarray:
-        """Return which units stay: [units]."""
+    ) -> tuple[np.ndarray, list[Group]]:
+        """Return which units stay, [units], and the groups that the criterion says nothing of."""
         plan = self._plan(channels, groups, start, context)
         if budget.unit not in MEASURED:
             stay = plan.meet(budget, start.size, self.ranking)
@@ -228,15 +239,17 @@ class PruneChannels(Strategy):
         else:
             proxy = MEASURED[budget.unit]
 
-            def measured(share: float) -> float:
-                left = plan.meet(Budget(proxy, share), start.size, self.ranking)
-                return start.share_of(remove_channels(channels, left), candidate, context, budget.unit)
-
+            measured = measured_once(
+                lambda share: plan.meet(Budget(proxy, share), start.size, self.ranking),
+                lambda left: start.share_of(remove_channels(channels, left), candidate, context, budget.unit),
+            )
             share, reached = largest_share(measured, budget.keep)
             stay = plan.meet(Budget(proxy, share), start.size, self.ranking)
         if reached > budget.keep + 1e-9 and not self.allow_partial:
-            raise self._out_of_reach(context, budget, reached, [group.name for group in groups])
-        return stay
+            unscored = {group.name for group in plan.unscored}
+            clamped = [group.name for group in groups if group.name not in unscored]
+            raise self._out_of_reach(context, budget, reached, clamped)
+        return stay, plan.unscored
 
     def _regularise(
         self,
@@ -256,7 +269,7 @@ class PruneChannels(Strategy):
         may &= ~channels.pinned
         sparsity: GroupSparsity
         if self.regularisation == "growing":
-            may &= ~self._choose(candidate, channels, groups, budget, start, recovering)
+            may &= ~self._choose(candidate, channels, groups, budget, start, recovering)[0]
             sparsity = GrowingDecay(channels, model, may, self.strength or 7.0)
         else:
             sparsity = GroupLasso(channels, model, may, self.strength or 0.5)
@@ -293,14 +306,14 @@ class PruneChannels(Strategy):
         return candidate.evolve(model=smaller, guarantees=left), len(gone), difference
 
     def _reconstruct(
-        self, candidate: Candidate, budget: Budget, start: Start, context: Context
+        self, candidate: Candidate, budget: Budget, start: Start, context: Context, skipped: Sequence[Skipped]
     ) -> tuple[Candidate, np.ndarray, set[str]]:
         """Return the candidate, its model repaired, which units stay [units], and the writers of those that may go."""
         names = context.selection.names(candidate.model)
         repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees)
         work = Reconstruction(repair, names)
         if not work.cuttable:
-            raise context.nothing_done("a group of channels with one writer and one linear reader", ())
+            raise context.nothing_done("a group of channels with one writer and one linear reader", skipped)
         groups = [item.group for item in work.cuttable]
         names_of = [group.name for group in groups]
         floors = self._floors(groups, start)
@@ -309,18 +322,17 @@ class PruneChannels(Strategy):
         whole = {unit: getattr(now, unit) / getattr(start.size, unit) for unit in ("macs", "params", "channels")}
         allocation = Allocation(work, whole, floors, self._multiple(context))
         proxy = MEASURED.get(budget.unit, budget.unit)
-        reached = allocation.cost(floors, proxy)
+        reached = allocation.cost(allocation.floors, proxy)
         if proxy == budget.unit and reached > budget.keep + 1e-9 and not self.allow_partial:
             raise self._out_of_reach(context, budget, reached, names_of)
         work.prepare()
         curves = work.curves()
         share = budget.keep
         if proxy != budget.unit:
-
-            def measured(share: float) -> float:
-                cut = remove_channels(work.channels, allocation.stay(allocation.keep(curves, proxy, share)))
-                return start.share_of(cut, candidate, context, budget.unit)
-
+            measured = measured_once(
+                lambda share: allocation.stay(allocation.keep(curves, proxy, share)),
+                lambda left: start.share_of(remove_channels(work.channels, left), candidate, context, budget.unit),
+            )
             share, reached = largest_share(measured, budget.keep)
             if reached > budget.keep and not self.allow_partial:
                 raise self._out_of_reach(context, budget, reached, names_of)

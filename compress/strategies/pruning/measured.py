@@ -63,6 +63,21 @@ def _measure(candidate: Candidate, context: Context, unit: str) -> float:
         return context.median_latency(artifact, "macs")
 
 
+def measured_once(
+    stay: Callable[[float], np.ndarray], measure: Callable[[np.ndarray], float]
+) -> Callable[[float], float]:
+    """Return share -> ``measure(stay(share))``; shares that leave the same units are measured once."""
+    known: dict[bytes, float] = {}
+
+    def measured(share: float) -> float:
+        left = stay(share)
+        if (key := left.tobytes()) not in known:
+            known[key] = measure(left)
+        return known[key]
+
+    return measured
+
+
 def largest_share(measured: Callable[[float], float], goal: float) -> tuple[float, float]:
     """Return (share, what was measured there): the largest share found at which what is measured meets the goal.
 
