@@ -314,6 +314,9 @@ def _place(error: ErrorDetails) -> tuple[str | int, ...]:
 
 def _wanted(error: ErrorDetails) -> str:
     """Return what was expected, in words about the value."""
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        # A place of a list of fixed length.
+        return f"a list of {error['loc'][-1] + 1} values"
     if error["type"] in _WANTED:
         return _WANTED[error["type"]].format(**error.get("ctx", {}))
     return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")

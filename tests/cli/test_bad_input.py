@@ -125,6 +125,7 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["+recovery.foo=1"], ["recovery.foo", "a key that exists"]),
         (["strategy.lowrank=null"], ["strategy.lowrank", "all its keys"]),
         (["~strategy.lowrank.recovery"], ["strategy.lowrank", "recovery"]),
+        (["strategy=prune", "strategy.prune.block=[4]"], ["strategy.prune.block", "two whole numbers", "[4]"]),
         (["strategy.lowrank.repeat=true"], ["strategy.lowrank.repeat", "whole number"]),
         (["strategy.lowrank.recovery=null"], ["strategy.lowrank", "recovery"]),
         (["recovery.epochs=inf"], ["recovery.epochs", "inf"]),

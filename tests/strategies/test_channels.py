@@ -23,7 +23,7 @@ from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_params
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.pruning.channels import PruneChannels
-from compress.strategies.pruning.measured import largest_share
+from compress.strategies.pruning.measured import largest_share, measured_once
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import written_channels
@@ -142,6 +142,67 @@ def test_round_to_leaves_multiples(model, context):
     assert [result.model.get_layer(name).output_shape[-1] % 8 for name in ("stem", "inner", "outer")] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("criterion", ["l2", "reconstruction"])
+def test_what_rounding_leaves_of_the_budget_is_spent(criterion, deep, context):
+    budget = 0.7
+    result = PruneChannels(macs=budget, round_to=4, criterion=criterion, images=32).apply(Candidate(deep), context)
+    stem, *inner = (result.model.get_layer(name).filters for name in ("stem", *(f"inner{n}" for n in range(4))))
+    kept = result.measured["macs_kept"]
+    assert kept <= budget
+    assert all(width % 4 == 0 for width in (stem, *inner))
+    # No inner group may be wider: the multiply-adds of the two convolutions around it are linear in its width.
+    assert min(inner) == 8 or kept + 2 * 64 * 9 * stem * 4 / macs(deep) > budget
+
+
+def test_channels_of_steps_that_a_wrapper_calls_have_activations(context):
+    steps = tf_keras.Input((5, 4))
+    inner = layers.TimeDistributed(layers.Dense(8, activation="relu"), name="inner")(steps)
+    outer = layers.TimeDistributed(layers.Dense(6), name="outer")(inner)
+    built = rewrite(tf_keras.Model(steps, layers.Dense(3)(layers.GlobalAveragePooling1D()(outer))))
+    x = np.random.default_rng(0).normal(size=(40, 5, 4)).astype(np.float32)
+    seen = dataclasses.replace(context.data, train=Split(x, np.arange(40) % 2))
+    score = criteria()["activation"].score(group(built, "inner"), Evidence(Channels(built), seen, 0))
+    values = tf_keras.Model(built.input, built.get_layer("inner").output)(x)
+    np.testing.assert_allclose(score, np.abs(values).mean((0, 1)), rtol=1e-4)
+
+
+def test_a_group_that_a_criterion_says_nothing_of_is_told(model, context):
+    result = PruneChannels(macs=0.7, criterion="gamma").apply(Candidate(model), context)
+    reasons = {item.layer: item.reason for item in result.skipped}
+    assert "finds nothing to look at" in reasons["stem"]
+    assert "inner" not in reasons
+    with pytest.raises(CompressError, match=r"clamped: inner\)"):
+        PruneChannels(macs=0.02, criterion="gamma").apply(Candidate(model), context)
+
+
+def test_several_outputs_and_inputs_that_the_data_do_not_fit(model, context):
+    image, other = tf_keras.Input((8, 8, 1)), tf_keras.Input((3,), name="other")
+    inner = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3, name="conv")(image))
+    first, second = layers.Dense(10)(inner), layers.Dense(2, activation="sigmoid")(inner)
+    two = rewrite(tf_keras.Model(image, [first, second]))
+    result = PruneChannels(macs=0.6, criterion="taylor").apply(Candidate(two), context)
+    assert result.model.get_layer("conv").filters < 8
+    unfit = rewrite(tf_keras.Model([image, other], layers.Dense(4)(layers.Concatenate()([inner, other]))))
+    for criterion in ("l2", "activation"):
+        with pytest.raises(CompressError, match="other, which takes"):
+            PruneChannels(macs=0.6, criterion=criterion).apply(Candidate(unfit), context)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "apoz"])
+def test_scores_that_are_all_the_same_say_nothing(criterion, deep, context):
+    flat = rewrite(deep)
+    if criterion == "l2":
+        flat.set_weights([np.zeros_like(value) for value in flat.get_weights()])
+    else:
+        for layer in flat.layers:
+            if hasattr(layer, "activation"):
+                layer.activation = tf_keras.activations.linear
+        flat = rewrite(flat)
+    with pytest.raises(CompressError, match="scores are all the same") as error:
+        PruneChannels(criterion=criterion).apply(Candidate(flat), context)
+    assert ("another one (l2)" in str(error.value)) == (criterion != "l2")
+
+
 def test_only_cuts_what_is_selected(model, context):
     selection = Selection(only=(Rule(name="inner"),))
     chosen = dataclasses.replace(context, selection=selection)
@@ -245,6 +306,18 @@ def test_the_largest_share_is_found_in_a_few_probes(goal, fixed, power):
         assert 0.85 * goal <= value <= goal
 
 
+def test_shares_that_leave_the_same_units_are_measured_once():
+    asked = []
+
+    def measure(stay: np.ndarray) -> float:
+        asked.append(int(stay.sum()))
+        return stay.mean()
+
+    share = measured_once(lambda share: np.arange(4) < int(4 * share), measure)
+    assert [share(x) for x in (0.5, 0.6, 0.55, 1.0)] == [0.5, 0.5, 0.5, 1.0]
+    assert asked == [2, 4]
+
+
 def test_the_board_says_what_widths_are_rounded_to(model, context):
     board = dataclasses.replace(context, channel_multiple=8)
     result = PruneChannels(macs=0.4).apply(Candidate(model), board)
@@ -281,7 +354,7 @@ def test_regularisation_drives_units_to_zero_before_the_cut(regularisation, mode
 
 
 def test_regularisation_needs_training(model, context):
-    with pytest.raises(CompressError, match="a recovery that trains"):
+    with pytest.raises(CompressError, match=r"a recovery that trains[^$]*recovery.method=finetune"):
         PruneChannels(regularisation="growing").apply(Candidate(model), context)
 
 
@@ -328,6 +401,15 @@ def test_reconstruction_tells_what_it_leaves_alone(deep, context):
     assert result.model.get_layer("stem").filters == 8
 
 
+def test_reconstruction_names_what_it_cannot_cut(context):
+    image = tf_keras.Input((8, 8, 1))
+    shared = layers.Conv2D(8, 3, name="shared")(image)
+    total = layers.Add()([layers.Conv2D(4, 3, name="left")(shared), layers.Conv2D(4, 3, name="right")(shared)])
+    built = rewrite(tf_keras.Model(image, layers.Dense(10)(layers.GlobalAveragePooling2D()(total))))
+    with pytest.raises(CompressError, match="shared: reconstruction cuts what one layer writes"):
+        PruneChannels(criterion="reconstruction", images=16).apply(Candidate(built), context)
+
+
 def test_a_model_with_nothing_to_cut_is_told_so(context):
     image = tf_keras.Input((8, 8, 1))
     plain = rewrite(tf_keras.Model(image, layers.Dense(10)(layers.Flatten()(image))))
@@ -340,6 +422,15 @@ def test_a_criterion_without_anything_to_look_at(deep, context):
         PruneChannels(criterion="gamma").apply(Candidate(deep), context)
 
 
+def test_a_share_of_the_channels_counts_those_of_the_blocks_that_go(deep, context):
+    result = PruneChannels(channels=0.6, blocks=True, images=64).apply(Candidate(deep), context)
+    widths = {x.name: x.filters for x in result.model.layers if isinstance(x, layers.Conv2D)}
+    left = sum(width for name, width in widths.items() if name.startswith(("stem", "inner")))
+    assert result.measured["blocks_removed"] >= 1
+    assert 0.5 <= left / 40 <= 0.6
+    assert result.measured["channels_kept"] == pytest.approx(left / 40)
+
+
 def test_blocks_that_are_not_selected_stay(deep, context):
     chosen = dataclasses.replace(context, selection=Selection(skip=(Rule(name="outer2"),)))
     result = PruneChannels(macs=0.6, blocks=True, images=64).apply(Candidate(deep), chosen)
@@ -349,6 +440,8 @@ def test_blocks_that_are_not_selected_stay(deep, context):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="reconstruction"):
         PruneChannels(criterion="reconstruction", blocks=True)
+    with pytest.raises(ValueError, match=r"strength=1\.0 only beside a regularisation"):
+        PruneChannels(strength=1.0)
     with pytest.raises(ValueError, match="one of macs"):
         PruneChannels(bytes=0.5, macs=0.5)
 

@@ -7,7 +7,8 @@ Coupled channels go together (DepGraph, arXiv 2301.12900); how important they ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,23 +21,25 @@ from compress.candidate import Candidate, Effect, Skipped
 from compress.errors import CompressError, did_you_mean
 from compress.graph.channels.groups import Channels, Group, transferred
 from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
+from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
 from compress.graph.residual import residual_blocks, without_blocks, without_branches
 from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
 from compress.strategies.budget import Budget, one_budget
+from compress.strategies.options import refuse_without_effect
+from compress.strategies.pruning.cut import cut, left_out, may_go, oracle_samples, require_equal
 from compress.strategies.pruning.depth import branch_shares, lowest_blocks
 from compress.strategies.pruning.group_sparsity import GroupLasso, GroupSparsity, GrowingDecay
-from compress.strategies.pruning.measured import MEASURED, Start, largest_share
+from compress.strategies.pruning.measured import MEASURED, Start, largest_share, measured_once
 from compress.strategies.pruning.plan import Plan, Ranking, Size
-from compress.strategies.pruning.reconstruction import Allocation, Reconstruction
+from compress.strategies.pruning.reconstruction import Allocation, Reconstruction, cuttable_groups
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import Widths, written_channels
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
-_ORACLE_TOLERANCE = 1e-4
 RECONSTRUCTION = "reconstruction"
 _LOG = logging.getLogger("compress")
 
@@ -97,6 +100,7 @@ class PruneChannels(Strategy):
     def __post_init__(self) -> None:
         """Refuse several budgets at once, and what does not go together."""
         self._budget()
+        refuse_without_effect(self, [(self.regularisation != "none", ("strength",), "a regularisation")])
         if self.criterion == RECONSTRUCTION and (self.blocks or self.regularisation != "none"):
             raise ValueError(f"no blocks and no regularisation with criterion={RECONSTRUCTION}")
 
@@ -108,59 +112,27 @@ class PruneChannels(Strategy):
         """Only the layers that write a group which may go."""
         names = selection.names(model)
         groups = Channels(model).groups
-        return frozenset(name for group in groups if _may_go(group, names) for name in group.writers)
+        return frozenset(name for group in groups if may_go(group, names) for name in group.writers)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Rank, cut, compare with the masked original, recover; so many times."""
-        if self.regularisation != "none" and not context.recovery.trains:
-            where, recovery = f"strategy.{context.stage}", context.recovery
-            raise CompressError(
-                f"{where}.regularisation",
-                expected="a recovery that trains: half of it drives channels to zero before the cut",
-                received=f"{self.regularisation} with method={recovery.method} epochs={recovery.epochs:g}",
-                fix=f"Write {where}.recovery.epochs=1, or {where}.regularisation=none.",
-            )
-        budget, start = self._budget(), Start.of(candidate, context, self._budget().unit)
+        self._require_recovery(context)
+        budget = self._budget()
+        start = Start.of(candidate, context, budget.unit, self._groups(candidate, context))
         share = 1.0 if self.regularisation == "none" else 0.5
         recovering = context.for_stage(context.stage, recovery=context.recovery.part(share / self.steps))
         widths: dict[str, int] = {}
-        measured: dict[str, float] = {"oracle_difference": 0.0}
-        sizes: dict[str, int] = {}
+        difference, removed = 0.0, 0
         for step in range(1, self.steps + 1):
-            # The share of channels is counted anew at every step, the others from the start.
-            part = 1 if budget.unit == "channels" else step
-            target = Budget(budget.unit, budget.keep ** (part / self.steps))
+            target = Budget(budget.unit, budget.keep ** (step / self.steps))
             if self.blocks:
-                candidate, gone, difference = self._drop_blocks(candidate, target, start, context)
-                measured["oracle_difference"] = max(measured["oracle_difference"], difference)
-                measured["blocks_removed"] = measured.get("blocks_removed", 0.0) + gone
-            names = context.selection.names(candidate.model)
-            channels = Channels(candidate.model)
-            groups = [group for group in channels.groups if _may_go(group, names)]
-            skipped = _skipped(channels, names)
-            if not groups:
-                raise context.nothing_done("a layer with channels that may go", skipped)
-            left_alone = context.skip(skipped)
-            for group in groups:
-                sizes.setdefault(group.name, len(group))
-            if self.criterion == RECONSTRUCTION:
-                candidate, stay, repaired = self._reconstruct(candidate, sizes, target, start, context)
-                channels = Channels(candidate.model)
-                # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
-                oracle = candidate.model
-                others = (group for group in groups if not set(group.writers) & repaired)
-                reason = f"{RECONSTRUCTION} cuts what one layer writes and one linear layer reads"
-                left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in others))
-            else:
-                candidate = self._regularise(candidate, channels, groups, sizes, target, start, recovering)
-                channels = Channels(candidate.model)
-                stay = self._choose(candidate, channels, groups, sizes, target, start, context)
-                oracle = masked_model(channels, stay)
-            if stay.all() and self.steps == 1 and not measured.get("blocks_removed"):
-                raise context.nothing_done("a channel that may go under most and round_to", skipped)
-            candidate, difference = _cut(candidate, oracle, channels, stay, groups, context)
-            measured["oracle_difference"] = max(measured["oracle_difference"], difference)
-            for name in {name for group in groups if not stay[group.units].all() for name in group.writers}:
+                candidate, gone, changed = self._drop_blocks(candidate, target, start, context)
+                difference, removed = max(difference, changed), removed + gone
+            done = self._step(candidate, target, start, context, recovering)
+            if not done.narrower and self.steps == 1 and not removed:
+                raise context.nothing_done("a channel that may go under most and round_to", done.left_alone)
+            candidate, difference = done.candidate, max(difference, done.difference)
+            for name in done.narrower:
                 if (width := written_channels(candidate.model.get_layer(name))) is not None:
                     widths[name] = width
             if step == self.steps:
@@ -168,13 +140,60 @@ class PruneChannels(Strategy):
                 left = {name: width for name, width in sorted(widths.items()) if name in present}
                 candidate = candidate.with_guarantee(Widths(context.stage, left))
             candidate = recovering.recover(candidate)
-        if budget.unit != "channels":
-            # After the training: zeros that the file stores once are values of their own by now.
-            measured[f"{budget.unit}_kept"] = start.kept(candidate, context, budget.unit)
-        return candidate.evolve(skipped=left_alone, measured=measured)
+        # After the training: zeros that the file stores once are values of their own by now.
+        measured = {"oracle_difference": difference, f"{budget.unit}_kept": start.kept(candidate, context, budget.unit)}
+        if self.blocks:
+            measured["blocks_removed"] = float(removed)
+        return candidate.evolve(skipped=done.left_alone, measured=measured)
 
-    def _plan(self, channels: Channels, groups: Sequence[Group], sizes: Mapping[str, int], context: Context) -> Plan:
-        """Return the plan; ``sizes``: how large each group was when the stage began."""
+    def _require_recovery(self, context: Context) -> None:
+        if self.regularisation != "none" and not context.recovery.trains:
+            where, recovery = f"strategy.{context.stage}", context.recovery
+            raise CompressError(
+                f"{where}.regularisation",
+                expected="a recovery that trains: half of it drives channels to zero before the cut",
+                received=f"{self.regularisation} with method={recovery.method} epochs={recovery.epochs:g}",
+                fix=f"Write {where}.recovery.method=finetune {where}.recovery.epochs=1, "
+                f"or {where}.regularisation=none.",
+            )
+
+    def _groups(self, candidate: Candidate, context: Context) -> list[Group]:
+        """Return the groups that may go."""
+        names, model = context.selection.names(candidate.model), candidate.model
+        if self.criterion == RECONSTRUCTION:
+            return [item.group for item in cuttable_groups(Channels(fold_batch_norm(model)), names)]
+        return [group for group in Channels(model).groups if may_go(group, names)]
+
+    def _step(self, candidate: Candidate, target: Budget, start: Start, context: Context, recovering: Context) -> _Done:
+        """Return what one cut to ``target`` does; ``recovering``: with this step's part of the recovery."""
+        names = context.selection.names(candidate.model)
+        channels = Channels(candidate.model)
+        groups = [group for group in channels.groups if may_go(group, names)]
+        skipped = left_out(channels, names)
+        if not groups:
+            raise context.nothing_done("a layer with channels that may go", skipped)
+        left_alone = context.skip(skipped)
+        if self.criterion == RECONSTRUCTION:
+            reason = f"{RECONSTRUCTION} cuts what one layer writes and one linear layer reads"
+            every = [*left_alone, *(Skipped(group.name, reason, True) for group in groups)]
+            candidate, stay, repaired = self._reconstruct(candidate, target, start, context, every)
+            channels = Channels(candidate.model)
+            # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
+            oracle = candidate.model
+            others = (group for group in groups if not set(group.writers) & repaired)
+            left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in others))
+        else:
+            candidate = self._regularise(candidate, channels, groups, target, start, recovering)
+            channels = Channels(candidate.model)
+            stay, unscored = self._choose(candidate, channels, groups, target, start, context)
+            reason = f"criterion={self.criterion} finds nothing to look at"
+            left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in unscored))
+            oracle = masked_model(channels, stay)
+        candidate, difference = cut(candidate, oracle, channels, stay, groups, context)
+        narrower = {name for group in groups if not stay[group.units].all() for name in group.writers}
+        return _Done(candidate, difference, frozenset(narrower), left_alone)
+
+    def _plan(self, channels: Channels, groups: Sequence[Group], start: Start, context: Context) -> Plan:
         evidence = Evidence(channels, context.data, context.seed, where=f"strategy.{context.stage}.criterion")
         criterion = criteria()[self.criterion]
         scores = []
@@ -185,17 +204,22 @@ class PruneChannels(Strategy):
             if not criterion.members(group) and not np.any(finite):
                 score = np.full(len(group), np.inf)
             scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
-        if not any(np.any(score[np.isfinite(score)]) for score in scores):
+        # They are divided by their mean: what differs less does so by rounding.
+        if not any(np.ptp(score[np.isfinite(score)]) > 1e-6 for score in scores if np.isfinite(score).any()):
             blind = not any(criterion.members(group) for group in groups)
-            found = "which finds nothing to look at in the groups that may go" if blind else "whose scores are all zero"
+            found = (
+                "which finds nothing to look at in the groups that may go" if blind else "whose scores are all the same"
+            )
+            advice = ["choose another one (l2)"] if self.criterion != "l2" else []
+            if not blind or not advice:
+                advice.append("look whether the model's weights are what they should be, and trainable")
             raise CompressError(
                 f"strategy.{context.stage}.criterion",
                 expected="a criterion that tells channels apart",
                 received=f"{self.criterion}, {found}",
-                fix="Choose another one (l2)"
-                + ("." if blind else ", or look whether the model's weights are what they should be."),
+                fix=", or ".join(advice).capitalize() + ".",
             )
-        floors = [min(self._floor(sizes.get(group.name, len(group))), len(group)) for group in groups]
+        floors = self._floors(groups, start)
         return Plan(channels, groups, scores, floors, self._multiple(context))
 
     def _choose(
@@ -203,35 +227,35 @@ class PruneChannels(Strategy):
         candidate: Candidate,
         channels: Channels,
         groups: Sequence[Group],
-        sizes: Mapping[str, int],
         budget: Budget,
         start: Start,
         context: Context,
-    ) -> np.ndarray:
-        """Return which units stay: [units]."""
-        plan = self._plan(channels, groups, sizes, context)
+    ) -> tuple[np.ndarray, list[Group]]:
+        """Return which units stay, [units], and the groups that the criterion says nothing of."""
+        plan = self._plan(channels, groups, start, context)
         if budget.unit not in MEASURED:
             stay = plan.meet(budget, start.size, self.ranking)
             reached = plan.cost(stay, budget.unit, start.size)
         else:
             proxy = MEASURED[budget.unit]
 
-            def measured(share: float) -> float:
-                left = plan.meet(Budget(proxy, share), start.size, self.ranking)
-                return start.share_of(remove_channels(channels, left), candidate, context, budget.unit)
-
+            measured = measured_once(
+                lambda share: plan.meet(Budget(proxy, share), start.size, self.ranking),
+                lambda left: start.share_of(remove_channels(channels, left), candidate, context, budget.unit),
+            )
             share, reached = largest_share(measured, budget.keep)
             stay = plan.meet(Budget(proxy, share), start.size, self.ranking)
         if reached > budget.keep + 1e-9 and not self.allow_partial:
-            raise self._out_of_reach(context, budget, reached, [group.name for group in groups])
-        return stay
+            unscored = {group.name for group in plan.unscored}
+            clamped = [group.name for group in groups if group.name not in unscored]
+            raise self._out_of_reach(context, budget, reached, clamped)
+        return stay, plan.unscored
 
     def _regularise(
         self,
         candidate: Candidate,
         channels: Channels,
         groups: Sequence[Group],
-        sizes: Mapping[str, int],
         budget: Budget,
         start: Start,
         recovering: Context,
@@ -245,7 +269,7 @@ class PruneChannels(Strategy):
         may &= ~channels.pinned
         sparsity: GroupSparsity
         if self.regularisation == "growing":
-            may &= ~self._choose(candidate, channels, groups, sizes, budget, start, recovering)
+            may &= ~self._choose(candidate, channels, groups, budget, start, recovering)[0]
             sparsity = GrowingDecay(channels, model, may, self.strength or 7.0)
         else:
             sparsity = GroupLasso(channels, model, may, self.strength or 0.5)
@@ -259,7 +283,7 @@ class PruneChannels(Strategy):
         channels = Channels(model)
         weighted = {kernel.layer.name for kernel in kernels(model)}
         blocks = [b for b in residual_blocks(model) if set(b.layers) & weighted <= names]
-        groups = [group for group in channels.groups if _may_go(group, names)]
+        groups = [group for group in channels.groups if may_go(group, names)]
         if not blocks:
             raise CompressError(
                 f"strategy.{context.stage}.blocks",
@@ -269,49 +293,46 @@ class PruneChannels(Strategy):
             )
         proxy = Budget(MEASURED.get(budget.unit, budget.unit), budget.keep)
         shares = branch_shares(model, blocks, context.calibration_samples(self.images))
-        gone = lowest_blocks(self._plan(channels, groups, {}, context), blocks, shares, proxy, start.size)
+        gone = lowest_blocks(self._plan(channels, groups, start, context), blocks, shares, proxy, start.size)
         if not gone:
             return candidate, 0, 0.0
         _LOG.info("%s: residual blocks that go: %s", context.stage, ", ".join(block.add for block in gone))
-        smaller, samples = without_blocks(model, gone), _samples(context, model)
+        smaller, samples = without_blocks(model, gone), oracle_samples(context, model)
         difference = oracle_difference(without_branches(model, gone), smaller, samples)
-        _require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context, model)
+        require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context, model)
         lost = frozenset(name for block in gone for name in (*block.layers, block.add))
         guarantees = (g.without(lost) if g.layers & lost else g for g in candidate.guarantees)
         left = tuple(g for g, old in zip(guarantees, candidate.guarantees, strict=True) if g.layers or not old.layers)
         return candidate.evolve(model=smaller, guarantees=left), len(gone), difference
 
     def _reconstruct(
-        self, candidate: Candidate, sizes: Mapping[str, int], budget: Budget, start: Start, context: Context
+        self, candidate: Candidate, budget: Budget, start: Start, context: Context, skipped: Sequence[Skipped]
     ) -> tuple[Candidate, np.ndarray, set[str]]:
         """Return the candidate, its model repaired, which units stay [units], and the writers of those that may go."""
         names = context.selection.names(candidate.model)
         repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees)
         work = Reconstruction(repair, names)
         if not work.cuttable:
-            raise context.nothing_done("a group of channels with one writer and one linear reader", ())
+            raise context.nothing_done("a group of channels with one writer and one linear reader", skipped)
         groups = [item.group for item in work.cuttable]
         names_of = [group.name for group in groups]
-        floors = [min(self._floor(sizes.get(group.name, len(group))), len(group)) for group in groups]
+        floors = self._floors(groups, start)
         # Costs are counted on the folded network, which has fewer parameters.
-        now = Size.of(candidate.model)
-        whole = {unit: getattr(now, unit) / getattr(start.size, unit) for unit in ("macs", "params")} | {
-            "channels": 1.0
-        }
+        now = Size.of(candidate.model, groups)
+        whole = {unit: getattr(now, unit) / getattr(start.size, unit) for unit in ("macs", "params", "channels")}
         allocation = Allocation(work, whole, floors, self._multiple(context))
         proxy = MEASURED.get(budget.unit, budget.unit)
-        reached = allocation.cost(floors, proxy)
+        reached = allocation.cost(allocation.floors, proxy)
         if proxy == budget.unit and reached > budget.keep + 1e-9 and not self.allow_partial:
             raise self._out_of_reach(context, budget, reached, names_of)
         work.prepare()
         curves = work.curves()
         share = budget.keep
         if proxy != budget.unit:
-
-            def measured(share: float) -> float:
-                cut = remove_channels(work.channels, allocation.stay(allocation.keep(curves, proxy, share)))
-                return start.share_of(cut, candidate, context, budget.unit)
-
+            measured = measured_once(
+                lambda share: allocation.stay(allocation.keep(curves, proxy, share)),
+                lambda left: start.share_of(remove_channels(work.channels, left), candidate, context, budget.unit),
+            )
             share, reached = largest_share(measured, budget.keep)
             if reached > budget.keep and not self.allow_partial:
                 raise self._out_of_reach(context, budget, reached, names_of)
@@ -337,62 +358,18 @@ class PruneChannels(Strategy):
     def _multiple(self, context: Context) -> int:
         return context.channel_multiple if self.round_to is None else self.round_to
 
-    def _floor(self, units: int) -> int:
-        """Return how many units a group keeps at least."""
-        return max(1, int(np.ceil((1 - self.most) * units - 1e-9)))
+    def _floors(self, groups: Sequence[Group], start: Start) -> list[int]:
+        """Return how many units each group keeps at least, of those that it had when the stage began."""
+        sizes = [start.size.groups.get(group.name, len(group)) for group in groups]
+        least = [max(1, int(np.ceil((1 - self.most) * size - 1e-9))) for size in sizes]
+        return [min(floor, len(group)) for floor, group in zip(least, groups, strict=True)]
 
 
-def _cut(
-    candidate: Candidate,
-    oracle: tf_keras.Model,
-    channels: Channels,
-    stay: np.ndarray,
-    groups: Sequence[Group],
-    context: Context,
-) -> tuple[Candidate, float]:
-    """Return the candidate without the channels that go, and how far it is from the oracle: all channels, unread."""
-    model = remove_channels(channels, stay)
-    difference = oracle_difference(oracle, model, _samples(context, model))
-    _require_equal(difference, _lost(groups, stay), context, candidate.model)
-    kept = channels.kept(stay | channels.pinned)
-    guarantees = [g.cut(lambda name, value: channels.cut(name, value, kept)) for g in candidate.guarantees]
-    return candidate.evolve(model=model, guarantees=tuple(guarantees)), difference
+@plain_dataclass(frozen=True)
+class _Done:
+    """What one step has done: the layers that are narrower, how far the oracle is, what was left alone."""
 
-
-def _require_equal(difference: float, done: str, context: Context, model: tf_keras.Model) -> None:
-    if not difference <= _ORACLE_TOLERANCE:
-        own = [layer for layer in model.layers if not type(layer).__module__.startswith("tf_keras.")]
-        names = ", ".join(layer.name for layer in own[:3])
-        advice = (
-            f" A layer of your own ({names}) that mixes channels says so in a method trace_channels." if own else ""
-        )
-        raise CompressError(
-            f"stage {context.stage}",
-            expected=f"the outputs of the masked original, within {_ORACLE_TOLERANCE:g}",
-            received=f"a difference of {difference:.2g} after {done}",
-            fix=f"Leave the layers out with strategy.{context.stage}.skip, and report this model.{advice}",
-        )
-
-
-def _may_go(group: Group, names: frozenset[str]) -> bool:
-    """Say whether a group can lose units and all layers that write it are selected."""
-    owners = {member.weight.layer for member in group.members}
-    return group.kept_because is None and bool(owners) and set(group.writers) & owners <= names
-
-
-def _skipped(channels: Channels, names: frozenset[str]) -> list[Skipped]:
-    listed = [Skipped(name, reason) for name, reason in channels.trace.unsupported.items() if name in names]
-    for group in channels.groups:
-        if group.kept_because is not None and group.members and set(group.writers) & names:
-            listed.append(Skipped(group.name, group.kept_because, True))
-    return listed
-
-
-def _samples(context: Context, model: tf_keras.Model) -> list[np.ndarray]:
-    x = context.data.train.x[:16].astype(np.float32)
-    return [x] if len(model.inputs) == 1 else [x for _ in model.inputs]
-
-
-def _lost(groups: Sequence[Group], stay: np.ndarray) -> str:
-    parts = [f"{group.name} ({int((~stay[group.units]).sum())} of {len(group)})" for group in groups]
-    return f"cutting {', '.join(parts[:5])}{', ...' if len(parts) > 5 else ''}"
+    candidate: Candidate
+    difference: float
+    narrower: frozenset[str]
+    left_alone: tuple[Skipped, ...]

@@ -41,6 +41,23 @@ def squared_gradients(
     return _mean(model, variables, x, y, 1, where, squared=True)
 
 
+def inputs_of(model: tf_keras.Model, x: np.ndarray, where: str) -> np.ndarray | tuple[np.ndarray, ...]:
+    """Return samples as the model takes them: the same for each of its inputs.
+
+    Raises:
+        CompressError: if they do not fit one.
+    """
+    for tensor in model.inputs:
+        if not tensor.shape[1:].is_compatible_with(x.shape[1:]):
+            raise CompressError(
+                where,
+                expected=f"samples that fit each input of {model.name}",
+                received=f"samples of shape {x.shape[1:]} for {tensor.name}, which takes {tuple(tensor.shape[1:])}",
+                fix="Bring a model that takes the data, in one input.",
+            )
+    return x if len(model.inputs) == 1 else tuple(x for _ in model.inputs)
+
+
 def require_labels(y: np.ndarray, where: str) -> None:
     """Refuse samples that all have one label.
 
@@ -74,12 +91,17 @@ def _mean(
     squared: bool,
 ) -> list[np.ndarray]:
     require_labels(y, where)
+    if model.outputs[0].shape.rank != 2:
+        raise _useless(where, f"outputs of shape {tuple(model.outputs[0].shape)}, not one for each class")
+    samples = inputs_of(model, x, where)
     probabilities = gives_probabilities(model)
 
     def gradient(inputs: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
-            logits = logits_of(model(inputs, training=False), probabilities)
+            # Of several outputs, the first is the one that the labels are for.
+            outputs = tf.nest.flatten(model(inputs, training=False))[0]
+            logits = logits_of(outputs, probabilities)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
         found = tape.gradient(loss, variables, unconnected_gradients="zero")
         dense = [tf.convert_to_tensor(value) for value in found]
@@ -87,7 +109,7 @@ def _mean(
 
     compiled = tf.function(gradient, reduce_retracing=True)
     sums = [np.zeros(v.shape) for v in variables]
-    for inputs, labels in tf.data.Dataset.from_tensor_slices((x, y)).batch(batch):
+    for inputs, labels in tf.data.Dataset.from_tensor_slices((samples, y)).batch(batch):
         for total, value in zip(sums, compiled(inputs, labels), strict=True):
             total += np.asarray(value, np.float64) * len(labels)
     means = [total / len(y) for total in sums]

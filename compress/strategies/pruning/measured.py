@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tf_keras
 from scipy.optimize import brentq
 
 from compress.candidate import Candidate
 from compress.deploy.tflite import export
+from compress.graph.channels.groups import Channels, Group
 from compress.metrics.size import file_bytes
 from compress.strategies.pruning.plan import Size
 from compress.strategies.strategy import Context
@@ -30,13 +32,13 @@ class Start:
     measured: float
 
     @classmethod
-    def of(cls, candidate: Candidate, context: Context, unit: str) -> Start:
-        """Count and measure.
+    def of(cls, candidate: Candidate, context: Context, unit: str, groups: Iterable[Group]) -> Start:
+        """Count and measure; ``groups``: those that may go.
 
         Raises:
             CompressError: if the board gives no latency and the budget is one.
         """
-        return cls(Size.of(candidate.model), _measure(candidate, context, unit) if unit in MEASURED else 1.0)
+        return cls(Size.of(candidate.model, groups), _measure(candidate, context, unit) if unit in MEASURED else 1.0)
 
     def share_of(self, model: tf_keras.Model, candidate: Candidate, context: Context, unit: str) -> float:
         """Return the share that is left when the candidate's model is ``model``."""
@@ -44,9 +46,12 @@ class Start:
         return _measure(candidate.evolve(model=model, guarantees=()), context, unit) / self.measured
 
     def kept(self, candidate: Candidate, context: Context, unit: str) -> float:
-        """Return the share that the candidate is of the start, in any unit but channels."""
+        """Return the share that the candidate is of the start."""
         if unit in MEASURED:
             return self.share_of(candidate.model, candidate, context, unit)
+        if unit == "channels":
+            channels = Channels(candidate.model)
+            return self.size.channels_kept(channels, np.ones(channels.count, bool))
         return float(getattr(Size.of(candidate.model), unit) / getattr(self.size, unit))
 
 
@@ -56,6 +61,21 @@ def _measure(candidate: Candidate, context: Context, unit: str) -> float:
         if unit == "bytes":
             return float(file_bytes(artifact.path))
         return context.median_latency(artifact, "macs")
+
+
+def measured_once(
+    stay: Callable[[float], np.ndarray], measure: Callable[[np.ndarray], float]
+) -> Callable[[float], float]:
+    """Return share -> ``measure(stay(share))``; shares that leave the same units are measured once."""
+    known: dict[bytes, float] = {}
+
+    def measured(share: float) -> float:
+        left = stay(share)
+        if (key := left.tobytes()) not in known:
+            known[key] = measure(left)
+        return known[key]
+
+    return measured
 
 
 def largest_share(measured: Callable[[float], float], goal: float) -> tuple[float, float]:

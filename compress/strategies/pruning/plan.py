@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +18,27 @@ Ranking = Literal["global", "layer"]
 
 @dataclass(frozen=True)
 class Size:
-    """Multiply-adds and parameters of a whole model."""
+    """Multiply-adds and parameters of a whole model, and the channels of those of its groups that may go."""
 
     macs: float
     params: float
+    groups: Mapping[str, int]
+    """Name of a group -> its units."""
 
     @classmethod
-    def of(cls, model: tf_keras.Model) -> Size:
+    def of(cls, model: tf_keras.Model, groups: Iterable[Group] = ()) -> Size:
         """Count."""
-        return cls(float(count_macs(model)), float(count_params(model)))
+        return cls(float(count_macs(model)), float(count_params(model)), {group.name: len(group) for group in groups})
+
+    @property
+    def channels(self) -> int:
+        """How many channels may go."""
+        return sum(self.groups.values())
+
+    def channels_kept(self, channels: Channels, stay: np.ndarray) -> float:
+        """Return the share of the channels that is left of these groups; one that is no more has none left."""
+        left = sum(int(stay[group.units].sum()) for group in channels.groups if group.name in self.groups)
+        return left / max(self.channels, 1)
 
 
 class Plan:
@@ -56,6 +68,11 @@ class Plan:
         known = channels.costs(np.ones(channels.count, bool))
         self._outside = (whole.macs - known[0], whole.params - known[1])
 
+    @property
+    def unscored(self) -> list[Group]:
+        """The groups that nothing may leave, as their criterion says nothing of them."""
+        return [g for g, score in zip(self.groups, self.scores, strict=True) if not np.isfinite(score).any()]
+
     def meet(self, budget: Budget, start: Size, ranking: Ranking) -> np.ndarray:
         """Return which units stay [count]: as many as the budget allows, or as few as may be if it is out of reach."""
         by = self._by_rank if ranking == "global" else self._by_share
@@ -68,6 +85,8 @@ class Plan:
                 high = middle
             else:
                 low = middle
+        if ranking == "global" and self.round_to > 1 and self.cost(by(high), budget.unit, start) <= budget.keep + 1e-9:
+            return self._spend(self._left(self._gone(high)), budget, start)
         return by(high)
 
     def below(self, threshold: float) -> np.ndarray:
@@ -77,8 +96,7 @@ class Plan:
     def cost(self, stay: np.ndarray, unit: str, start: Size) -> float:
         """Return the share of ``start`` that is left."""
         if unit == "channels":
-            mine = np.concatenate([group.units for group in self.groups])
-            return float(stay[mine].mean())
+            return start.channels_kept(self.channels, stay)
         macs, params = self.channels.costs(stay)
         if unit == "macs":
             return (macs + self._outside[0]) / start.macs
@@ -86,21 +104,47 @@ class Plan:
 
     def _by_rank(self, count: int) -> np.ndarray:
         """Return what stays when the ``count`` lowest scores go, as far as each group may be cut."""
+        return self._stay(self._left(self._gone(count)))
+
+    def _gone(self, count: int) -> list[int]:
         gone = np.split(self._global < count, np.cumsum([len(group) for group in self.groups])[:-1])
-        return self._stay([int(g.sum()) for g in gone])
+        return [int(g.sum()) for g in gone]
 
     def _by_share(self, thousandths: int) -> np.ndarray:
         """Return what stays when this share of every group goes."""
-        return self._stay([int(thousandths / 1000 * len(group)) for group in self.groups])
+        return self._stay(self._left([int(thousandths / 1000 * len(group)) for group in self.groups]))
 
-    def _stay(self, counts: Sequence[int]) -> np.ndarray:
+    def _spend(self, left: list[int], budget: Budget, start: Size) -> np.ndarray:
+        """Return what stays when rounded groups get back what the budget still allows, the highest scores first.
+
+        One group's step may cost so much that others need not have lost theirs.
+        """
+        ordered = [np.sort(score)[::-1] for score in self.scores]
+        open_ = {number for number, group in enumerate(self.groups) if left[number] < len(group)}
+        while open_:
+            more = {n: min(left[n] + self.round_to, len(self.groups[n])) for n in open_}
+            best = max(sorted(open_), key=lambda n: float(np.mean(ordered[n][left[n] : more[n]])))
+            wider = [more[best] if n == best else count for n, count in enumerate(left)]
+            if self.cost(self._stay(wider), budget.unit, start) <= budget.keep + 1e-9:
+                left = wider
+                if left[best] == len(self.groups[best]):
+                    open_.remove(best)
+            else:
+                # What does not fit now fits still less beside more of the others.
+                open_.remove(best)
+        return self._stay(left)
+
+    def _left(self, counts: Sequence[int]) -> list[int]:
+        """Return how many units each group keeps when so many are to go."""
+        kept = []
+        for group, score, floor, gone in zip(self.groups, self.scores, self.floors, counts, strict=True):
+            left = max(len(group) - min(gone, int(np.isfinite(score).sum())), floor)
+            kept.append(min(len(group), -(-left // self.round_to) * self.round_to))
+        return kept
+
+    def _stay(self, left: Sequence[int]) -> np.ndarray:
         stay = np.ones(self.channels.count, bool)
-        for group, score, rank, floor, gone in zip(
-            self.groups, self.scores, self._ranks, self.floors, counts, strict=True
-        ):
-            may = int(np.isfinite(score).sum())
-            left = max(len(group) - min(gone, may), floor)
-            left = min(len(group), -(-left // self.round_to) * self.round_to)
-            stay[group.units[rank < len(group) - left]] = False
+        for group, rank, count in zip(self.groups, self._ranks, left, strict=True):
+            stay[group.units[rank < len(group) - count]] = False
         # A layer may read a part of a group only.
         return self.channels.viable(stay, self._preference)

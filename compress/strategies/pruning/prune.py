@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
@@ -40,6 +40,12 @@ def _kept_of_each(text: str) -> str:
     if not found or not 0 < int(found[1]) < int(found[2]) <= _MOST_OF_A_GROUP:
         raise ValueError(f"N:M, of M (at most {_MOST_OF_A_GROUP}) consecutive weights N stay, as in '2:4'")
     return text
+
+
+def _two_numbers(value: object) -> object:
+    if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 2):
+        raise ValueError("two whole numbers from 1, as in [4, 1]")
+    return value
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,7 +81,7 @@ class Prune(Strategy):
     criterion: Literal["magnitude", "random", "movement", "snip", "grasp", "synflow", "second_order"] = "magnitude"
     ranking: Literal["layer", "global"] | None = None
     pattern: Annotated[str, AfterValidator(_kept_of_each)] | None = None
-    block: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None = None
+    block: Annotated[tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None, BeforeValidator(_two_numbers)] = None
     ramp: Annotated[float, Ge(0), Le(1)] = 0.25
     regrow: Share | None = None
     rounds: Annotated[int, Ge(1), Le(1000)] = 1

@@ -50,8 +50,7 @@ class Reconstruction:
     def __init__(self, repair: Repair, names: frozenset[str]) -> None:
         self.repair = repair
         self.channels = Channels(repair.folded)
-        found = (_cuttable(self.channels, group, names) for group in self.channels.groups)
-        self.cuttable = [item for item in found if item is not None]
+        self.cuttable = cuttable_groups(self.channels, names)
 
     def prepare(self) -> None:
         """Measure what errors of each reader's output mean for the logits."""
@@ -124,15 +123,16 @@ class Allocation:
     Args:
         work: the groups.
         whole: unit -> what share of the start the network of ``work`` still is.
-        floors: what each group keeps at least.
-        multiple: each group keeps a multiple of so many units, where it has that many.
+        floors: what each group keeps at least, before rounding.
+        multiple: each group keeps a multiple of so many units, or all.
     """
 
     def __init__(self, work: Reconstruction, whole: Mapping[str, float], floors: Sequence[int], multiple: int) -> None:
         self._groups = [item.group for item in work.cuttable]
         self._sizes = [len(group) for group in self._groups]
-        self._channels, self._whole, self._floors, self._multiple = work.channels, whole, floors, multiple
-        self._now = Size.of(work.channels.model)
+        self._channels, self._whole, self._multiple = work.channels, whole, multiple
+        self.floors = [min(size, -(-f // multiple) * multiple) for f, size in zip(floors, self._sizes, strict=True)]
+        self._now = Size.of(work.channels.model, self._groups)
         ranks = [np.arange(size, dtype=float) for size in self._sizes]
         self._plan = Plan(work.channels, self._groups, ranks, [1] * len(ranks), 1)
 
@@ -149,13 +149,20 @@ class Allocation:
 
     def keep(self, curves: Sequence[Curve], unit: str, share: float) -> list[int]:
         """Return how many units each group keeps; the fewest that it may if the budget is out of reach."""
-        if self.cost(self._floors, unit) > share + 1e-9:
-            return list(self._floors)
-        keep = allocate(curves, self._sizes, lambda counts: self.cost(counts, unit), share, self._floors)
-        return [
-            max(count // self._multiple * self._multiple, min(self._multiple, size))
-            for count, size in zip(keep, self._sizes, strict=True)
+        if self.cost(self.floors, unit) > share + 1e-9:
+            return list(self.floors)
+
+        def cost(counts: Sequence[int]) -> float:
+            return self.cost(counts, unit)
+
+        keep = [
+            count if count == size else max(count // self._multiple * self._multiple, floor)
+            for count, size, floor in zip(
+                allocate(curves, self._sizes, cost, share, self.floors), self._sizes, self.floors, strict=True
+            )
         ]
+        slopes = _slopes(self._sizes, cost, self.floors)
+        return _spend(keep, curves, slopes, self._sizes, cost, share, self._multiple)
 
 
 def allocate(
@@ -169,12 +176,7 @@ def allocate(
 
     ``cost(keep)`` is the share of the whole that is left; each group's part in it is taken as linear.
     """
-    whole = cost(list(sizes))
-    slopes = []
-    for number, size in enumerate(sizes):
-        fewer = list(sizes)
-        fewer[number] = least[number]
-        slopes.append((whole - cost(fewer)) / max(size - least[number], 1))
+    slopes = _slopes(sizes, cost, least)
 
     def at(price: float) -> list[int]:
         return [
@@ -189,18 +191,40 @@ def allocate(
             low = middle
         else:
             high = middle
-    keep = at(high)
+    return _spend(at(high), curves, slopes, sizes, cost, budget, 1)
+
+
+def _slopes(sizes: Sequence[int], cost: Callable[[Sequence[int]], float], least: Sequence[int]) -> list[float]:
+    """Return what a unit of each group costs, all others whole."""
+    whole, slopes = cost(list(sizes)), []
+    for number, size in enumerate(sizes):
+        fewer = list(sizes)
+        fewer[number] = least[number]
+        slopes.append((whole - cost(fewer)) / max(size - least[number], 1))
+    return slopes
+
+
+def _spend(
+    keep: list[int],
+    curves: Sequence[Curve],
+    slopes: Sequence[float],
+    sizes: Sequence[int],
+    cost: Callable[[Sequence[int]], float],
+    budget: float,
+    multiple: int,
+) -> list[int]:
+    """Return ``keep`` with what is left of the budget spent, ``multiple`` units at a time, where it helps most."""
     while True:
-        # What is left of the budget goes where it helps most.
-        gains = [
-            ((curves[i].errors[count - 1] - curves[i].errors[count]) / slopes[i], i)
-            for i, count in enumerate(keep)
-            if count < sizes[i] and slopes[i] > 0
-        ]
-        for _, number in sorted(gains, reverse=True):
-            more = [count + (i == number) for i, count in enumerate(keep)]
-            if cost(more) <= budget:
-                keep = more
+        gains = []
+        for number, (count, size) in enumerate(zip(keep, sizes, strict=True)):
+            more = min(count + multiple, size)
+            if more > count and slopes[number] > 0:
+                errors = curves[number].errors
+                gains.append(((errors[count - 1] - errors[more - 1]) / (slopes[number] * (more - count)), number, more))
+        for _, number, more in sorted(gains, reverse=True):
+            wider = [more if i == number else count for i, count in enumerate(keep)]
+            if cost(wider) <= budget:
+                keep = wider
                 break
         else:
             return keep
@@ -212,6 +236,12 @@ def _curve(points: dict[int, float], size: int) -> Curve:
     if len(counts) == 1:
         return Curve(np.zeros(size))
     return Curve(np.maximum(PchipInterpolator(counts, errors)(np.arange(1, size + 1)), 0.0))
+
+
+def cuttable_groups(channels: Channels, names: frozenset[str]) -> list[Cuttable]:
+    """Return the groups of a folded model that it can cut, of those that only ``names`` write."""
+    found = (_cuttable(channels, group, names) for group in channels.groups)
+    return [item for item in found if item is not None]
 
 
 def _cuttable(channels: Channels, group: Group, names: frozenset[str]) -> Cuttable | None:

@@ -18,7 +18,7 @@ import tf_keras
 from compress.data.source import Data
 from compress.graph.channels.groups import Channels, Group, IndexMap
 from compress.graph.rewrite import nodes
-from compress.strategies.pruning.gradients import loss_gradients, squared_gradients
+from compress.strategies.pruning.gradients import inputs_of, loss_gradients, squared_gradients
 
 _BATCH = 128
 _SINGLE_SAMPLES = 256
@@ -95,18 +95,22 @@ class Evidence:
             outputs = tf.nest.flatten(look(x, training=False))
             result = []
             for value, units in zip(outputs, labels, strict=True):
-                axes = [0, *(axis + 1 for axis in range(units.ndim) if units.shape[axis] == 1)]
+                # A layer inside another one (TimeDistributed) may know fewer axes; they are the last.
+                outer = value.shape.rank - units.ndim
+                axes = [*range(outer), *(axis + outer for axis in range(units.ndim) if units.shape[axis] == 1)]
                 zero = tf.cast(tf.equal(value, 0), tf.float32)
                 result.append((tf.reduce_mean(tf.abs(value), axes), tf.reduce_mean(zero, axes)))
             return result
 
         sums = np.zeros((2, channels.count + 1))
         counts, compiled = np.zeros(channels.count + 1), tf.function(moments)
-        for x in tf.data.Dataset.from_tensor_slices(self._sample()[0]).batch(_BATCH):
+        samples = inputs_of(channels.model, self._sample()[0], self.where)
+        for x in tf.data.Dataset.from_tensor_slices(samples).batch(_BATCH):
+            size = len(tf.nest.flatten(x)[0])
             for (mean, zeros), units in zip(compiled(x), labels, strict=True):
-                np.add.at(sums[0], units.ravel(), np.ravel(mean) * len(x))
-                np.add.at(sums[1], units.ravel(), np.ravel(zeros) * len(x))
-                np.add.at(counts, units.ravel(), len(x))
+                np.add.at(sums[0], units.ravel(), np.ravel(mean) * size)
+                np.add.at(sums[1], units.ravel(), np.ravel(zeros) * size)
+                np.add.at(counts, units.ravel(), size)
         means = sums[:, :-1] / np.maximum(counts[:-1], 1)
         return means[0], means[1]
 
