@@ -10,13 +10,6 @@ import tf_keras
 from compress.graph.rewrite import NewLayer, calls, consumers, rewrite
 
 _FOLDABLE = (tf_keras.layers.Conv1D, tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D, tf_keras.layers.Dense)
-_NOT_FOLDABLE = (
-    tf_keras.layers.Conv1DTranspose,
-    tf_keras.layers.Conv2DTranspose,
-    tf_keras.layers.SeparableConv1D,
-    tf_keras.layers.SeparableConv2D,
-    tf_keras.layers.DepthwiseConv1D,
-)
 
 
 def fold_batch_norm(model: tf_keras.Model, layers: frozenset[str] | None = None) -> tf_keras.Model:
@@ -44,8 +37,8 @@ def foldable_pairs(model: tf_keras.Model, layers: frozenset[str] | None = None) 
     for layer in model.layers:
         following = readers[layer.name]
         if (
-            isinstance(layer, _FOLDABLE)
-            and not isinstance(layer, _NOT_FOLDABLE)
+            # Exactly these: a class derived from one may do something else with its kernel.
+            type(layer) in _FOLDABLE
             and (layers is None or layer.name in layers)
             and layer.activation is tf_keras.activations.linear
             and times[layer.name] == 1
@@ -60,10 +53,10 @@ def foldable_pairs(model: tf_keras.Model, layers: frozenset[str] | None = None) 
 
 
 def _normalises_channels(norm: tf_keras.layers.BatchNormalization, layer: tf_keras.layers.Layer) -> bool:
-    axis = norm.axis if isinstance(norm.axis, int) else norm.axis[0]
+    axes = [norm.axis] if isinstance(norm.axis, int) else list(norm.axis)
     rank = len(layer.output_shape)
     channels_last = getattr(layer, "data_format", "channels_last") == "channels_last"
-    return channels_last and axis % rank == rank - 1
+    return channels_last and [axis % rank for axis in axes] == [rank - 1]
 
 
 def _folded(layer: tf_keras.layers.Layer, norm: tf_keras.layers.BatchNormalization) -> NewLayer:

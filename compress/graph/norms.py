@@ -53,8 +53,8 @@ def _normalises_channels(norm: tf_keras.layers.Layer, shape: tf.TensorShape) -> 
         return False
     if isinstance(norm, tf_keras.layers.Normalization):
         return np.size(norm.mean) in (1, shape[-1]) and np.shape(norm.mean)[-1:] in ((1,), (shape[-1],), ())
-    axis = norm.axis if isinstance(norm.axis, int) else norm.axis[0]
-    return bool(axis % shape.rank == shape.rank - 1)
+    axes = [norm.axis] if isinstance(norm.axis, int) else list(norm.axis)
+    return [axis % shape.rank for axis in axes] == [shape.rank - 1]
 
 
 def _is_merged(source: Any, readers: Counter[int]) -> bool:

@@ -64,7 +64,7 @@ def flatten(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, frozenset[
 def _rewritten(
     model: tf_keras.Model, replacements: Replacements, arguments: ArgumentEdits, bypassed: Mapping[str, int]
 ) -> tuple[tf_keras.Model, _Builder]:
-    _require_functional(model)
+    require_functional(model)
     builder = _Builder(replacements, arguments, bypassed, frozenset(layer.name for layer in model.layers))
     inputs = [tf_keras.Input(batch_shape=t.shape, dtype=_plain(t.dtype), name=_input_name(t)) for t in model.inputs]
     outputs = builder.inline(model, inputs)
@@ -93,12 +93,25 @@ def scaled_inputs(factors: Mapping[int, Any]) -> Callable[[list[Any], dict[str, 
             if not hasattr(value, "_keras_history"):
                 return value
             position += 1
-            return value * factors[position] if position in factors else value
+            return _Scaled(factors[position])(value) if position in factors else value
 
         args[:] = tf.nest.map_structure(scale, args)
         kwargs.update({name: tf.nest.map_structure(scale, value) for name, value in kwargs.items()})
 
     return edit
+
+
+class _Scaled(tf_keras.layers.Layer):
+    """Multiplies with a factor and, unlike a plain product, passes Keras' mask of the steps that count on."""
+
+    def __init__(self, factor: Any) -> None:
+        super().__init__()
+        self.supports_masking = True
+        self._factor = factor
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Multiply."""
+        return inputs * self._factor
 
 
 def in_float32(config: Any) -> None:
@@ -220,7 +233,7 @@ class _Builder:
 
     def _call(self, layer: tf_keras.layers.Layer, arguments: Any, keywords: dict[str, Any], prefix: str) -> Any:
         if isinstance(layer, tf_keras.Model):
-            _require_functional(layer)
+            require_functional(layer)
             keywords.pop("training", None), keywords.pop("mask", None)
             self._path = (*self._path, layer.name)
             inner = self.inline(layer, tf.nest.flatten(arguments[0]), prefix=f"{prefix}{layer.name}_")
@@ -280,13 +293,23 @@ def _without_ellipsis(spec: Any, rank: int) -> Any:
 
 
 def nodes(model: tf_keras.Model) -> Iterable[Any]:
-    """Yield the nodes of a functional model in an order in which every input exists before it is read."""
+    """Yield the nodes of a functional model in an order in which every input exists before it is read.
+
+    Raises:
+        CompressError: if the model has no graph of layers.
+    """
+    require_functional(model)
     by_depth = model._nodes_by_depth
     for depth in sorted(by_depth, reverse=True):
         yield from by_depth[depth]
 
 
-def _require_functional(model: tf_keras.Model) -> None:
+def require_functional(model: tf_keras.Model) -> None:
+    """Refuse a model without a graph of layers.
+
+    Raises:
+        CompressError: if it is a subclassed model, or a Sequential that was never built.
+    """
     if isinstance(model, tf_keras.Sequential) and not model.built:
         raise CompressError(
             f"model {model.name}",

@@ -32,10 +32,11 @@ class Moments:
 def is_linear(layer: tf_keras.layers.Layer) -> bool:
     """Say whether a layer is a Dense or an ordinary Conv2D, small enough to be solved for."""
     kinds = tf_keras.layers
-    if isinstance(layer, kinds.Conv2D) and not isinstance(layer, (kinds.DepthwiseConv2D, kinds.Conv2DTranspose)):
+    # Exactly these: a class derived from one may do something else with its kernel.
+    if type(layer) is kinds.Conv2D:
         fits = layer.groups == 1 and layer.data_format == "channels_last"
         return fits and int(np.prod(layer.kernel.shape[:-1])) <= MOST_ROWS
-    return isinstance(layer, kinds.Dense) and layer.kernel.shape[0] <= MOST_ROWS
+    return type(layer) is kinds.Dense and layer.kernel.shape[0] <= MOST_ROWS
 
 
 def matrix_of(layer: tf_keras.layers.Layer) -> np.ndarray:

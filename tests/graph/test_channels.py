@@ -9,13 +9,19 @@ import tf_keras
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compress.candidate import Candidate
+from compress.data.digits import Digits
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, Group
-from compress.graph.channels.handlers import with_handler
+from compress.graph.channels.handlers import register_handler, with_handler
 from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
 from compress.graph.channels.trace import Call
-from compress.graph.rewrite import rewrite
+from compress.graph.rewrite import nodes, rewrite
+from compress.graph.selection import Selection
 from compress.metrics.counts import count_macs
+from compress.strategies.pruning.channels import PruneChannels
+from compress.strategies.strategy import Context
+from compress.training import Recovery
 from tests.graph.zoo import ZOO, conv, functional, half_gone, head, randomised, samples
 
 layers = tf_keras.layers
@@ -307,6 +313,15 @@ def test_numbers_of_each_channel_are_cut_with_it():
     [
         (lambda x: tf.clip_by_value(x, np.zeros(8, np.float32), np.ones(8, np.float32)), "certain channels"),
         (lambda x: x * tuple(range(8)), "certain channels"),
+        (lambda x: layers.Add()([x, np.ones((1, 6, 6, 8), np.float32)]), "certain channels"),
+        (lambda x: tf.pad(x, [[0, 0], [0, 0], [0, 0], [1, 1]], mode="REFLECT"), "with others"),
+        (layers.LayerNormalization(axis=(-1, -2)), "not in order"),
+        (
+            lambda x: (lambda y: layers.MultiHeadAttention(3, 3, output_shape=(2, 4))(y, y))(
+                layers.Reshape((36, 8))(x)
+            ),
+            "several axes",
+        ),
         (layers.BatchNormalization(renorm=True), "moving_stddev"),
         (layers.GroupNormalization(2, axis=1), "another axis"),
         (lambda x: layers.Masking()(layers.Reshape((36, 8))(x)), "all channels"),
@@ -317,7 +332,7 @@ def test_numbers_of_each_channel_are_cut_with_it():
             "along channels",
         ),
     ],
-    ids=["clip", "tuple", "renorm", "group norm", "masking", "pooling"],
+    ids=["clip", "tuple", "array", "reflect", "layer norm", "attention", "renorm", "group norm", "masking", "pooling"],
 )
 def test_what_is_not_traced_is_kept_with_the_reason(change, reason):
     body = lambda x: layers.Dense(3)(layers.Flatten()(change(conv(x, 8, "a"))))  # noqa: E731
@@ -337,3 +352,126 @@ def test_a_wrapper_s_own_configuration_is_left_alone():
     remove_channels(channels, half_gone(channels))
     assert str(model.get_layer("both").get_config()) == before
     assert_cut(model, half_gone(channels), channels)
+
+
+def test_a_handler_that_describes_other_axes_than_there_are_keeps_what_it_touches():
+    def wrong(call: Call):
+        call.weight(call.layer.scale, call.along(), None)
+        return [call.inputs[0]]
+
+    model = rewrite(functional((6, 6, 3), lambda x: head(conv(Doubling(name="mine")(conv(x, 8, "a")), 8, "b")))())
+    channels = Channels(model, with_handler(Doubling, wrong))
+    assert "2 axes of mine/scale" in str(group_of(channels, "a").kept_because)
+    assert_cut(model, half_gone(channels), channels)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "reconstruction"])
+def test_a_registered_handler_reaches_the_strategy(criterion):
+    class Foreign(Doubling):
+        """A class that cannot be edited."""
+
+    image = layers.Input((8, 8, 1))
+    model = rewrite(randomised(tf_keras.Model(image, head(conv(Foreign()(conv(image, 8, "a")), 6, "b")))))
+    strategy = PruneChannels(macs=0.6, criterion=criterion, images=64)
+    assert "a" not in strategy.targets(model, Selection())
+    register_handler(Foreign, doubling_handler)
+    assert "a" in strategy.targets(model, Selection())
+    context = Context("prune_channels", Digits(train_limit=64, test_limit=16).load(), model, Recovery(method="none"), 0)
+    cut = strategy.apply(Candidate(model), context).model
+    assert cut.get_layer("a").filters < 8
+
+
+def test_a_registered_handler_is_no_handler_of_classes_that_have_a_nearer_one():
+    class Between(layers.Conv2D):
+        """Knows nothing of the class derived from it that follows."""
+
+    class Last(Between):
+        def trace_channels(self, call: Call):
+            return call.unknown("the nearest")
+
+    register_handler(Between, lambda call: call.unknown("the farther"))
+    model = rewrite(functional((6, 6, 3), lambda x: head(Last(4, 3, name="one")(Between(4, 3, name="two")(x))))())
+    assert Channels(model).trace.unsupported == {"one": "the nearest", "two": "the farther"}
+
+
+def masked_steps(x):
+    words = layers.Embedding(50, 8, mask_zero=True)(tf.nn.relu(x))
+    x = layers.Bidirectional(layers.LSTM(6, return_sequences=True))(words)
+    return layers.Dense(3)(layers.GlobalAveragePooling1D()(layers.LayerNormalization()(layers.Dense(5)(x))))
+
+
+def initialised_with_arrays(x):
+    matrix = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    words = layers.Embedding(50, 8, embeddings_initializer=tf_keras.initializers.Constant(matrix))(tf.abs(x))
+    bias = tf_keras.initializers.Constant(list(range(6)))
+    return layers.Dense(3)(layers.GRU(4)(layers.TimeDistributed(layers.Dense(6, bias_initializer=bias))(words)))
+
+
+def reshaped_at_two_sizes(x):
+    reshape = layers.Reshape((-1, 4))
+    rows = layers.Concatenate(1)([reshape(conv(x, 8, "a")), reshape(conv(x, 4, "b"))])
+    free = layers.GlobalAveragePooling2D()(conv(conv(x, 10), 6))
+    return layers.Dense(3)(layers.Concatenate()([layers.Flatten()(rows), free]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "body"),
+    [((7,), masked_steps), ((7,), initialised_with_arrays), ((6, 6, 3), reshaped_at_two_sizes)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_odd_networks_are_cut_as_their_masked_originals(shape, body):
+    model = rewrite(functional(shape, body)())
+    channels = Channels(model)
+    assert channels.trace.unsupported == {}
+    assert_cut(model, half_gone(channels), channels)
+
+
+def test_the_mask_of_steps_reaches_what_reads_masked_channels():
+    """The oracle of a network that leaves steps out leaves them out, too: a cut that did not would be found."""
+    model = rewrite(functional((7,), masked_steps)())
+    channels = Channels(model)
+    stay = half_gone(channels)
+    steps = np.array([[1, 2, 0, 0, 3, 0, 1]], np.float32)
+    other = np.array([[1, 2, 0, 0, 3, 0, 0]], np.float32)
+    masked = masked_model(channels, stay)
+    cut = remove_channels(channels, stay)
+    for x in (steps, other):
+        np.testing.assert_allclose(masked(x), cut(x), rtol=1e-4, atol=1e-5)
+    assert np.abs(masked(steps) - masked(other)).max() > 1e-3
+
+
+def test_an_array_beside_channels_keeps_them():
+    image = layers.Input(batch_shape=(3, 6, 6, 3))
+    joined = tf.concat([conv(image, 8, "a"), tf.ones((3, 6, 6, 2))], -1)
+    model = rewrite(randomised(tf_keras.Model(image, head(conv(joined, 5, "b")))))
+    channels = Channels(model)
+    assert group_of(channels, "a").kept_because is not None
+    assert_cut(model, half_gone(channels), channels)
+
+
+@pytest.mark.parametrize("setting", ["activation", "recurrent_activation"])
+def test_softmax_between_the_units_of_a_recurrent_layer_keeps_them(setting):
+    body = lambda x: layers.Dense(3)(layers.LSTM(6, name="own", **{setting: "softmax"})(x))  # noqa: E731
+    channels = Channels(rewrite(functional((5, 4), body)()))
+    assert "softmax" in str(group_of(channels, "own").kept_because)
+
+
+def test_channels_that_are_all_tied_together_are_told_from_a_single_one():
+    def body(x):
+        one, other = (layers.GlobalMaxPooling2D()(conv(x, count, name)) for count, name in ((8, "a"), (6, "b")))
+        return layers.Dense(3)(layers.Flatten()(one[:, :, None] * other[:, None, :]))
+
+    reason = "channels that can only go all together; nothing would be left"
+    assert group_of(Channels(rewrite(functional((6, 6, 3), body)())), "a").kept_because == reason
+
+
+def test_a_model_without_a_graph_is_refused():
+    class Own(tf_keras.Model):
+        def call(self, x):
+            return x
+
+    model = Own()
+    model(np.zeros((1, 4), np.float32))
+    for read in (Channels, lambda m: list(nodes(m))):
+        with pytest.raises(CompressError, match="functional"):
+            read(model)

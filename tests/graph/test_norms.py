@@ -38,6 +38,7 @@ def test_norms_that_the_converter_merges_and_other_axes_are_left():
     image = tf_keras.Input((6, 6, 3))
     x = layers.BatchNormalization(name="merged")(layers.Dropout(0.5)(layers.Conv2DTranspose(4, 3)(image)))
     x = layers.BatchNormalization(axis=1, name="rows")(layers.ReLU()(x))
+    x = layers.BatchNormalization(axis=[3, 2], name="both")(layers.ReLU()(x))
     model = tf_keras.Model(image, x)
     assert with_norms_as_convolutions(model) is model
 

@@ -11,6 +11,7 @@ from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import NewLayer, copy_model, rewrite
+from compress.strategies.least_squares import is_linear
 
 layers = tf_keras.layers
 
@@ -212,3 +213,29 @@ def test_a_layer_norm_is_folded_into_all_dense_layers_that_read_it():
     assert fold_layer_norm(model, {"left"}) is model
     other = tf_keras.Model(image, layers.Add()([layers.Dense(4)(x := layers.LayerNormalization()(image)), x]))
     assert fold_layer_norm(other) is other
+
+
+class StandardisedConvolution(layers.Conv2D):
+    """Does something of its own with its kernel."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - tf.reduce_mean(kernel, [0, 1, 2], keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("convolution", "norm"),
+    [
+        (StandardisedConvolution, layers.BatchNormalization()),
+        (layers.Conv2D, layers.BatchNormalization(axis=[3, 2])),
+    ],
+    ids=["own convolution", "two axes"],
+)
+def test_what_only_looks_like_a_pair_is_not_folded(convolution, norm):
+    image = tf_keras.Input((5, 5, 3))
+    conv = convolution(4, 3, name="conv")
+    model = random_weights(tf_keras.Model(image, layers.Flatten()(norm(conv(image)))))
+    folded = fold_batch_norm(model)
+    assert norm.name in {layer.name for layer in folded.layers}
+    x = np.random.default_rng(1).normal(size=(2, 5, 5, 3)).astype(np.float32)
+    np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-5)
+    assert is_linear(model.get_layer("conv")) == (convolution is layers.Conv2D)

@@ -178,7 +178,10 @@ class Channels:
     def _reason(self, units: np.ndarray) -> str | None:
         """Say why none of the units may go, if so."""
         if len(units) == 1 and not self.pinned[units[0]]:
-            return "a single channel; nothing would be left"
+            written = (event.ids for event in self.trace.events if event.verb == "writes")
+            several = any(ids.size > 1 and (self.labels[ids] == units[0]).any() for ids in written)
+            why = "channels that can only go all together" if several else "a single channel"
+            return f"{why}; nothing would be left"
         return self._reasons[int(units[0])] if self.pinned[units].all() else None
 
     @cached_property

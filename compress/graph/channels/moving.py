@@ -11,13 +11,25 @@ import tf_keras
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, handle, is_tensor, pass_on
+from compress.graph.channels.weighted import activation
 
 Shape = Sequence[int | None]
 OWN_NUMBERS = "it calculates with an array that belongs to certain channels"
 
 
+def has_own_numbers(call: Call, most: int = 1) -> bool:
+    """Say whether an argument holds more than ``most`` numbers in an array or a list, which no cut would follow."""
+    for value in (*call.args, *call.kwargs.values()):
+        own = [leaf for leaf in tf.nest.flatten(value) if leaf is not None and not is_tensor(leaf)]
+        if not np.isscalar(value) and sum(int(np.size(leaf)) for leaf in own) > most:
+            return True
+    return False
+
+
 def elementwise(call: Call) -> list[ChannelIds]:
     """Join tensors value by value, with broadcasting: corresponding channels are the same."""
+    if has_own_numbers(call):
+        return call.unknown(OWN_NUMBERS)
     rank = len(call.output_shapes[0])
     shape = call.output_shapes[0]
     aligned = [_aligned(ids, given, rank) for ids, given in zip(call.inputs, call.input_shapes, strict=True)]
@@ -49,6 +61,8 @@ def concatenate(call: Call) -> list[ChannelIds]:
     axis = call.layer.axis % (rank + 1) - 1
     if axis < 0:
         return call.unknown("it joins along the batch")
+    if has_own_numbers(call, 0):
+        return call.unknown(OWN_NUMBERS)
     return [joined(call, call.inputs, call.input_shapes, axis)]
 
 
@@ -109,7 +123,9 @@ def reshape(call: Call) -> list[ChannelIds]:
     shape = call.output_shapes[0]
 
     def edit(config: dict[str, Any], kept: Kept) -> None:
-        config["target_shape"] = [-1 if size is None else size for size in kept.shape(result, shape)]
+        # What Keras works out for each call (-1) it works out after the cut, too.
+        sizes = zip(config["target_shape"], kept.shape(result, shape), strict=True)
+        config["target_shape"] = [-1 if given == -1 or size is None else size for given, size in sizes]
 
     call.edit_config(edit)
     return [result]
@@ -196,6 +212,8 @@ def multi_head_attention(call: Call) -> list[ChannelIds]:
     masked = len(call.args) > len(names) or any(is_tensor(given[name]) for name in given if name not in names)
     if masked or len(call.output_shapes) > 1:
         return call.unknown("masks and scores of attention are not traced")
+    if len(layer._output_dense.kernel.shape) != 3:
+        return call.unknown("its outputs have channels along several axes")
     query, value = (call.inputs[call.position(given[name])] for name in names[:2])
     key = value if given.get("key") is None else call.inputs[call.position(given["key"])]
     heads = call.write(layer._num_heads)
@@ -229,7 +247,7 @@ def recurrent(call: Call, configured: bool = True) -> list[ChannelIds]:
     cell = getattr(call.layer, "cell", None)
     if cell is None or not hasattr(cell, "recurrent_kernel") or len(call.inputs) > 1:
         return call.unknown("a recurrent layer with several cells or a given state")
-    read, written = call.along(), call.write(cell.units)
+    read, written = call.along(), activation(call, call.write(cell.units))
     gates = np.tile(written, cell.kernel.shape[1] // cell.units)
     call.weight(cell.kernel, read, gates, reads=0)
     call.weight(cell.recurrent_kernel, written, gates, reads=0, within=True)

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
-from compress.graph.channels.moving import OWN_NUMBERS, elementwise, joined, reshaped
+from compress.graph.channels.moving import OWN_NUMBERS, elementwise, has_own_numbers, joined, reshaped
 from compress.graph.channels.trace import NONE, Call, ChannelIds, Handler, Kept, is_tensor, pass_on
 
 _UNARY = frozenset(
@@ -49,10 +48,10 @@ def operation(call: Call) -> list[ChannelIds]:
     """Handle a TensorFlow function by its name."""
     name = call.layer.symbol
     if name in _UNARY:
-        limits = name.endswith("clip_by_value") and _calculates_with_an_array(call)
+        limits = name.endswith("clip_by_value") and has_own_numbers(call)
         return call.unknown(OWN_NUMBERS) if limits else pass_on(call)
     if name in _BINARY:
-        return _binary(call)
+        return elementwise(call)
     if name in _REDUCTIONS:
         return _reduction(call)
     handler = _OTHERS.get(name)
@@ -74,20 +73,6 @@ def _set(args: list[Any], kwargs: dict[str, Any], position: int, name: str, valu
         args[position] = value
 
 
-def _binary(call: Call) -> list[ChannelIds]:
-    return call.unknown(OWN_NUMBERS) if _calculates_with_an_array(call) else elementwise(call)
-
-
-def _calculates_with_an_array(call: Call) -> bool:
-    literals = [value for value in (*call.args, *call.kwargs.values()) if value is not None]
-    arrays = (np.ndarray, tf.Tensor, tf.Variable, list, tuple)
-    return any(np.size(v) > 1 for v in literals if isinstance(v, arrays) and not _has_tensor(v))
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(is_tensor(leaf) for leaf in tf.nest.flatten(value))
-
-
 def _reduction(call: Call) -> list[ChannelIds]:
     ids, rank = call.inputs[0], len(call.input_shapes[0])
     axis = _argument(call, 1, "axis", "reduction_indices")
@@ -102,9 +87,11 @@ def _reduction(call: Call) -> list[ChannelIds]:
 
 def _concat(call: Call) -> list[ChannelIds]:
     axis = int(_argument(call, 1, "axis", default=0)) % (len(call.output_shapes[0]) + 1) - 1
-    return (
-        [joined(call, call.inputs, call.input_shapes, axis)] if axis >= 0 else call.unknown("it joins along the batch")
-    )
+    if axis < 0:
+        return call.unknown("it joins along the batch")
+    if has_own_numbers(call, 0):
+        return call.unknown(OWN_NUMBERS)
+    return [joined(call, call.inputs, call.input_shapes, axis)]
 
 
 def _reshape(call: Call) -> list[ChannelIds]:
@@ -161,10 +148,13 @@ def _pad(call: Call) -> list[ChannelIds]:
     """New channels of zeros are channels, too: they may go with those that they are added to."""
     ids = call.inputs[0]
     paddings = np.asarray(_argument(call, 1, "paddings"))[1:]
+    mode = str(_argument(call, 2, "mode", default="CONSTANT")).upper()
     zeros: list[tuple[ChannelIds, ChannelIds]] = []
     for axis, (before, after) in enumerate(paddings):
         first, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if (before or after) and ids.shape[axis] > 1:
+            if mode != "CONSTANT":
+                return call.unknown("it pads channels with others")
             if max(ids.shape[:axis] + ids.shape[axis + 1 :], default=1) > 1:
                 return call.unknown("it pads channels that lie along several axes")
             first, last = call.write(int(before)), call.write(int(after))

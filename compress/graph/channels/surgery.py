@@ -42,6 +42,7 @@ def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
         # A wrapper gives out the very configuration that it keeps of its inner layer.
         config = copy.deepcopy(layer.get_config())
         in_float32(config)
+        _drop_own_values(config)
         for edit in trace.config_edits.get(layer.name, ()):
             edit(config, kept)
         weights = []
@@ -59,6 +60,24 @@ def remove_channels(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
 
     arguments = {(key.layer, key.index): argument(list(edits)) for key, edits in trace.call_edits.items()}
     return rewrite(model, replacements, arguments)
+
+
+def _drop_own_values(config: Any) -> None:
+    """Have zeros in place of initialisers that hold an array, or are not Keras' own: they fit one shape only.
+
+    The weights are set anyway.
+    """
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if name.endswith("_initializer") and isinstance(value, dict):
+                own = not str(value.get("module", "")).startswith("keras.")
+                held = (value.get("config") or {}).values()
+                if own or any(isinstance(item, (dict, list, tuple)) or np.size(item) > 1 for item in held):
+                    config[name] = "zeros"
+            _drop_own_values(config[name])
+    elif isinstance(config, list):
+        for value in config:
+            _drop_own_values(value)
 
 
 def masked_model(channels: Channels, stay: np.ndarray) -> tf_keras.Model:
@@ -95,6 +114,7 @@ class _MaskedNormalization(tf_keras.layers.Layer):
 
     def __init__(self, layer: tf_keras.layers.Layer, mixing: Mixing, kept: Kept) -> None:
         super().__init__(name=layer.name)
+        self.supports_masking = True
         self._own = layer.__class__.from_config(layer.get_config())
         self._stay = kept.of(mixing.ids).astype(np.float32)
 

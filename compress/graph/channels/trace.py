@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.graph.rewrite import nodes
+from compress.graph.rewrite import nodes, require_functional
 
 ChannelIds = np.ndarray
 NONE = -1
@@ -214,6 +214,14 @@ class Call:
         """
         if variable is None:
             return
+        if len(axes) != len(variable.shape):
+            # Left undescribed, so all that the layer touches stays.
+            for ids in axes:
+                if ids is not None:
+                    self.pin(
+                        ids, f"({type(self.layer).__name__}): its handler knows {len(axes)} axes of {variable.name}"
+                    )
+            return
         index = next(i for i, weight in enumerate(self.outer.weights) if weight is variable)
         before = self.trace.weights.get((self.name, index))
         if before is None:
@@ -287,9 +295,13 @@ _ATTRIBUTES = (
 def trace_channels(model: tf_keras.Model, handlers: Mapping[type, Handler]) -> Trace:
     """Walk through the flat ``model`` and return what is known of its channels.
 
-    ``handlers``: layer class -> handler; the nearest class in a layer's inheritance counts. A layer's own
-    ``trace_channels`` comes before all of them. A layer without weights and without a handler passes channels on.
+    ``handlers``: layer class -> handler; the nearest class in a layer's inheritance counts, and its own
+    ``trace_channels``, if it has one, comes first. A layer without weights and without a handler passes channels on.
+
+    Raises:
+        CompressError: if the model has no graph of layers.
     """
+    require_functional(model)
     trace = Trace()
     for tensor in model.inputs:
         ids = trace.fresh(tensor.shape[-1] or 1) if tensor.shape.rank > 1 else np.array(NONE)
@@ -339,10 +351,9 @@ def _pin_undescribed(call: Call) -> None:
 
 def handle(call: Call, handlers: Mapping[type, Handler]) -> list[ChannelIds]:
     """Return the ids of the call's outputs by the handler that is responsible for it."""
-    own = getattr(call.layer, "trace_channels", None)
-    if own is not None:
-        return list(own(call))
     for kind in type(call.layer).__mro__:
+        if "trace_channels" in vars(kind):
+            return list(call.layer.trace_channels(call))
         if kind in handlers:
             return handlers[kind](call)
     if call.layer.weights:

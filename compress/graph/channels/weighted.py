@@ -14,8 +14,8 @@ _MIXING_ACTIVATIONS = ("softmax", "log_softmax")
 
 def activation(call: Call, ids: ChannelIds) -> ChannelIds:
     """Keep the channels that the layer's own activation weighs against each other; return ``ids``."""
-    function = getattr(call.layer, "activation", None)
-    if str(getattr(function, "__name__", "")).startswith(_MIXING_ACTIVATIONS):
+    functions = (getattr(call.layer, name, None) for name in ("activation", "recurrent_activation"))
+    if any(str(getattr(function, "__name__", "")).startswith(_MIXING_ACTIVATIONS) for function in functions):
         call.pin(ids, "weighs its channels against each other (softmax)")
     return ids
 
@@ -114,6 +114,8 @@ def layer_normalization(call: Call) -> list[ChannelIds]:
     """Normalise over all channels: what goes is left out of the mean and the variance."""
     layer, ids = call.layer, call.inputs[0]
     axes = [_own_axis(a, call) for a in ([layer.axis] if isinstance(layer.axis, int) else layer.axis)]
+    if axes != sorted(axes):
+        return call.unknown("a layer normalisation whose axes are not in order")
     vectors = [call.along(0, axis) if ids.shape[axis] > 1 else None for axis in axes]
     for variable in (layer.gamma, layer.beta):
         call.weight(variable, *vectors)
