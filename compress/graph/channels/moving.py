@@ -80,7 +80,7 @@ def joined(call: Call, parts: Sequence[ChannelIds], shapes: Sequence[Shape], axi
     rank = parts[0].ndim
     full = [max(ids.shape[a] for ids in parts) for a in range(rank)]
     whole = [
-        np.broadcast_to(ids, [*full[:axis], int(shape[axis] or 1), *full[axis + 1 :]])
+        np.broadcast_to(ids, [*full[:axis], 1 if shape[axis] is None else int(shape[axis]), *full[axis + 1 :]])
         for ids, shape in zip(parts, shapes, strict=True)
     ]
     result = np.concatenate(whole, axis)
