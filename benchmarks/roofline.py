@@ -37,14 +37,14 @@ ASKED = 0.8
 
 def measured(files: dict[tuple[str, str], Path]) -> list[Row]:
     """Return a row for each file, all of them measured in turns."""
-    found = Host().measure_all([Artifact(path, Storage()) for path in files.values()])
+    board = Host(real_time=os.geteuid() == 0)
+    found = board.measure_all([Artifact(path, Storage()) for path in files.values()])
     rows = []
     for (name, kind), one in zip(files, found, strict=True):
         if one.latency_ms is None:
             raise CompressError(name, expected="a latency", received=str(one.failure), fix="Start again.")
         row = {"model": name, "type": kind, "p50": one.latency_ms.p50, "interval": one.latency_ms.interval}
-        # On a machine with other work, runs longer than a slice of time are interrupted: start it as chrt -r 1 python ...
-        rows.append(row | {"cpu": one.values["cpu_ms"], "real_time": os.sched_getscheduler(0) == os.SCHED_RR})
+        rows.append(row | {"cpu": one.values["cpu_ms"], "real_time": board.real_time})
     return rows
 
 
@@ -86,7 +86,11 @@ def page(rows: Sequence[Row], works: dict[tuple[str, str], Work]) -> str:
         "",
         "An error of 20 % means a factor of 1.2, up or down. *Sure to*: the width of the 95 % confidence interval of "
         "the median latency. "
-        + ("Measured with real-time priority: other work did not interrupt." if all_real_time else ""),
+        + (
+            "Measured with real-time priority: other work did not interrupt."
+            if all_real_time
+            else "On a machine with other work, long runs may be interrupted."
+        ),
         "",
         "| network | type | multiply-adds | operators | latency ms | sure to | estimate ms | estimate / latency |",
         "|---|---|---|---|---|---|---|---|",
