@@ -9,6 +9,7 @@ anew. ``folder`` keeps the files for the next time. Writes ``results/roofline.md
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,12 +37,14 @@ ASKED = 0.8
 
 def measured(files: dict[tuple[str, str], Path]) -> list[Row]:
     """Return a row for each file, all of them measured in turns."""
-    found = Host().measure_all([Artifact(path, Storage()) for path in files.values()])
+    board = Host(real_time=os.geteuid() == 0)
+    found = board.measure_all([Artifact(path, Storage()) for path in files.values()])
     rows = []
     for (name, kind), one in zip(files, found, strict=True):
         if one.latency_ms is None:
             raise CompressError(name, expected="a latency", received=str(one.failure), fix="Start again.")
-        rows.append({"model": name, "type": kind, "p50": one.latency_ms.p50, "interval": one.latency_ms.interval})
+        row = {"model": name, "type": kind, "p50": one.latency_ms.p50, "interval": one.latency_ms.interval}
+        rows.append(row | {"cpu": one.values["cpu_ms"], "real_time": board.real_time})
     return rows
 
 
@@ -58,7 +61,8 @@ def page(rows: Sequence[Row], works: dict[tuple[str, str], Work]) -> str:
     estimate, macs = np.array(estimates), np.array([works[row["model"], row["type"]].macs.sum() for row in rows])
     kinds = np.array([row["type"] for row in rows])
     factor = np.exp(np.abs(np.log(estimate / p50)))
-    whole = fit_profile(*of(rows))
+    whole = fit_profile(*of(rows), f"board=host, {machine()}")
+    all_real_time = all(row["real_time"] for row in rows)
     lines = [
         "# The roofline's estimates of networks that it has not seen",
         "",
@@ -81,7 +85,12 @@ def page(rows: Sequence[Row], works: dict[tuple[str, str], Work]) -> str:
     lines += [
         "",
         "An error of 20 % means a factor of 1.2, up or down. *Sure to*: the width of the 95 % confidence interval of "
-        "the median latency.",
+        "the median latency. "
+        + (
+            "Measured with real-time priority: other work did not interrupt."
+            if all_real_time
+            else "On a machine with other work, long runs may be interrupted."
+        ),
         "",
         "| network | type | multiply-adds | operators | latency ms | sure to | estimate ms | estimate / latency |",
         "|---|---|---|---|---|---|---|---|",

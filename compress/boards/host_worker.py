@@ -2,8 +2,8 @@
 
     python -P host_worker.py OPTIONS MODEL.tflite ...
 
-OPTIONS is a JSON object with threads, runs, warmup, precision (or null), seconds and xnnpack. Each file is run by a
-process of its own: a crash leaves the others alone, and the memory that it takes is its own. The files take turns, a
+OPTIONS is a JSON object with threads, runs, warmup, precision (or null), seconds, xnnpack and real_time. Each file is
+run by a process of its own: a crash leaves the others alone, and its memory can be told. The files take turns, a
 block of runs each and in the opposite order every other round, so that what slows the machine down for a while slows
 all of them. It goes on until every file has its runs and the confidence interval of its median is narrower than
 ``precision`` of it, but for no more than ``seconds`` for each file beyond its runs. With ``attached`` it ends when its
@@ -203,6 +203,8 @@ def run(model: str, options: dict) -> None:
         # A container may forbid it; the timing is then only noisier.
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options["threads"] :])
+    if options["real_time"]:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     kernels = OpResolverType.AUTO if options["xnnpack"] else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     before = memory_at_most(reset=True)
     started = time.perf_counter_ns()

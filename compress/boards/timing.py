@@ -24,6 +24,7 @@ _NEXT_STEPS = {
     "unresolved custom op": "LiteRT has no such operator: leave the layer out that made it, or register it",
     "Select TensorFlow op": "export without TensorFlow's own operators: LiteRT alone does not run them",
     "Didn't find op for builtin": "this LiteRT is older than the file: install a newer ai-edge-litert on the board",
+    "Operation not permitted": "write board.real_time=false, or run with the right to such priorities (CAP_SYS_NICE)",
     "No module named": "pip install ai-edge-litert, on the board, for the Python that board.python names",
 }
 
@@ -40,6 +41,7 @@ class Timing:
         precision: go on until the 95 % confidence interval of the median is narrower than this share of it; with null
             a file gets its ``runs`` (and ten blocks of them) and no more.
         seconds: but for no longer than this after its ``runs``.
+        real_time: run with real-time priority, so that other work does not interrupt; the system must allow it.
         timeout: seconds until the board is given up.
         channel_multiple: what channel pruning rounds to by default.
     """
@@ -50,12 +52,13 @@ class Timing:
     warmup: Annotated[int, Ge(1), Le(1_000_000)] = 20
     precision: Annotated[float, Gt(0), Lt(1)] | None = 0.02
     seconds: Annotated[float, Ge(0), Le(3600)] = 1.0
+    real_time: bool = False
     timeout: Annotated[float, Gt(0), Le(1e6)] = 600.0
     channel_multiple: Annotated[int, Ge(1), Le(1024)] = 1
 
     def worker_options(self) -> str:
         """Return the worker's first argument."""
-        names = ("threads", "runs", "warmup", "precision", "seconds", "xnnpack")
+        names = ("threads", "runs", "warmup", "precision", "seconds", "xnnpack", "real_time")
         return json.dumps({name: getattr(self, name) for name in names})
 
 
@@ -93,7 +96,8 @@ def _measurement(board: str, one: Mapping[str, Any]) -> Measurement:
     notes: tuple[str, ...] = ()
     if threads == 1 and p50 > _BUSY * values["cpu_ms"] > 0:
         notes = (
-            f"the processor was shared: half of the runs took {p50:.3f} ms, of which it ran {values['cpu_ms']:.3f}",
+            f"the processor was shared: half of the runs took {p50:.3f} ms, of which it ran {values['cpu_ms']:.3f} "
+            "(real_time=true keeps others away)",
         )
     return Measurement(board, latency, values=values, notes=notes)
 

@@ -206,6 +206,12 @@ def test_a_processor_that_others_use_is_said(cpu, shared, worker):
     assert measurement.values["cpu_ms"] == cpu
 
 
+def test_real_time_priority_is_asked_for_and_a_refusal_is_named(tmp_path):
+    measurement = Host(runs=100, precision=None, real_time=True).measure(artifact(tmp_path))
+    # Whether it is allowed is up to the machine.
+    assert measurement.failure is None or "board.real_time=false" in measurement.failure
+
+
 def test_processor_time_is_that_of_a_run(tmp_path):
     found = Host(runs=100).measure(artifact(tmp_path, 64))
     # Waiting for the processor is in the longest times, and not in the shortest.
