@@ -33,6 +33,7 @@ class Curve:
 
 
 Choice = tuple[Form, int]
+_OTHER: Mapping[CostUnit, CostUnit] = {"macs": "params", "params": "macs"}
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ class Unit:
     def paying(self, form: Form, unit: CostUnit, most_cost: float = np.inf) -> np.ndarray:
         """Return the costs of the form at the ranks where they are below the layer's, and no more than ``most_cost``.
 
-        The last is the highest rank that is worth a look.
+        Neither the weights nor the multiply-adds are more than the layer's. The last rank is the highest that is worth
+        a look.
         """
-        costs = cost(form, self.kernel, np.arange(1, self.highest(form) + 1), unit)
-        paying = costs[costs < self.counted(unit)]
+        ranks, other = np.arange(1, self.highest(form) + 1), _OTHER[unit]
+        costs = cost(form, self.kernel, ranks, unit)
+        paying = costs[(costs < self.counted(unit)) & (cost(form, self.kernel, ranks, other) <= self.counted(other))]
         return paying[: max(1, int((paying <= most_cost).sum()))]
 
     def counted(self, unit: CostUnit) -> float:
