@@ -75,13 +75,13 @@ def joined(call: Call, parts: Sequence[ChannelIds], shapes: Sequence[Shape], axi
             if ids is not first:
                 call.tie(ids, first)
         return first
-    if any(shape[axis] is None for shape in shapes):
+    widths = [size for shape in shapes if (size := shape[axis]) is not None]
+    if len(widths) < len(shapes):
         return call.unknown("it joins tensors of open size")[0]
     rank = parts[0].ndim
     full = [max(ids.shape[a] for ids in parts) for a in range(rank)]
     whole = [
-        np.broadcast_to(ids, [*full[:axis], 1 if shape[axis] is None else int(shape[axis]), *full[axis + 1 :]])
-        for ids, shape in zip(parts, shapes, strict=True)
+        np.broadcast_to(ids, [*full[:axis], width, *full[axis + 1 :]]) for ids, width in zip(parts, widths, strict=True)
     ]
     result = np.concatenate(whole, axis)
     call.note("puts side by side", result)
