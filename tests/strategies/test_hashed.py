@@ -234,3 +234,13 @@ def test_bad_sizes_are_refused_or_listed(model: tf_keras.Model, data: Data) -> N
     with pytest.raises(CompressError, match="at least two buckets") as caught:
         Hashed(weights=1e-6).apply(Candidate(model), context(model, data, NONE))
     assert "would have 0 buckets" in caught.value.received
+
+
+def test_a_model_that_cannot_be_walked_needs_no_images(data: Data) -> None:
+    words = tf_keras.Input((6,), name="words")
+    x = layers.Embedding(9, 4, mask_zero=True, name="embedding")(words)
+    model = tf_keras.Model(words, layers.Dense(3, name="dense")(layers.GlobalAveragePooling1D()(x)))
+    with pytest.raises(CompressError, match=r"strategy\.hashed\.images=0"):
+        Hashed(weights=0.5).apply(Candidate(model), context(model, data, NONE))
+    result = Hashed(weights=0.5, images=0).apply(Candidate(model), context(model, data, NONE))
+    assert [(item.layer, item.by_choice) for item in result.skipped] == [("embedding", False)]

@@ -6,7 +6,8 @@ Source: Chen, Wilson, Tyree, Weinberger, Chen, Compressing Neural Networks with 
 from __future__ import annotations
 
 import zlib
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -100,8 +101,8 @@ class Hashed(Strategy):
                 candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees
             )
         except CompressError as error:
-            error.fix = f"Write strategy.{context.stage}.images=0: buckets are then the means of their weights."
-            raise CompressError(error.where, expected=error.expected, received=error.received, fix=error.fix) from error
+            advice = f"Write strategy.{context.stage}.images=0: buckets are then the means of their weights."
+            raise CompressError(error.where, expected=error.expected, received=error.received, fix=advice) from error
         changed = copy_model(repair.folded)
         hashes = guarantee.hashes()
         for step in (walk := Walk(repair.folded, changed, repair.samples)):
@@ -114,19 +115,18 @@ class Hashed(Strategy):
                     kernel = get_variable(changed, name)
                     kernel.assign(guarantee.project(name, kernel.value()))
             else:
-                before, hashing = matrix_of(layer), hashes[f"{layer.name}/kernel"]
                 known = repair.moments(step, repair.target(walk, step))
-
-                def solved(
-                    moments: Moments, layer: Any = layer, before: np.ndarray = before, hashing: Hash = hashing
-                ) -> np.ndarray:
-                    return hashed_least_squares(moments, before, hashing, start=matrix_of(layer))
-
-                repair.put_solution(walk, step, known, solved)
+                repair.put_solution(walk, step, known, _solver(layer, hashes[f"{layer.name}/kernel"]))
             model.get_layer(layer.name).set_weights(layer.get_weights())
 
     def _buckets(self, kernel: Kernel) -> int:
         return round(self.weights * kernel.size)
+
+
+def _solver(layer: tf_keras.layers.Layer, hashing: Hash) -> Callable[[Moments], np.ndarray]:
+    """Return what solves for the layer's buckets, from wherever they are."""
+    before = matrix_of(layer)
+    return lambda moments: hashed_least_squares(moments, before, hashing, start=matrix_of(layer))
 
 
 def hashed_least_squares(
