@@ -56,13 +56,15 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# The same file measured twice",
         "",
-        f"{TRIES} tries for each row; each measures one file twice with `board=host`. *In turns*: blocks of runs of the "
-        "two alternate, as the pipeline measures every stage beside its baseline and `compress.measure` several files. "
-        "*One after the other*: two measurements, a second or so apart. The difference of the two medians should be "
-        f"below {LIMIT:.0%} in {TRIES - ALLOWED} of {TRIES} tries; *second largest* is the number that must be. "
+        f"{TRIES} tries for each row; each measures one file twice with `board=host`. *In turns*: blocks of runs of "
+        "the two alternate, as the pipeline measures every stage beside its baseline and `compress.measure` several "
+        "files. *One after the other*: two measurements, a second or so apart. The difference of the two medians "
+        f"should be below {LIMIT:.0%} in {TRIES - ALLOWED} of {TRIES} tries; *second largest* is the number that must "
+        "be. "
         "*Waiting*: processes that wanted a processor, one minute's average before and after.",
         "",
-        f"| file | measured | p50 ms | below {LIMIT:.0%} | median difference | second largest | largest | kept | waiting |",
+        f"| file | measured | p50 ms | below {LIMIT:.0%} | median difference | second largest | largest | kept "
+        "| waiting |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
