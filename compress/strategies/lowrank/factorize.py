@@ -111,9 +111,8 @@ class LowRank(Strategy):
         units = self._with_errors(units, repair, context)
         choices, measured = self._choose(units, candidate, whole, context)
         chosen = [(unit, choice) for unit, choice in zip(units, choices, strict=True) if choice is not None]
-        for unit, choice in zip(units, choices, strict=True):
-            if choice is None:
-                skipped.append(Skipped(unit.name, "no factorization of it saves under this setting", True))
+        for unit in {unit.name for unit in units} - {unit.name for unit, _ in chosen}:
+            skipped.append(Skipped(unit, "no factorization of it saves under this setting", True))
         if not chosen and not again:
             raise context.nothing_done("a layer that a factorization makes cheaper", skipped)
         model, chains = self._factorized(units, choices, repair, whole, candidate)

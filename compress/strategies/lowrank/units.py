@@ -33,7 +33,6 @@ class Curve:
 
 
 Choice = tuple[Form, int]
-_OTHER: Mapping[CostUnit, CostUnit] = {"macs": "params", "params": "macs"}
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,10 @@ class Unit:
     def paying(self, form: Form, unit: CostUnit, most_cost: float = np.inf) -> np.ndarray:
         """Return the costs of the form at the ranks where they are below the layer's, and no more than ``most_cost``.
 
-        Neither the weights nor the multiply-adds are more than the layer's. The last rank is the highest that is worth
-        a look.
+        The last is the highest rank that is worth a look.
         """
-        ranks, other = np.arange(1, self.highest(form) + 1), _OTHER[unit]
-        costs = cost(form, self.kernel, ranks, unit)
-        paying = costs[(costs < self.counted(unit)) & (cost(form, self.kernel, ranks, other) <= self.counted(other))]
+        costs = cost(form, self.kernel, np.arange(1, self.highest(form) + 1), unit)
+        paying = costs[costs < self.counted(unit)]
         return paying[: max(1, int((paying <= most_cost).sum()))]
 
     def counted(self, unit: CostUnit) -> float:
