@@ -51,8 +51,10 @@ class LowDisplacement(Structured):
         if inputs < outputs:
             blocks = blocks.transpose(0, 2, 1)
         pairs = [nearest_pairs(block, self.rank) for block in blocks]
+        # A number stands in `size` places, so its gradient is as many times that of a weight. Written larger by the
+        # root of that, and divided out between the two convolutions, each moves the matrix as far as a weight would.
         circulant, skew = (
-            np.stack(vectors, 1).astype(np.float32)
+            (np.sqrt(size) * np.stack(vectors, 1)).astype(np.float32)
             for vectors in ([pair.circulant for pair in pairs], [pair.skew for pair in pairs])
         )
         # Kernels [place on the circle, block, rank].
@@ -104,12 +106,15 @@ def _blocks_side_by_side(circulant: np.ndarray, skew: np.ndarray) -> Chain:
 
 
 def _twice_with_signs(size: int, channels: int) -> Chain:
-    """Put the negative of a circle behind it, as a skew-circulant convolution reads on: to [2 * size - 1, channels]."""
+    """Put the negative of a circle behind it, as a skew-circulant convolution reads on: to [2 * size - 1, channels].
+
+    Both are divided by ``size``, by which the kernels together are too large.
+    """
     return [
         (layers.Reshape((size * channels,)), []),
         (layers.RepeatVector(2), []),
         (layers.Permute((2, 1)), []),
-        (layers.Rescaling([1.0, -1.0]), []),
+        (layers.Rescaling([1.0 / size, -1.0 / size]), []),
         (layers.Permute((2, 1)), []),
         (layers.Reshape((2 * size, channels)), []),
         (layers.Cropping1D((0, 1)), []),
