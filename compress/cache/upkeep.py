@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -64,8 +65,10 @@ def trim(folder: Path, most_bytes: float, keep: str = "") -> None:
         keep: name of an entry that stays in any case.
     """
     for partial in folder.glob(f"{PARTIAL}*"):
-        if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(partial, ignore_errors=True)
+        # Another run may finish it, or remove it, at this very moment.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
     if most_bytes == float("inf"):
         return
     kept = entries(folder)

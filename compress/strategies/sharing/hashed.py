@@ -18,13 +18,14 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Candidate, Effect, Hash, Skipped
 from compress.deploy.coding.hashing import KEYS, buckets_and_signs
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm, merged_on_export
-from compress.graph.kernels import Kernel, get_variable, kernels, without_kernel
+from compress.graph.fold import fold_batch_norm
+from compress.graph.kernels import Kernel, get_variable
 from compress.graph.rewrite import copy_model
 from compress.graph.walk import Walk
 from compress.strategies.least_squares import Moments, is_linear, matrix_of
 from compress.strategies.repair import RIDGE, Repair, called_once
 from compress.strategies.sharing.buckets import Buckets
+from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
@@ -60,24 +61,7 @@ class Hashed(Strategy):
         """Fold, project each kernel onto its buckets, and train these."""
         names = context.selection.names(candidate.model)
         model = fold_batch_norm(candidate.model, names)
-        merged = merged_on_export(model)
-        skipped = [
-            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not hashed")
-            for layer in without_kernel(model)
-            if layer.name in names
-        ]
-        chosen: list[Kernel] = []
-        for kernel in kernels(model):
-            if kernel.layer.name not in names:
-                continue
-            if kernel.layer.name in merged:
-                why = "the export merges a normalisation next to it into its kernel"
-                skipped.append(Skipped(kernel.layer.name, why))
-            elif self._buckets(kernel) < 2:
-                why = f"{kernel.size} weights would have {self._buckets(kernel)} buckets"
-                skipped.append(Skipped(kernel.layer.name, why, True))
-            else:
-                chosen.append(kernel)
+        chosen, skipped = choose_kernels(model, names, "hashed", self._obstacle)
         if not chosen:
             raise context.nothing_done("a kernel with at least two buckets", skipped)
         guarantee = Buckets(
@@ -118,6 +102,14 @@ class Hashed(Strategy):
                 known = repair.moments(step, repair.target(walk, step))
                 repair.put_solution(walk, step, known, _solver(layer, hashes[f"{layer.name}/kernel"]))
             model.get_layer(layer.name).set_weights(layer.get_weights())
+
+    def _obstacle(self, kernel: Kernel) -> Skipped | None:
+        buckets = self._buckets(kernel)
+        return (
+            Skipped(kernel.layer.name, f"{kernel.size} weights would have {buckets} buckets", True)
+            if buckets < 2
+            else None
+        )
 
     def _buckets(self, kernel: Kernel) -> int:
         return round(self.weights * kernel.size)

@@ -15,11 +15,12 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm, merged_on_export
-from compress.graph.kernels import Kernel, get_variable, get_weight, kernels, without_kernel
+from compress.graph.fold import fold_batch_norm
+from compress.graph.kernels import Kernel, get_variable, get_weight
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.sharing.centroids import TrainedCentroids
+from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.sharing.tfmot_clustering import is_clusterable, unwrap, wrapped_by_tfmot
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -70,28 +71,7 @@ class Share(Strategy):
         """Fold, cluster, and train the centroids."""
         names = context.selection.names(candidate.model)
         model = fold_batch_norm(candidate.model, names)
-        merged = merged_on_export(model)
-        skipped = [
-            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not clustered")
-            for layer in without_kernel(model)
-            if layer.name in names
-        ]
-        chosen: list[Kernel] = []
-        for kernel in kernels(model):
-            if kernel.layer.name not in names:
-                continue
-            size = kernel.size // kernel.value.shape[-1] if self.scope == "channel" else kernel.size
-            if kernel.layer.name in merged:
-                skipped.append(
-                    Skipped(kernel.layer.name, "the export merges a normalisation next to it into its kernel")
-                )
-            elif self.scheme == "tfmot" and not is_clusterable(kernel.layer):
-                skipped.append(Skipped(kernel.layer.name, "TFMOT does not cluster all its kernels"))
-            elif size <= self.clusters and self.scope != "model":
-                what = "weights of a channel" if self.scope == "channel" else "weights"
-                skipped.append(Skipped(kernel.layer.name, f"{size} {what}, {self.clusters} clusters", True))
-            else:
-                chosen.append(kernel)
+        chosen, skipped = choose_kernels(model, names, "clustered", self._obstacle)
         if not chosen or (self.scope == "model" and sum(kernel.size for kernel in chosen) <= self.clusters):
             raise context.nothing_done(f"a kernel with more than {self.clusters} weights", skipped)
         if self.scheme == "tfmot":
@@ -144,6 +124,16 @@ class Share(Strategy):
             labels[kernel.name] = np.unique(value, return_inverse=True)[1].reshape(value.shape).astype(np.int32)
         result = candidate.evolve(model=model, skipped=left_alone)
         return result.with_guarantee(Codebook(context.stage, self.clusters, labels))
+
+    def _obstacle(self, kernel: Kernel) -> Skipped | None:
+        name, per_channel = kernel.layer.name, self.scope == "channel"
+        if self.scheme == "tfmot" and not is_clusterable(kernel.layer):
+            return Skipped(name, "TFMOT does not cluster all its kernels")
+        size = kernel.size // kernel.value.shape[-1] if per_channel else kernel.size
+        if size > self.clusters or self.scope == "model":
+            return None
+        what = "weights of a channel" if per_channel else "weights"
+        return Skipped(name, f"{size} {what}, {self.clusters} clusters", True)
 
     def _cluster(self, model: object, chosen: Sequence[Kernel], rng: np.random.Generator) -> list[np.ndarray]:
         """Write the clustered weights into the model; return the label of each weight, an array for each kernel."""

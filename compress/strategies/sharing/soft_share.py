@@ -14,10 +14,11 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Skipped
 from compress.errors import CompressError
-from compress.graph.fold import fold_batch_norm, merged_on_export
-from compress.graph.kernels import Kernel, get_variable, kernels, without_kernel
+from compress.graph.fold import fold_batch_norm
+from compress.graph.kernels import Kernel, get_variable
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.sharing.centroids import TrainedCentroids
+from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.sharing.mixture import MixturePrior
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -56,26 +57,7 @@ class SoftShare(Strategy):
         context.require_training()
         names = context.selection.names(candidate.model)
         model = fold_batch_norm(candidate.model, names)
-        merged = merged_on_export(model)
-        skipped = [
-            Skipped(layer.name, f"weights of {type(layer).__name__} layers are not shared")
-            for layer in without_kernel(model)
-            if layer.name in names
-        ]
-        chosen: list[Kernel] = []
-        for kernel in kernels(model):
-            name = kernel.layer.name
-            if name not in names:
-                continue
-            if name in merged:
-                skipped.append(Skipped(name, "the export merges a normalisation next to it into its kernel"))
-            elif kernel.size <= self.components + 1:
-                why = f"{kernel.size} weights, {self.components} components and zero"
-                skipped.append(Skipped(name, why, True))
-            elif not kernel.value.std():
-                skipped.append(Skipped(name, "all its weights are equal", True))
-            else:
-                chosen.append(kernel)
+        chosen, skipped = choose_kernels(model, names, "shared", self._obstacle)
         if not chosen:
             raise context.nothing_done(f"a kernel with more than {self.components + 1} weights", skipped)
         groups = [chosen] if self.scope == "model" else [[kernel] for kernel in chosen]
@@ -88,6 +70,12 @@ class SoftShare(Strategy):
         shared = candidate.evolve(model=model, skipped=context.skip(skipped))
         shared = shared.with_guarantee(Zeros(context.stage, {name: label != 0 for name, label in labels.items()}))
         return self._settle(shared, chosen, labels, context)
+
+    def _obstacle(self, kernel: Kernel) -> Skipped | None:
+        name = kernel.layer.name
+        if kernel.size <= self.components + 1:
+            return Skipped(name, f"{kernel.size} weights, {self.components} components and zero", True)
+        return None if kernel.value.std() else Skipped(name, "all its weights are equal", True)
 
     def _prior(self, group: Sequence[Kernel]) -> MixturePrior:
         variables = [getattr(kernel.layer, kernel.attribute) for kernel in group]
