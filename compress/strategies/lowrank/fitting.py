@@ -103,6 +103,11 @@ class Fit:
         mixed = matrix @ moved.reshape(len(matrix), -1)
         return np.moveaxis(mixed.reshape(moved.shape), range(len(axes)), axes)
 
+    @cached_property
+    def _nearest(self) -> Decomposition:
+        """Of the kernel as it is."""
+        return self.form.decompose(self.goal.kernel, self._most)
+
     def factors(self, rank: int, sweeps: int) -> list[np.ndarray]:
         """Return the factors at a rank, after so many rounds of least squares where they are not the best already."""
         factors = list(self.decomposition.factors(rank))
@@ -112,7 +117,10 @@ class Fit:
             factors[-1] = factors[-1] @ self._right[1]
         if self.goal.inputs is None or self.form.is_product:
             return factors
-        return self.improved(factors, self.goal.kernel, sweeps)
+        # A form that reads the inputs piece by piece is whitened in part only; at low ranks that can start worse.
+        nearest = self._nearest.factors(rank)
+        start = min((factors, nearest), key=lambda found: self.goal.error(self.form.compose(found)))
+        return self.improved(start, self.goal.kernel, sweeps)
 
     def towards(self, kernel: np.ndarray) -> Fit:
         """Return the fit to another kernel of the same inputs and outputs."""
