@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from compress.candidate import Candidate
 from compress.data.digits import Digits
@@ -20,7 +22,7 @@ from compress.models.source import Schedule
 from compress.reference import make_reference
 from compress.strategies.least_squares import Moments
 from compress.strategies.pruning.prune import Prune
-from compress.strategies.sharing.rate_distortion import RateDistortion, quantize_matrix
+from compress.strategies.sharing.rate_distortion import RateDistortion, dearer, quantize_matrix
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -54,6 +56,13 @@ def test_dearer_bits_are_fewer_and_cost_error(seed: int) -> None:
     assert bits == sorted(bits, reverse=True)
     assert errors == sorted(errors)
     assert bits[-1] < bits[0] / 2
+
+
+@example(excess=1.0006)
+@given(excess=st.floats(1e-3, 1e3))
+def test_a_file_just_above_the_budget_makes_bits_dearer_by_a_real_step(excess: float) -> None:
+    """Or the next file would be the same one; one below the budget makes them cheaper."""
+    assert (dearer(excess) >= 1.2) if excess > 1 else (dearer(excess) <= 0.84)
 
 
 def test_error_and_bits_together_are_less_than_those_of_the_nearest_levels() -> None:

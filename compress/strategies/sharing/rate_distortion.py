@@ -104,9 +104,7 @@ class RateDistortion(Strategy):
                     fitting = size, found
                 if size >= _CLOSE * limit:
                     break
-            # Without a bound on either side: half as many bytes ask for about eight times the price.
-            guess = price * float(np.clip(size / limit, 0.25, 8.0)) ** 3
-            price = float(np.sqrt(low * high)) if low and high else guess
+            price = float(np.sqrt(low * high)) if low and high else price * dearer(size / limit)
         if fitting is None:
             raise CompressError(
                 f"strategy.{stage}.bytes",
@@ -115,6 +113,15 @@ class RateDistortion(Strategy):
                 fix="Ask for more bytes; biases, other layers and the network's description take some, too.",
             )
         return fitting[1]
+
+
+def dearer(excess: float) -> float:
+    """Return the factor for the price of a bit that brings a file of ``excess`` times the budget about into it.
+
+    Half as many bytes ask for about eight times the price; a file that misses by little still asks for a real step.
+    """
+    factor = float(np.clip(excess, 0.25, 8.0)) ** 3
+    return max(factor, 1.2) if excess > 1 else min(factor, 1 / 1.2)
 
 
 @plain_dataclass(frozen=True)
