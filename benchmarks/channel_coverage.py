@@ -84,6 +84,8 @@ def page(rows: list[dict]) -> str:
         "",
         f"`prune_channels` to `macs: {KEEP}`, random weights, inputs of 64 x 64 (96 x 96 where more is needed). "
         "`oracle` is the largest difference from the masked original, relative to the largest output. "
+        "Where random batch-norm statistics make a network magnify rounding errors more than a thousand times "
+        "(EfficientNetV2S, EfficientNetV2L), it has those of random images instead. "
         "The last two columns say whether TFMOT 0.8.1 accepts the same model.",
         "",
         f"All of it holds (MACs within 3 %, oracle at most 1e-4, both files run) for {len(good)} of {len(rows)}; "
