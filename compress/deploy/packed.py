@@ -26,7 +26,7 @@ Kind = Literal["keras", "tflite"]
 MAGIC = b"\x93CMP"
 VERSION = 2
 DEFAULT_LIMIT = 4 << 30
-"""Bytes that a file may grow to when it is unpacked, unless more are allowed."""
+"""Bytes of memory that unpacking a file may take, unless more are allowed."""
 
 _HEADER = struct.Struct("<4sHHQQQII")
 """Magic, version, kind, bytes of the file, of the directory unpacked, of all unpacked, of the directory; checksum."""
@@ -37,6 +37,10 @@ _DTYPES = (
     *("float16", "float32", "float64", "complex64"),
 )
 _MOST_DIMENSIONS = 32
+_MOST_NAME = 10_000
+"""Bytes of an array's name."""
+_PER_NUMBER, _PER_CHARACTER = 24, 32
+"""Bytes of memory that a number and a character of the directory's text take, at most, while they are unpacked."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ def read_packed(content: bytes, name: str, limit: int = DEFAULT_LIMIT) -> Packed
     Args:
         content: its bytes.
         name: of the file, for errors.
-        limit: bytes that it may grow to.
+        limit: bytes of memory that it may take.
 
     Raises:
-        CompressError: if it is none, was written by a later version, is damaged (naming the part), or would grow beyond
-            the limit.
+        CompressError: if it is none, was written by a later version, is damaged (naming the part), or would take more
+            than the limit.
     """
     if content[: len(MAGIC)] != MAGIC:
         start = f"{len(content):,} bytes that begin with {content[:8]!r}" if content else "an empty file"
@@ -105,21 +109,19 @@ def read_packed(content: bytes, name: str, limit: int = DEFAULT_LIMIT) -> Packed
         )
     kind, sizes, stored = _read_header(content, name)
     unpacked_directory, total = sizes
-    if total > limit or unpacked_directory > total:
-        raise CompressError(
-            name,
-            expected=f"a file that unpacks to at most {limit:,} bytes",
-            received=f"{total:,} bytes",
-            fix="If you trust whoever made it, allow more with --limit.",
-        )
+    _require(max(total, unpacked_directory), limit, name)
     reader = Reader(content[_HEADER.size :])
     try:
-        directory = _read_directory(reader, stored, unpacked_directory)
+        inner, text = _open_directory(reader, stored, unpacked_directory)
+        _require(total + _PER_CHARACTER * len(text), limit, name)
+        directory = _read_directory(inner, text)
     except (DamagedError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(name, "the directory", error) from error
     rows, structure, skeleton = directory
     if sum(row.bytes for row in rows) + unpacked_directory != total:
         raise _damaged(name, "the directory", DamagedError("sizes that do not add up"))
+    # Some forms hold a place and a bucket for each number of an array, whatever its type.
+    _require(total + _PER_NUMBER * max((math.prod(row.shape) for row in rows), default=0), limit, name)
     arrays: dict[str, np.ndarray] = {}
     tables = Tables()
     for row in rows:
@@ -176,7 +178,19 @@ def _read_header(content: bytes, name: str) -> tuple[Kind, tuple[int, int], int]
     return _KINDS[kind], (directory, total), stored
 
 
-def _read_directory(reader: Reader, stored: int, size: int) -> tuple[list[_Row], dict[str, Any], bytes]:
+def _require(needed: int, limit: int, name: str) -> None:
+    """Refuse a file that takes more memory than it may."""
+    if needed > limit:
+        raise CompressError(
+            name,
+            expected=f"a file that takes at most {limit:,} bytes of memory to unpack",
+            received=f"one that may take {needed:,} bytes",
+            fix="If you trust whoever made it, allow more with --limit.",
+        )
+
+
+def _open_directory(reader: Reader, stored: int, size: int) -> tuple[Reader, bytes]:
+    """Return the directory behind its text, and the text."""
     packed = reader.take(stored)
     _check(packed, reader.take(_CHECKSUM.size))
     opener = zlib.decompressobj()
@@ -186,9 +200,13 @@ def _read_directory(reader: Reader, stored: int, size: int) -> tuple[list[_Row],
         raise DamagedError("another size than it says")
     inner = Reader(unpacked)
     (length,) = struct.unpack("<Q", inner.take(8))
-    text = json.loads(inner.take(length))
-    rows = [_row(*row) for row in text["arrays"]]
-    structure = text["structure"]
+    return inner, inner.take(length)
+
+
+def _read_directory(inner: Reader, text: bytes) -> tuple[list[_Row], dict[str, Any], bytes]:
+    said = json.loads(text)
+    rows = [_row(*row) for row in said["arrays"]]
+    structure = said["structure"]
     if not isinstance(structure, dict) or len({row.name for row in rows}) < len(rows):
         raise DamagedError("a structure that is none")
     return rows, structure, inner.take(inner.left)
@@ -197,7 +215,10 @@ def _read_directory(reader: Reader, stored: int, size: int) -> tuple[list[_Row],
 def _row(name: str, dtype: str, shape: list[int], length: int) -> _Row:
     sizes = [*shape, length]
     known = isinstance(name, str) and dtype in _DTYPES and len(shape) <= _MOST_DIMENSIONS
-    if not known or any(type(size) is not int or not 0 <= size < 1 << 62 for size in sizes):
+    known = known and "\0" not in name and 0 < len(name.encode()) <= _MOST_NAME
+    known = known and all(type(size) is int and 0 <= size < 1 << 62 for size in sizes)
+    # NumPy counts what an array would have if it were not empty.
+    if not known or math.prod(size or 1 for size in shape) * np.dtype(dtype).itemsize >= 1 << 62:
         raise DamagedError(f"an array {name!r} of {dtype!r} {shape!r}"[:200])
     return _Row(name, np.dtype(dtype), tuple(shape), length)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -87,15 +89,15 @@ def unpack(source: Path, target: Path, limit: int = DEFAULT_LIMIT) -> None:
     """Write the network of a packed file to ``target``: ``.keras``, ``.tflite``, or ``.npz`` for the arrays alone.
 
     Raises:
-        CompressError: if the packed file is damaged, grows beyond ``limit`` bytes, or cannot become such a file.
+        CompressError: if the packed file is damaged, takes more than ``limit`` bytes of memory, or cannot become such a
+            file.
     """
     if not source.is_file():
         raise CompressError(str(source), expected="a .cmp file", received="no such file", fix="Check the path.")
     packed = read_packed(source.read_bytes(), str(source), limit)
     if target.suffix == ".npz":
-        with target.with_name(f".{target.name}.partial").open("wb") as file:
-            np.savez(file, **packed.arrays)  # type: ignore[arg-type]
-        Path(file.name).replace(target)
+        with _unfinished(target) as partial:
+            _write_arrays(partial, packed.arrays)
     elif target.suffix == f".{packed.kind}":
         _write(target, _unpacked(packed, str(source)))
     elif target.suffix == ".tflite":
@@ -132,7 +134,25 @@ def _convert(keras: bytes, target: Path) -> None:
         export_float(load_model_file(file, allow_code=False), target)
 
 
+def _write_arrays(target: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an ``.npz`` file. ``np.savez`` has names of its own that no array may have."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
 def _write(target: Path, content: bytes) -> None:
+    with _unfinished(target) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """Give a temporary name, whose file takes the target's place in the end, or is gone if anything went wrong."""
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(target)
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="a packed file (.cmp)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write: .keras, .tflite or .npz")
     parser.add_argument(
-        "--limit", type=int, default=DEFAULT_LIMIT, help="bytes that it may grow to (default: %(default)s)"
+        "--limit", type=int, default=DEFAULT_LIMIT, help="bytes of memory that it may take (default: %(default)s)"
     )
     given = parser.parse_args(arguments)
 

@@ -108,13 +108,14 @@ def test_each_form_alone(form: object, data: st.DataObject) -> None:
     array = rng.integers(-3, 4, shape).astype(np.float32) * steps
     array[rng.random(shape) < 0.7] = 0
     values = array.reshape(-1).view(np.uint32)
-    draft = form.draft(values, Shape.of(array), Tables(), CODERS)  # type: ignore[attr-defined]
+    draft = form.draft(values, Shape.of(array.shape, array.dtype), Tables(), CODERS)  # type: ignore[attr-defined]
     if draft is None:
         return
     content = draft.write()
     assert len(content) == pytest.approx(draft.size, rel=0.1, abs=12)
     reader = Reader(content)
-    back, _ = form.decode(reader, np.dtype(np.uint32), Shape.of(array), Tables())  # type: ignore[attr-defined]
+    shaped = Shape.of(array.shape, array.dtype)
+    back, _ = form.decode(reader, np.dtype(np.uint32), shaped, Tables())  # type: ignore[attr-defined]
     reader.finish()
     np.testing.assert_array_equal(back, values)
 

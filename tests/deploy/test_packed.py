@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,8 +20,12 @@ import tf_keras
 from compress.candidate import Hash
 from compress.deploy import pack
 from compress.deploy import unpack as unpack_command
+from compress.deploy.coding import ans
+from compress.deploy.coding.draft import Tables
+from compress.deploy.coding.frequencies import Frequencies
 from compress.deploy.coding.hashing import buckets_and_signs
-from compress.deploy.coding.symbols import Deflate, FixedWidth, Huffman
+from compress.deploy.coding.symbols import Ans, Deflate, FixedWidth, Huffman
+from compress.deploy.coding.wire import varint
 from compress.deploy.packed import MAGIC, VERSION, Packed, read_packed, write_packed
 from compress.deploy.packing import CODER_CHOICES, read_model, unpack, write_cmp
 from compress.errors import CompressError
@@ -174,6 +179,48 @@ def test_a_bomb_is_refused_before_it_goes_off() -> None:
         read_packed(small, "x.cmp", limit=1000)
 
 
+def all_the_same(alphabet: int, symbol: int, count: int) -> bytes:
+    """Return an ANS stream of one symbol, which takes a few bytes however often it comes."""
+    counts = np.bincount([symbol], minlength=alphabet)
+    drafted = Ans().draft(np.full(count, symbol), counts, Tables())
+    assert drafted is not None
+    return bytes([Ans.code]) + drafted.write()
+
+
+@pytest.mark.parametrize("form", ["relative", "rows", "mask", "hashed", "hashed and sparse"])
+def test_few_bytes_do_not_take_much_more_memory_than_they_say(form: str) -> None:
+    rows, columns = 1 << 10, 1 << 10
+    size, value = rows * columns, bytes([2, 1, 7])
+    relative = bytes([0, 2]) + varint(size) + all_the_same(4, 0, size)
+    classes = all_the_same(24, 1, rows) + all_the_same(24, 1, columns)
+    never = ans.encode([(np.zeros(size, np.int32), Frequencies(16, np.array([2**16 - 1, 1])))])
+    content = {
+        "relative": bytes([4]) + relative + value,
+        "rows": bytes([4, 1]) + all_the_same(columns + 1, 1, rows) + all_the_same(columns, 3, rows) + value,
+        "mask": bytes([4, 2]) + classes + bytes([0, 31 << 2]) + never,
+        "hashed": bytes([6, 0, 0]) + varint(size) + varint(1) + value,
+        "hashed and sparse": bytes([6, 0, 1]) + varint(size) + varint(1) + relative + value,
+    }[form]
+    file = forged([["bomb", "uint8", [rows, columns], len(content)]], body(content), size)
+    assert len(file) < 300
+    tracemalloc.start()
+    try:
+        read_packed(file, "x.cmp", limit=26 * size)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 25 * size
+    with pytest.raises(CompressError, match="bytes of memory"):
+        read_packed(file, "x.cmp", limit=24 * size)
+
+
+def test_a_directory_that_takes_much_more_memory_than_it_says_is_refused() -> None:
+    file = write_packed(Packed("keras", {}, {"config": [[]] * 100_000}))
+    assert len(file) < 5_000
+    with pytest.raises(CompressError, match="bytes of memory"):
+        read_packed(file, "x.cmp", limit=1_000_000)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -193,6 +240,23 @@ def test_a_bomb_is_refused_before_it_goes_off() -> None:
 def test_a_forged_directory_is_refused(row: object) -> None:
     with pytest.raises(CompressError, match="damaged"):
         read_packed(forged([row], body(b"\0"), 4), "x.cmp")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("a", [0, 1 << 61, 1 << 61]),
+        ("a", [1 << 61, 1 << 61, 0]),
+        ("", [0]),
+        ("a\0b", [0]),
+        ("\ud800", [0]),
+        ("x" * 10_001, [0]),
+    ],
+    ids=["empty and huge", "huge and empty", "no name", "a zero byte", "no text", "a long name"],
+)
+def test_a_row_that_no_array_has_is_refused(name: str, shape: list[int]) -> None:
+    with pytest.raises(CompressError, match=r"the directory: .*damaged"):
+        read_packed(forged([[name, "float32", shape, 0]], body(b""), 0), "x.cmp")
 
 
 def test_types_that_it_cannot_hold_are_refused() -> None:
@@ -274,6 +338,15 @@ def test_the_arrays_alone(model: tf_keras.Model, keras_file: Path, tmp_path: Pat
     assert stored == sorted(weight.tobytes() for weight in model.get_weights())
 
 
+def test_arrays_of_any_name(tmp_path: Path) -> None:
+    """``np.savez`` has arguments of its own."""
+    arrays = {name: np.full(3, number) for number, name in enumerate(("file", "allow_pickle", "a/b", "é", "kwds"))}
+    (tmp_path / "model.cmp").write_bytes(write_packed(Packed("keras", arrays)))
+    unpack(tmp_path / "model.cmp", tmp_path / "back.npz")
+    with np.load(tmp_path / "back.npz") as back:
+        assert {name: back[name].tolist() for name in back.files} == {n: a.tolist() for n, a in arrays.items()}
+
+
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -303,6 +376,8 @@ def test_the_commands(model: tf_keras.Model, keras_file: Path, tmp_path: Path) -
         (("unpack", "model.cmp", "-o", "x.h5"), "ends in .keras"),
         (("unpack", "tflite.cmp", "-o", "x.keras"), "what was packed is a .tflite file"),
         (("unpack", "model.cmp", "-o", "absent/x.keras"), "can be written"),
+        (("unpack", "model.cmp", "-o", "folder.keras"), "can be written.*Is a directory"),
+        (("unpack", "model.cmp", "-o", "folder.npz"), "can be written.*Is a directory"),
         (("unpack", "model.cmp", "-o", "x.keras", "--limit", "100"), "at most 100 bytes"),
         (("pack", "absent.keras", "-o", "x.cmp"), "no such file"),
         (("pack", "model.txt", "-o", "x.cmp"), ".keras or .tflite"),
@@ -327,6 +402,8 @@ def test_mistakes_end_with_a_paragraph(
     np.savez(tmp_path / "model.npz", a=np.zeros(3))
     for name in ("model.txt", "broken.tflite", "broken.keras"):
         (tmp_path / name).write_text("nothing of the kind")
+    for name in ("folder.keras", "folder.npz"):
+        (tmp_path / name).mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     module, *rest = arguments
     monkeypatch.chdir(tmp_path)

@@ -311,6 +311,12 @@ def test_the_whole_model_shares_one_codebook(recovery, model, data):
     np.testing.assert_array_equal(guarantee.project("dense/kernel", dense.value()), before)
 
 
+def test_more_clusters_than_the_whole_model_has_weights_are_refused_with_their_number(model, data):
+    total = sum(kernel.size for kernel in kernels(model))
+    with pytest.raises(CompressError, match=rf"clusters.*the {total:,} weights of the selected kernels together"):
+        Share(clusters=total, scope="model").apply(Candidate(model), context(model, data, Recovery(method="none")))
+
+
 @pytest.mark.parametrize("gradient", ["mean", "sum"])
 def test_a_centroid_moves_by_the_mean_or_the_sum_of_its_weights_moves(gradient):
     labels = np.array([[0, 1], [1, 2]], np.uint16)

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tf_keras
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compress.candidate import Candidate
 from compress.data.digits import Digits
 from compress.deploy.packing import read_model, write_cmp
+from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
 from compress.graph.selection import Rule, Selection
 from compress.metrics.accuracy import keras_accuracy
 from compress.metrics.counts import count_params
+from compress.metrics.tflite_file import TFLiteFile
 from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
@@ -25,6 +28,8 @@ from compress.strategies.pruning.prune import Prune
 from compress.strategies.sharing.rate_distortion import RateDistortion, dearer, quantize_matrix
 from compress.strategies.strategy import Context
 from compress.training import Recovery
+
+LAYERS = tf_keras.layers
 
 
 def problem(seed: int = 0) -> tuple[Moments, np.ndarray]:
@@ -123,3 +128,33 @@ def test_a_size_that_cannot_be_reached_is_an_error(context: Context) -> None:
     with pytest.raises(CompressError, match="a size that the packed file can have") as caught:
         RateDistortion(bytes=0.002, images=16).apply(Candidate(context.reference), context)
     assert caught.value.where == "strategy.rate_distortion.bytes"
+
+
+def test_a_layer_that_is_called_twice_is_left_alone_and_listed(context: Context) -> None:
+    """It used to be left alone without a word, and a model with no other layer ended in a traceback."""
+    shared = LAYERS.Dense(64, activation="relu", name="shared")
+    inputs = tf_keras.Input((8, 8, 1))
+    outputs = LAYERS.Dense(10, name="head")(shared(shared(LAYERS.Flatten()(inputs))))
+    candidate = Candidate(tf_keras.Model(inputs, outputs))
+    own = context.for_stage("rate_distortion", reference=candidate.model)
+    result = RateDistortion(bytes=0.95, images=16).apply(candidate, own)
+    assert [(skipped.layer, skipped.reason) for skipped in result.skipped] == [
+        ("shared", "it is called more than once")
+    ]
+    assert result.model.get_layer("shared").kernel.numpy().tolist() == shared.kernel.numpy().tolist()
+    only = own.for_stage("rate_distortion", selection=Selection(only=(Rule(name="shared"),)))
+    with pytest.raises(CompressError, match="shared: it is called more than once"):
+        RateDistortion(bytes=0.95, images=16).apply(candidate, only)
+
+
+def test_a_layer_into_which_the_export_merges_a_norm_is_left_alone_and_listed(context: Context, tmp_path: Path) -> None:
+    inputs = tf_keras.Input((8, 8, 1))
+    normed = LAYERS.BatchNormalization(name="norm")(LAYERS.Flatten()(inputs))
+    hidden = LAYERS.Dense(64, activation="relu", name="merged")(normed)
+    candidate = Candidate(tf_keras.Model(inputs, LAYERS.Dense(10, name="head")(hidden)))
+    candidate.model.get_layer("norm").gamma.assign(np.linspace(0.5, 2, 64))
+    own = context.for_stage("rate_distortion", reference=candidate.model)
+    result = RateDistortion(bytes=0.95, images=16).apply(candidate, own)
+    assert [skipped.layer for skipped in result.skipped] == ["merged"]
+    file = TFLiteFile.read(export(result, context.data, tmp_path / "model.tflite").path)
+    assert [v for guarantee in result.guarantees for v in guarantee.check_file(file)] == []

@@ -66,7 +66,11 @@ class Relative(Positions):
         if bits not in _GAP_BITS:
             raise DamagedError(f"gaps of {bits} bits")
         entries, tables = read_symbols(reader, 2**bits, reader.varint(rows * columns), tables)
-        return np.cumsum(entries.astype(np.int64) + 1) - 1, tables
+        # In place: a few bytes may say that there are very many.
+        entries += np.uint32(1)
+        places = np.cumsum(entries, dtype=np.int64)
+        places -= 1
+        return places, tables
 
 
 class Rows(Positions):
@@ -110,7 +114,7 @@ class Mask(Positions):
         mask = np.zeros(rows * columns, bool)
         mask[places] = True
         of_row, of_column = (_classes(mask.reshape(rows, columns).sum(axis, dtype=np.int64)) for axis in (1, 0))
-        parts = [mask[group] for group in _groups(of_row, of_column)]
+        parts = [mask.reshape(rows, columns)[group].reshape(-1) for group in _groups(of_row, of_column)]
         shares = np.array([_share(int(part.sum()), len(part)) for part in parts])
         first = draft_symbols(of_row, _CLASSES, tables, coders)
         second = draft_symbols(of_column, _CLASSES, first.tables, coders)
@@ -127,9 +131,10 @@ class Mask(Positions):
         groups = _groups(of_row, of_column)
         shares, tables = read_symbols(reader, _SHARES, len(groups), tables)
         decoder = ans.Decoder(reader, rows * columns)
-        mask = np.zeros(rows * columns, bool)
-        for group, share in zip(groups, shares, strict=True):
-            mask[group] = decoder.pop(len(group), _frequencies(int(share)))
+        mask = np.zeros((rows, columns), bool)
+        for (row, column), share in zip(groups, shares, strict=True):
+            bits = decoder.pop(row.size * column.size, _frequencies(int(share)))
+            mask[row, column] = bits.reshape(row.size, column.size)
         decoder.finish()
         return np.flatnonzero(mask), tables
 
@@ -143,14 +148,13 @@ def _classes(counts: np.ndarray) -> np.ndarray:
     return np.where(counts, np.minimum(1 + np.floor(2 * np.log2(np.maximum(counts, 1))), _CLASSES - 1), 0).astype(int)
 
 
-def _groups(of_row: np.ndarray, of_column: np.ndarray) -> list[np.ndarray]:
-    """Return the places of each pair of classes, none of them 0, in the order of the pairs; each not empty."""
-    pair = of_row[:, None].astype(np.int64) * _CLASSES + of_column[None]
-    flat = np.where((of_row[:, None] > 0) & (of_column[None] > 0), pair, -1).reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    ends = np.flatnonzero(np.diff(flat[order])) + 1
-    groups = np.split(order, ends)
-    return [group for group in groups if len(group) and flat[group[0]] >= 0]
+def _groups(of_row: np.ndarray, of_column: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return rows [n, 1] and columns [1, m] of each pair of classes, none of them 0, in the order of the pairs."""
+    rows, columns = (
+        [there for number in range(1, _CLASSES) if len(there := np.flatnonzero(classes == number))]
+        for classes in (of_row, of_column)
+    )
+    return [(row[:, None], column[None]) for row in rows for column in columns]
 
 
 def _share(count: int, size: int) -> int:
@@ -191,6 +195,6 @@ def read_positions(reader: Reader, rows: int, columns: int, tables: Tables) -> t
     if way is None:
         raise DamagedError(f"positions of the unknown kind {code}")
     places, tables = way.decode(reader, rows, columns, tables)
-    if len(places) and (places[-1] >= rows * columns or np.diff(places).min(initial=1) <= 0):
+    if len(places) and (places[-1] >= rows * columns or (places[1:] <= places[:-1]).any()):
         raise DamagedError("positions outside the array")
     return places, tables

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -41,10 +42,11 @@ class Shape:
     float32: bool = False
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Shape:
+    def of(cls, shape: tuple[int, ...], dtype: np.dtype) -> Shape:
         """Return that of an array: its last axis makes the columns."""
-        columns = array.shape[-1] if array.ndim and array.size else 1
-        return cls(array.size // columns, columns, array.dtype == np.float32)
+        size = prod(shape)
+        columns = shape[-1] if shape and size else 1
+        return cls(size // columns, columns, dtype == np.float32)
 
 
 class Form(ABC):
@@ -263,9 +265,9 @@ class Hashed(Form):
             # An entry that only fills a gap is not zero here.
             ways = draft_positions(places, shape.rows, shape.columns, tables, coders)
             positions = smallest([draft for draft, stored in ways if len(stored) == len(places)])
-        used = _present(buckets[places] if masked else buckets, hashing.buckets)
-        inner = Shape(len(used), 1, shape.float32)
-        return _draft(book[used], inner, positions.tables, coders, _DENSE).after(head, positions)
+        stored = book[_present(buckets[places] if masked else buckets, hashing.buckets)]
+        inner = Shape(len(stored), 1, shape.float32)
+        return _draft(stored, inner, positions.tables, coders, _DENSE).after(head, positions)
 
     def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
         """Look up each value's bucket."""
@@ -279,7 +281,8 @@ class Hashed(Form):
             places, tables = read_positions(reader, shape.rows, shape.columns, tables)
             buckets, signs = buckets[places], signs[places]
         used = _present(buckets, hashing.buckets)
-        stored, tables = _read_values(reader, dtype, Shape(len(used), 1, shape.float32), tables, _DENSE)
+        inner = Shape(int(np.count_nonzero(used)), 1, shape.float32)
+        stored, tables = _read_values(reader, dtype, inner, tables, _DENSE)
         book = np.zeros(hashing.buckets, dtype)
         book[used] = stored
         taken = book[buckets]
@@ -311,7 +314,7 @@ def draft_array(
         forms: what it may be written in.
     """
     values = np.ascontiguousarray(array).reshape(-1).view(_bits_of(array.dtype))
-    return _draft(values, Shape.of(array), tables, coders, forms)
+    return _draft(values, Shape.of(array.shape, array.dtype), tables, coders, forms)
 
 
 def read_array(reader: Reader, dtype: np.dtype, shape: tuple[int, ...], tables: Tables) -> tuple[np.ndarray, Tables]:
@@ -320,8 +323,7 @@ def read_array(reader: Reader, dtype: np.dtype, shape: tuple[int, ...], tables: 
     Raises:
         DamagedError: if the bytes are none that :func:`draft_array` writes for such an array.
     """
-    rows_and_columns = Shape.of(np.broadcast_to(np.zeros((), dtype), shape))
-    values, tables = _read_values(reader, _bits_of(dtype), rows_and_columns, tables, FORMS)
+    values, tables = _read_values(reader, _bits_of(dtype), Shape.of(shape, dtype), tables, FORMS)
     return values.view(dtype).reshape(shape), tables
 
 
@@ -351,10 +353,10 @@ def _read_values(
 
 
 def _present(numbers: np.ndarray, most: int) -> np.ndarray:
-    """Return which numbers below ``most`` there are, rising."""
+    """Return whether each number below ``most`` is there."""
     present = np.zeros(most, bool)
     present[numbers] = True
-    return np.flatnonzero(present)
+    return present
 
 
 def _looked_up(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -72,8 +72,15 @@ class Share(Strategy):
         names = context.selection.names(candidate.model)
         model = fold_batch_norm(candidate.model, names)
         chosen, skipped = choose_kernels(model, names, "clustered", self._obstacle)
-        if not chosen or (self.scope == "model" and sum(kernel.size for kernel in chosen) <= self.clusters):
+        if not chosen:
             raise context.nothing_done(f"a kernel with more than {self.clusters} weights", skipped)
+        if self.scope == "model" and (total := sum(kernel.size for kernel in chosen)) <= self.clusters:
+            raise CompressError(
+                f"strategy.{context.stage}.clusters",
+                expected=f"fewer clusters than the {total:,} weights of the selected kernels together",
+                received=f"{self.clusters:,}",
+                fix=f"Lower it, or widen strategy.{context.stage}.only and skip.",
+            )
         if self.scheme == "tfmot":
             return self._by_tfmot(candidate.evolve(model=model), chosen, skipped, context)
         labels = self._cluster(model, chosen, np.random.default_rng(context.seed))

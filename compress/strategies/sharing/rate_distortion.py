@@ -19,14 +19,15 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Candidate, Effect, Skipped
 from compress.deploy.packing import packed_model_bytes
 from compress.errors import CompressError
-from compress.graph.kernels import kernels, without_kernel
-from compress.graph.rewrite import copy_model
+from compress.graph.kernels import Kernel, kernels
+from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.metrics.counts import count_params
 from compress.progress import progress
 from compress.strategies.least_squares import Moments, assign_matrix, is_linear, matrix_of
 from compress.strategies.pruning.zeros import Zeros
-from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once
+from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair
+from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.sharing.codebook import Codebook
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -45,8 +46,9 @@ class RateDistortion(Strategy):
     """Quantize the selected Dense and Conv2D kernels so that the packed file has the size that is asked for.
 
     All layers share one price of a bit, and with it the bits go where they keep the logits: most weights become zero,
-    the others multiples of their layer's step. Batch norms are folded. Recovery trains the values, and no weight
-    changes its place among them.
+    the others multiples of their layer's step. Batch norms are folded; a layer that is called more than once is left
+    alone, and one into which the export merges a normalisation that could not be folded. Recovery trains the values,
+    and no weight changes its place among them.
 
     Args:
         bytes: size of the packed file, as part of 4 bytes for each parameter of the reference.
@@ -63,23 +65,24 @@ class RateDistortion(Strategy):
         """Search the price of a bit; quantize; train the values."""
         names = context.selection.names(candidate.model)
         repair = Repair(candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees)
-        chosen = {k.layer.name for k in kernels(repair.folded) if k.layer.name in names and is_linear(k.layer)}
-        skipped = [
-            Skipped(name, "it is no Dense or ordinary Conv2D")
-            for name in {
-                *(layer.name for layer in without_kernel(repair.folded)),
-                *(kernel.layer.name for kernel in kernels(repair.folded)),
-            }
-            if name in names and name not in chosen
-        ]
+        times = calls(repair.folded)
+
+        def obstacle(kernel: Kernel) -> Skipped | None:
+            name = kernel.layer.name
+            if not is_linear(kernel.layer):
+                return Skipped(name, "it is no Dense or ordinary Conv2D")
+            return Skipped(name, "it is called more than once") if times[name] > 1 else None
+
+        linear, skipped = choose_kernels(repair.folded, names, "quantized", obstacle)
+        chosen = {kernel.layer.name for kernel in linear}
         if not chosen:
-            raise context.nothing_done("a Dense or an ordinary Conv2D", skipped)
+            raise context.nothing_done("a Dense or an ordinary Conv2D that is called once", skipped)
         repair.measure_importance(chosen)
         limit = self.bytes * 4 * count_params(context.reference)
         found = self._search(repair, chosen, limit, candidate, context.stage)
         labels = {name: level.astype(np.uint16) for name, level in found.labels.items()}
         most = max(int(level.max()) + 1 for level in labels.values())
-        result = candidate.evolve(model=found.model, skipped=context.skip(sorted(skipped, key=lambda s: s.layer)))
+        result = candidate.evolve(model=found.model, skipped=context.skip(skipped))
         masks = {k.name: k.value != 0 for k in kernels(found.model) if k.name in labels}
         result = result.with_guarantee(Zeros(context.stage, masks)).with_guarantee(
             Codebook(context.stage, most, labels)
@@ -137,7 +140,7 @@ def quantize_layers(repair: Repair, chosen: set[str], price: float) -> Quantized
 
     Args:
         repair: the model, made ready, with the importance of the layers measured.
-        chosen: names of Dense or ordinary Conv2D layers.
+        chosen: names of Dense or ordinary Conv2D layers, each called once.
         price: squared change of the logits that a bit is worth.
     """
     changed = copy_model(repair.folded)
@@ -146,7 +149,7 @@ def quantize_layers(repair: Repair, chosen: set[str], price: float) -> Quantized
         for step in (walk := Walk(repair.folded, changed, repair.samples)):
             shown.advance(step.position + 1, len(walk.nodes), step.layer.name)
             layer = step.layer
-            if layer.name not in chosen or not called_once(walk, step):
+            if layer.name not in chosen:
                 continue
             before, known = matrix_of(layer), repair.moments(step, repair.target(walk, step))
             repair.put(walk, step, known, before, REPAIR_RIDGE)
