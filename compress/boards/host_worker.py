@@ -174,7 +174,7 @@ class Child:
             code = self._process.wait()
             self._errors.seek(0)
             lines = self._errors.read()[-10_000:].decode(errors="replace").strip().splitlines()
-            self.failure = f"the runtime ended with code {code}: {lines[-1][:300] if lines else ''}".rstrip(": ")
+            self.failure = f"the runtime ended with code {code}: {lines[-1][:500] if lines else ''}".rstrip(": ")
             return None
 
 

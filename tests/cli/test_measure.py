@@ -72,6 +72,16 @@ def test_a_board_that_fails_is_a_row_and_the_rest_is_complete(files, capsys, tmp
     assert "platform tools" in " ".join(out.split())
 
 
+def test_files_of_the_same_name_are_told_apart(files, capsys, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.tflite").write_bytes(files["good"].read_bytes())
+    places = [tmp_path / name / "model.tflite" for name in ("one", "two")]
+    boards.print_rows(boards.measure_files(boards.load_boards(["roofline"], []), [*places, files["good"]]))
+    out = capsys.readouterr().out
+    assert all(f" {place} " in out for place in (*places, "good.tflite"))
+
+
 def test_files_are_compared_with_the_first(files, capsys, tmp_path):
     names = [files["good"], files["unknown"], files["small"]]
     code, _, _ = run(capsys, *names, "--boards", "roofline", "-o", tmp_path / "rows.json")
@@ -91,6 +101,8 @@ def test_files_are_compared_with_the_first(files, capsys, tmp_path):
         (["ssh.host=pi"], "asked for"),
         (["--boards", "ssh"], "ssh.host"),
         (["absent.tflite"], "no such file"),
+        (["/"], "received a folder"),
+        (["--boards", ""], "a name without letters"),
         (["--fit", "profile.yaml", "--boards", "roofline"], "--boards host"),
         (["--fit", "profile.yaml", *QUICK], "at least 4"),
     ],
