@@ -108,6 +108,8 @@ class Aarch64(Board):
             reason = f"LiteRT, {where}, ended with code {answer.code}: {answer.last_error}".rstrip(": ")
             if "unable to find CPU model" in reason:
                 reason += f"; {self.emulator} -cpu help lists those it has: board.cpu"
+            if "No module named" in reason:
+                raise BoardFailure(f"{reason}; make the root anew: python -m compress.boards.aarch64_root")
             raise BoardFailure(with_next_step(reason))
         try:
             said = json.loads(answer.output.strip().splitlines()[-1])

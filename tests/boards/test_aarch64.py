@@ -116,7 +116,7 @@ def test_a_difference_is_a_share_of_the_range(processor, worker):
         ({"machine": "x86_64"}, "for x86_64, not for aarch64"),
         ({"then": "print(json.dumps({'machine': 'aarch64', 'litert': '2', 'inputs': 8}))"}, "random numbers"),
         ({"first": "import os; os.abort()"}, "code -6"),
-        ({"first": "import ai_edge_litert_is_not_here"}, "pip install ai-edge-litert"),
+        ({"first": "import ai_edge_litert_is_not_here"}, "make the root anew"),
         ({"first": "import time; time.sleep(60)"}, "no answer within 3"),
     ],
 )
