@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 USER_ERROR = 2
 """Exit code after a user's mistake."""
@@ -31,6 +32,25 @@ class CompressError(Exception):
 def paragraph(error: CompressError) -> str:
     """Return the error as it is shown to the user."""
     return textwrap.fill(f"Error in {error}", width=110, break_long_words=False, break_on_hyphens=False)
+
+
+def run_command(body: Callable[[], None]) -> int:
+    """Run what a small command does and return its exit code; a user's mistake is printed as one paragraph."""
+    try:
+        body()
+    except CompressError as error:
+        print(paragraph(error), file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        failure = CompressError(
+            str(error.filename or "files"),
+            expected="a file that can be read, a folder that can be written",
+            received=str(error.strerror or error),
+            fix="Check the path and the rights.",
+        )
+        print(paragraph(failure), file=sys.stderr)
+        return USER_ERROR
+    return 0
 
 
 def _unended(part: str) -> str:

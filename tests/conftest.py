@@ -110,7 +110,8 @@ def pipeline(session_cache: Path):
 
     def build(*overrides: str, cache: bool = True):
         place = [f"cache.dir={session_cache}"] if cache else ["cache=off"]
-        quick = [item for item in QUICK if not (item.startswith("board.") and "board=roofline" in overrides)]
+        others = any(item.startswith("board=") and item != "board=host" for item in overrides)
+        quick = [item for item in QUICK if not (item.startswith("board.") and others)]
         return make_plan(compose_config([*quick, *overrides, *place])).pipeline()
 
     return build

@@ -33,7 +33,7 @@ class Answer:
     def last_error(self) -> str:
         """The last line of what it complained of, cut to a readable length."""
         lines = [line for line in (self.errors.strip() or self.output.strip()).splitlines() if line.strip()]
-        return lines[-1].strip()[:300] if lines else ""
+        return lines[-1].strip()[:500] if lines else ""
 
 
 def check_file(path: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import tempfile
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -55,6 +56,10 @@ class EthosU(Board):
     channel_multiple: Annotated[int, Ge(1), Le(1024)] = 1
 
     name: ClassVar[str] = "ethos_u"
+
+    def lacks(self, operators: Collection[str]) -> frozenset[str]:
+        """Return what leaves the accelerator without weights: Vela compiles no kernels that are stored sparsely."""
+        return frozenset(operators) & {"DENSIFY"}
 
     def measure(self, artifact: Artifact) -> Measurement:
         """Return cycles, memory and the estimate; operators that the accelerator cannot run are notes."""
@@ -106,7 +111,7 @@ class EthosU(Board):
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuse what Vela would leave, uncounted, to a processor that does not know it either.
+    """Refuse what Vela cannot compile, or would leave, uncounted, to a processor that does not know it either.
 
     Raises:
         BoardFailure: naming the operators, or what is wrong with the file.
@@ -114,9 +119,15 @@ def refuse_foreign(path: Path) -> None:
     from compress.metrics.tflite_file import TFLiteFile
 
     try:
-        names = set(TFLiteFile.read(path).foreign_operators) - _KNOWN_TO_PROCESSORS
+        file = TFLiteFile.read(path)
+        names = set(file.foreign_operators) - _KNOWN_TO_PROCESSORS
     except CompressError as error:
         raise BoardFailure(str(error)) from error
+    if "DENSIFY" in {op.name for op in file.operators}:
+        raise BoardFailure(
+            "the file stores zeros sparsely (DENSIFY), which Vela cannot compile; make it with board=ethos_u, which "
+            "stores them as they are"
+        )
     if names:
         raise BoardFailure(f"operators that nothing there runs: {', '.join(sorted(names))}; leave their layers out")
 

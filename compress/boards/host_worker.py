@@ -1,6 +1,7 @@
 """Times ``.tflite`` files with LiteRT, in turns; a program of its own that imports nothing of this project.
 
     python -P host_worker.py OPTIONS MODEL.tflite ...
+    python -P host_worker.py --outputs MODEL.tflite OPTIONS
 
 OPTIONS is a JSON object with threads, runs, warmup, precision (or null), seconds, xnnpack and real_time. Each file is
 run by a process of its own: a crash leaves the others alone, and its memory can be told. The files take turns, a
@@ -11,6 +12,9 @@ standard input does.
 
 Prints one JSON object, ``{"files": [...]}``: p50, p90, p99, mean, first (milliseconds), interval (or null), runs,
 threads, load_ms, cpu_ms (processor time of a run), memory_bytes (or null) of each file; or failure.
+
+With ``--outputs`` nothing is timed: ``samples`` inputs made from a seed are run, and what comes out is written to the
+file ``outputs`` (.npz, both in OPTIONS). Prints one JSON object: machine, litert (its version), and inputs, a checksum.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ import contextlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from typing import Any
 
 BLOCK_MS = 10.0
@@ -34,9 +40,11 @@ NORMAL = 1.96
 
 
 def main() -> None:
-    """Time the files, or be one of the processes that run them."""
+    """Time the files, or be one of the processes that run them, or say what comes out."""
     if sys.argv[1] == "--run":
         run(sys.argv[2], json.loads(sys.argv[3]))
+    elif sys.argv[1] == "--outputs":
+        write_outputs(sys.argv[2], json.loads(sys.argv[3]))
     else:
         options = json.loads(sys.argv[1])
         if options.get("attached"):
@@ -166,7 +174,7 @@ class Child:
             code = self._process.wait()
             self._errors.seek(0)
             lines = self._errors.read()[-10_000:].decode(errors="replace").strip().splitlines()
-            self.failure = f"the runtime ended with code {code}: {lines[-1][:300] if lines else ''}".rstrip(": ")
+            self.failure = f"the runtime ended with code {code}: {lines[-1][:500] if lines else ''}".rstrip(": ")
             return None
 
 
@@ -197,7 +205,6 @@ def interval(medians: list) -> float | None:
 def run(model: str, options: dict) -> None:
     """Load the file and run it as standard input asks for; the threads are pinned to as many processors."""
     import numpy as np
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     if hasattr(os, "sched_setaffinity"):
         # A container may forbid it; the timing is then only noisier.
@@ -205,10 +212,10 @@ def run(model: str, options: dict) -> None:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options["threads"] :])
     if options["real_time"]:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    kernels = OpResolverType.AUTO if options["xnnpack"] else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    kind, kernels = interpreter_of(options)
     before = memory_at_most(reset=True)
     started = time.perf_counter_ns()
-    interpreter = Interpreter(model_path=model, num_threads=options["threads"], experimental_op_resolver_type=kernels)
+    interpreter = kind(model_path=model, **kernels)
     interpreter.allocate_tensors()
     load_ms = (time.perf_counter_ns() - started) / 1e6
     generator = np.random.default_rng(0)
@@ -239,6 +246,48 @@ def run(model: str, options: dict) -> None:
             answer = {"times": times(count)}
             answer["cpu_ms"] = (time.process_time_ns() - begun) / 1e6 / count
         print(json.dumps(answer), flush=True)
+
+
+def interpreter_of(options: dict) -> tuple:
+    """Return LiteRT's interpreter and the arguments that it is to be made with."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    kernels = OpResolverType.AUTO if options["xnnpack"] else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return Interpreter, {"num_threads": options["threads"], "experimental_op_resolver_type": kernels}
+
+
+def write_outputs(model: str, options: dict) -> None:
+    """Run the file on inputs made from a seed and write what comes out."""
+    from importlib.metadata import version
+
+    import numpy as np
+
+    kind, kernels = interpreter_of(options)
+    interpreter = kind(model_path=model, **kernels)
+    interpreter.allocate_tensors()
+    generator = np.random.default_rng(0)
+    found, checksum = {}, 0
+    for sample in range(options["samples"]):
+        interpreter.reset_all_variables()
+        for detail in interpreter.get_input_details():
+            # Some models read pixels, others numbers below one.
+            values = random_input(generator, detail["shape"], np.dtype(detail["dtype"]), 255 if sample % 2 else 1)
+            checksum = zlib.crc32(values.tobytes(), checksum)
+            interpreter.set_tensor(detail["index"], values)
+        interpreter.invoke()
+        for number, detail in enumerate(interpreter.get_output_details()):
+            found[f"{number}_{sample}"] = interpreter.get_tensor(detail["index"])
+    np.savez(options["outputs"], **found)
+    print(json.dumps({"machine": platform.machine(), "litert": version("ai-edge-litert"), "inputs": checksum}))
+
+
+def random_input(generator: Any, shape: Any, dtype: Any, largest: int) -> Any:
+    """Return floats up to ``largest``, all that a small integer can be, or zeros of larger ones (indices)."""
+    if dtype.kind == "f":
+        return generator.uniform(0, largest, shape).astype(dtype)
+    if dtype.kind in "iu" and dtype.itemsize == 1:
+        return generator.integers(*((-128, 128) if dtype.kind == "i" else (0, 256)), shape).astype(dtype)
+    return generator.integers(0, 1, shape).astype(dtype)
 
 
 def memory_at_most(*, reset: bool) -> int | None:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -20,6 +21,8 @@ from pydantic.dataclasses import dataclass
 
 from compress.boards.board import Board
 from compress.boards.command import Answer, BoardFailure, check_file, run_program
+from compress.boards.micro_kernels import MICRO_KERNELS
+from compress.boards.timing import with_next_step
 from compress.candidate import Artifact, Measurement
 
 _WORKER = Path(__file__).with_name("microcontroller_worker.py")
@@ -32,6 +35,8 @@ _TOO_SMALL = re.compile(r"(?:Failed to resize buffer|Failed to allocate)[^\n]*")
 _REASONS = re.compile(
     r"^(?!\s|Traceback|RuntimeError)[^\n]*(?:not supported|Didn't find op|Failed|failed)[^\n]*$", re.M
 )
+
+_NO_KERNEL = "the file stores zeros sparsely; make it with board=microcontroller, which stores them as they are"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -52,6 +57,10 @@ class Microcontroller(Board):
     channel_multiple: Annotated[int, Ge(1), Le(1024)] = 1
 
     name: ClassVar[str] = "microcontroller"
+
+    def lacks(self, operators: Collection[str]) -> frozenset[str]:
+        """Return the operators that TFLM has no kernels for."""
+        return frozenset(name for name in operators if name not in MICRO_KERNELS)
 
     def measure(self, artifact: Artifact) -> Measurement:
         """Return what of the arena is used, the file's size, and how far the outputs are from LiteRT's."""
@@ -90,4 +99,5 @@ class Microcontroller(Board):
             said = small[0].strip()
             return f"the arena of {self.arena_bytes:,} bytes is too small ({said}); give board.arena_bytes more"
         reasons = "; ".join(dict.fromkeys(line.strip() for line in _REASONS.findall(answer.errors)))[:300]
-        return f"TFLM ended with code {answer.code}: {reasons or answer.last_error}".rstrip(": ")
+        reason = f"TFLM ended with code {answer.code}: {reasons or answer.last_error}".rstrip(": ")
+        return f"{reason}; {_NO_KERNEL}" if "DENSIFY" in reason else with_next_step(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -19,8 +20,10 @@ _MOST = 1e9
 """Milliseconds, runs and so on beyond it are no answer."""
 _BUSY = 1.5
 """So many times the processor's own time is more than this program and the clock add."""
+_ADVICE = re.compile(r"Make sure you apply/link the Flex delegate.*?(?=Node number|$)", re.S)
 _NEXT_STEPS = {
     "valid Flatbuffer": "export the model again",
+    "allocation is null/empty": "the file is empty, export the model again",
     "unresolved custom op": "LiteRT has no such operator: leave the layer out that made it, or register it",
     "Select TensorFlow op": "export without TensorFlow's own operators: LiteRT alone does not run them",
     "Didn't find op for builtin": "this LiteRT is older than the file: install a newer ai-edge-litert on the board",
@@ -75,13 +78,15 @@ def read_times(board: str, printed: str, count: int) -> list[Measurement]:
 
 def with_next_step(reason: str) -> str:
     """Return the reason of a failure with what can be done about it, where that is known."""
+    # LiteRT puts so much advice before the name of the operator that this would be cut off.
+    reason = _ADVICE.sub("", reason)[:400]
     steps = [step for sign, step in _NEXT_STEPS.items() if sign.lower() in reason.lower()]
     return f"{reason.rstrip('.')}; {steps[0]}" if steps else reason
 
 
 def _measurement(board: str, one: Mapping[str, Any]) -> Measurement:
     if set(one) == {"failure"} and isinstance(one["failure"], str):
-        return Measurement(board, None, with_next_step(one["failure"][:400]) or "no reason given")
+        return Measurement(board, None, with_next_step(one["failure"][:600]) or "no reason given")
     if set(one) != _FIELDS:
         raise ValueError("other fields than expected")
     p50, p90, p99, mean, first = (_number(one[key], above=0) for key in _TIMES)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def load_boards(names: Sequence[str], settings: Sequence[str], extra: Path | Non
     for name in names:
         if name not in known:
             raise CompressError(
-                "--boards", expected=f"some of {', '.join(sorted(known))}", received=name, fix=did_you_mean(name, known)
+                "--boards",
+                expected=f"some of {', '.join(sorted(known))}",
+                received=name or "a name without letters",
+                fix=did_you_mean(name, known),
             )
     for text in settings:
         if not any(text in found for found in wanted.values()):
@@ -73,7 +77,8 @@ def measure_files(boards: Sequence[Board], files: Sequence[Path]) -> list[Row]:
     """
     for file in files:
         if not file.is_file():
-            raise CompressError(str(file), expected="a .tflite file", received="no such file", fix="Correct the path.")
+            received = "a folder" if file.is_dir() else "no such file"
+            raise CompressError(str(file), expected="a .tflite file", received=received, fix="Correct the path.")
     if not files:
         raise CompressError("files", expected="at least one .tflite file", received="none", fix="Name one.")
     artifacts = [Artifact(file.resolve(), Storage()) for file in files]
@@ -105,8 +110,9 @@ def print_rows(rows: Sequence[Row], *, operators: bool = False) -> None:
     for heading in ("board", "file", "p50", "p90", "p99", "mean", "first", "runs", "estimate", "faster"):
         table.add_column(heading, justify="left" if heading in ("board", "file") else "right", no_wrap=True)
     table.add_column("also", overflow="fold")
+    names = _short_names({row.file for row in rows})
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, names[row.file]))
     console = Console()
     # A file or a pipe has no width; the table must not be cut to 80 columns there.
     wide = console if console.is_terminal else Console(width=200)
@@ -116,7 +122,13 @@ def print_rows(rows: Sequence[Row], *, operators: bool = False) -> None:
             wide.print(_operator_table(row))
 
 
-def _cells(row: Row) -> list[str]:
+def _short_names(files: Collection[Path]) -> dict[Path, str]:
+    """Return what each file is called in the table: its name, with its folder where others have the same name."""
+    often = Counter(file.name for file in files)
+    return {file: file.name if often[file.name] == 1 else str(file) for file in files}
+
+
+def _cells(row: Row, name: str) -> list[str]:
     one = row.measurement
     latency = one.latency_ms
     times = ["-"] * 6
@@ -127,7 +139,7 @@ def _cells(row: Row) -> list[str]:
     said = [f"failed: {one.failure}"] if one.failure else []
     said += [f"{name} {_number(value)}" for name, value in one.values.items()]
     faster = "" if row.speedup is None else f"{row.speedup:.2f}x"
-    return [one.board, row.file.name, *times, estimate, faster, "; ".join([*said, *one.notes])]
+    return [one.board, name, *times, estimate, faster, "; ".join([*said, *one.notes])]
 
 
 def _number(value: float) -> str:

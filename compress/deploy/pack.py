@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.deploy.command import run_command
+from compress.errors import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

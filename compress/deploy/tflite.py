@@ -33,7 +33,7 @@ _TOLERANCE = 1e-4
 """Of the outputs of two float files, as a share of the largest output."""
 
 
-def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
+def export(candidate: Candidate, data: Data, path: Path, *, sparse: bool = True) -> Artifact:
     """Write ``path`` and return it as an artifact.
 
     The file reads and writes float32 and is made for one sample at a time; its input is the model's raw input.
@@ -44,11 +44,15 @@ def export(candidate: Candidate, data: Data, path: Path) -> Artifact:
         candidate: what to export; its guarantees may ask for one integer scale per tensor.
         data: the int8 ranges are calibrated on the first images of its training part, in shuffled order.
         path: the file to write.
+        sparse: whether what is to run it can expand such kernels.
 
     Raises:
         CompressError: if the converter refuses the model.
     """
     content = _converted(candidate, data)
+    if not sparse:
+        _write(content, path)
+        return Artifact(path, candidate.storage)
     # Other kernels of the runtime may sum in another order; of integers, round to the neighbour.
     tolerance = 0.02 if candidate.storage.scheme == "int8" else _TOLERANCE
     samples = calibration_samples(candidate, data, _COMPARED_IMAGES)

@@ -152,6 +152,10 @@ def micro_resolver(operators: Sequence[OperatorUse], lacking: Sequence[str]) -> 
     names = sorted(use.name for use in operators if use.name not in lacking)
     lines = [f"  if (resolver.{MICRO_KERNELS[name]}() != kTfLiteOk) return kTfLiteError;" for name in names]
     missing = [f"// It has no kernel for {name}: this file will not run there as it is." for name in lacking]
+    if "DENSIFY" in lacking:
+        missing.append(
+            "// DENSIFY expands kernels stored without their zeros: board=microcontroller makes a file without."
+        )
     return "\n".join(
         [
             "// The kernels that this model needs, for TensorFlow Lite for Microcontrollers.",

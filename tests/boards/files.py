@@ -11,6 +11,8 @@ from tensorflow.lite.python import schema_py_generated as schema
 
 from compress.candidate import Artifact, Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
+from compress.deploy.flatbuffer import parse, serialize
+from compress.deploy.sparse import store_sparsely
 from compress.deploy.tflite import export
 
 layers = tf_keras.layers
@@ -23,6 +25,20 @@ def convolutions(path: Path, filters: int = 2, scheme: str = "float32") -> Artif
     model = tf_keras.Model(image, layers.GlobalAveragePooling2D()(layers.Conv2D(filters, 3, padding="same")(x)))
     part = Split(np.random.default_rng(0).normal(size=(8, 16, 16, filters)).astype(np.float32), np.arange(8) % 2)
     return export(Candidate(model, storage=Storage(scheme, Calibration(4))), make_data("random", part, part), path)
+
+
+def with_sparse_kernels(good: Path, path: Path) -> Artifact:
+    """Write a copy of an int8 file whose kernels have many zeros and are stored without them."""
+    model = parse(good.read_bytes())
+    for tensor in model.subgraphs[0].tensors:
+        buffer = model.buffers[tensor.buffer]
+        if buffer.data is not None and tensor.shape.size == 4:
+            kept = np.random.default_rng(0).random(len(buffer.data)) < 0.1
+            buffer.data = np.where(kept, np.array(buffer.data), 0).astype(np.uint8)
+    sparse = store_sparsely(serialize(model))
+    assert sparse is not None
+    path.write_bytes(sparse)
+    return Artifact(path, Storage("int8", Calibration(4)))
 
 
 def with_unknown_operator(good: Path, path: Path) -> Artifact:

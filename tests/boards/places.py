@@ -1,4 +1,4 @@
-"""What boards need that are not this machine: SSH servers on loopback, and a stand-in for ``adb`` with its device."""
+"""What boards need that are not this machine: SSH servers on loopback, and stand-ins for ``adb`` and for QEMU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from typing import Any
 
 import asyncssh
 
+from compress.boards.aarch64_root import DEFAULT_ROOT
+
 STAND_IN = Path(__file__).with_name("stand_in_adb.py")
 PHONE_PROGRAM = Path(__file__).with_name("stand_in_benchmark_model.py")
 SERVERS = ("asyncssh", *(("openssh",) if shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin") else ()))
 """A server in Python, and OpenSSH's own where the machine has it."""
+STAND_IN_QEMU = Path(__file__).with_name("stand_in_qemu.py")
+ARM_ROOT = Path(os.environ.get("COMPRESS_AARCH64_ROOT") or DEFAULT_ROOT).expanduser()
+EMULATED = shutil.which("qemu-aarch64-static") is not None and (ARM_ROOT / "proc/cpuinfo").is_file()
+"""Whether the emulator is here, and a root for it."""
 Answer = Callable[[asyncssh.SSHServerProcess], Any]
 
 
@@ -167,5 +173,34 @@ def phone(folder: Path) -> Phone:
         target.chmod(target.stat().st_mode | stat.S_IXUSR)
     (folder / "device/data/local/tmp").mkdir(parents=True)
     made = Phone(folder / "adb", folder / "device")
+    made.set()
+    return made
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A stand-in for QEMU with a root of empty files; ``state`` is what it is told to do."""
+
+    emulator: Path
+    root: Path
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {"emulator": str(self.emulator), "root": str(self.root)}
+
+    def set(self, **state: object) -> None:
+        self.emulator.with_name("state.json").write_text(json.dumps(state))
+
+
+def arm(folder: Path, name: str = "root") -> Arm:
+    """Make an emulator that runs this machine's own Python, and says that it is an ARM."""
+    emulator = folder / "qemu"
+    emulator.write_text(f"#!{sys.executable}\n{STAND_IN_QEMU.read_text()}")
+    emulator.chmod(emulator.stat().st_mode | stat.S_IXUSR)
+    root = folder / name
+    for part in ("usr/bin/python3", "proc/cpuinfo"):
+        (root / part).parent.mkdir(parents=True)
+        (root / part).touch()
+    made = Arm(emulator, root)
     made.set()
     return made

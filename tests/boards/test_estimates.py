@@ -16,7 +16,7 @@ from compress.boards.roofline import Roofline, Work, work_of
 from compress.boards.roofline_fit import fit_profile
 from compress.errors import CompressError
 from compress.metrics.tflite_file import TFLiteFile
-from tests.boards.files import convolutions
+from tests.boards.files import convolutions, with_sparse_kernels
 
 layers = tf_keras.layers
 PROFILE = {"peaks": {"float32": 2e9, "int8": 8e9}, "depthwise": 0.5, "bandwidth": 1e9, "overhead_us": 3.0}
@@ -114,6 +114,15 @@ def test_vela_that_takes_no_setting_is_a_failure(files):
 def test_a_package_that_is_missing_is_named(module, board, files, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert f"pip install 'compress[{board.name}]'" in board.measure(files["int8"]).failure
+
+
+@pytest.mark.parametrize("board", [EthosU(), Microcontroller()])
+def test_kernels_without_their_zeros_are_refused_with_the_next_step(board, tmp_path):
+    sparse = with_sparse_kernels(convolutions(tmp_path / "wide.tflite", 32, "int8").path, tmp_path / "sparse.tflite")
+    failure = board.measure(sparse).failure
+    assert "DENSIFY" in failure
+    assert f"board={board.name}" in failure
+    assert board.lacks(["CONV_2D", "DENSIFY"]) == {"DENSIFY"}
 
 
 def test_a_microcontroller_needs_an_arena(files):

@@ -166,6 +166,16 @@ def test_a_file_that_is_no_model_is_a_failure_and_no_exception(content, tmp_path
     assert "code" in failure_of(Host(), Artifact(path, Storage()))
 
 
+def test_an_operator_of_tensorflow_is_named(tmp_path):
+    image = tf_keras.Input((3, 3))
+    converter = tf.lite.TFLiteConverter.from_keras_model(tf_keras.Model(image, tf.linalg.det(image)))
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS]
+    (tmp_path / "flex.tflite").write_bytes(converter.convert())
+    failure = failure_of(Host(runs=100), Artifact(tmp_path / "flex.tflite", Storage()))
+    assert "FlexMatrixDeterminant" in failure
+    assert failure.endswith("LiteRT alone does not run them")
+
+
 def test_a_missing_file_is_a_failure(tmp_path):
     assert failure_of(Host(), Artifact(tmp_path / "absent.tflite", Storage()))
 

@@ -13,6 +13,7 @@ from compress.cli import boards
 from compress.errors import CompressError
 from compress.measure import main
 from tests.boards.files import convolutions, with_unknown_operator
+from tests.boards.places import ARM_ROOT, EMULATED, SERVERS, arm, ssh_server
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +37,25 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 QUICK = ("host.runs=100", "host.warmup=1", "host.precision=null")
 
 
-def test_one_command_measures_on_several_boards(files, capsys, tmp_path):
-    chosen = ["host", "ethos_u", "microcontroller", "roofline"]
-    arguments = [files["good"], "--boards", ",".join(chosen), *QUICK, "-o", tmp_path / "rows.json", "--operators"]
-    code, out, _ = run(capsys, *arguments)
+def test_one_command_measures_on_every_board_that_needs_no_hardware(files, capsys, tmp_path):
+    chosen = ["host", "ssh", "ethos_u", "microcontroller", "aarch64", "roofline"]
+    emulator = {"root": ARM_ROOT} if EMULATED else arm(tmp_path).settings
+    settings = [*QUICK, *(text.replace("host.", "ssh.") for text in QUICK)]
+    settings += [f"aarch64.{key}={value}" for key, value in emulator.items()]
+    with ssh_server(tmp_path, SERVERS[-1]) as remote:
+        settings += [f"ssh.{key}={value}" for key, value in remote.settings.items()]
+        arguments = [files["good"], "--boards", ",".join(chosen), *settings, "-o", tmp_path / "rows.json"]
+        code, out, _ = run(capsys, *arguments, "--operators")
     assert code == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["board"] for row in rows] == chosen
-    assert rows[0]["latency_ms"]["p50"] > 0
-    assert [row["estimate_ms"] is not None for row in rows] == [False, True, False, True]
-    assert rows[2]["values"]["arena_bytes"] > 0
+    rows = {row["board"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == chosen
+    assert [name for name, row in rows.items() if row["latency_ms"] is not None] == ["host", "ssh"]
+    assert [name for name, row in rows.items() if row["estimate_ms"] is not None] == ["ethos_u", "roofline"]
+    assert rows["microcontroller"]["values"]["arena_bytes"] > 0
+    assert rows["aarch64"]["values"]["max_difference"] <= 0.02
     assert all(f" {name} " in out for name in chosen)
     assert "estimated ms by operator" in out
-    assert f"{rows[0]['latency_ms']['p50']:.3f}" in out
+    assert f"{rows['host']['latency_ms']['p50']:.3f}" in out
 
 
 def test_a_board_that_fails_is_a_row_and_the_rest_is_complete(files, capsys, tmp_path):
@@ -63,6 +70,16 @@ def test_a_board_that_fails_is_a_row_and_the_rest_is_complete(files, capsys, tmp
     assert "cannot be reached" in ssh["failure"]
     assert roofline["failure"] is None
     assert "platform tools" in " ".join(out.split())
+
+
+def test_files_of_the_same_name_are_told_apart(files, capsys, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.tflite").write_bytes(files["good"].read_bytes())
+    places = [tmp_path / name / "model.tflite" for name in ("one", "two")]
+    boards.print_rows(boards.measure_files(boards.load_boards(["roofline"], []), [*places, files["good"]]))
+    out = capsys.readouterr().out
+    assert all(f" {place} " in out for place in (*places, "good.tflite"))
 
 
 def test_files_are_compared_with_the_first(files, capsys, tmp_path):
@@ -84,6 +101,8 @@ def test_files_are_compared_with_the_first(files, capsys, tmp_path):
         (["ssh.host=pi"], "asked for"),
         (["--boards", "ssh"], "ssh.host"),
         (["absent.tflite"], "no such file"),
+        (["/"], "received a folder"),
+        (["--boards", ""], "a name without letters"),
         (["--fit", "profile.yaml", "--boards", "roofline"], "--boards host"),
         (["--fit", "profile.yaml", *QUICK], "at least 4"),
     ],

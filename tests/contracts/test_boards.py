@@ -16,7 +16,7 @@ from compress.cli.places import conf_dir
 from compress.errors import CompressError
 from compress.tracking.report import board_name
 from tests.boards.files import convolutions, with_unknown_operator
-from tests.boards.places import phone, ssh_server
+from tests.boards.places import arm, phone, ssh_server
 
 BOARDS = sorted(file.stem for file in (conf_dir() / "board").glob("*.yaml"))
 QUICK = {"runs": 100, "warmup": 1, "precision": "null", "timeout": 120}
@@ -35,7 +35,8 @@ def board(name, tmp_path_factory) -> Board:
         with ssh_server(tmp_path_factory.mktemp("ssh")) as remote:
             yield configured(name, remote.settings)
     else:
-        yield configured(name, phone(tmp_path_factory.mktemp("phone")).settings if name == "android" else {})
+        stand_ins = {"android": phone, "aarch64": arm}
+        yield configured(name, stand_ins[name](tmp_path_factory.mktemp(name)).settings if name in stand_ins else {})
 
 
 def configured(name: str, settings: dict[str, object]) -> Board:

@@ -135,6 +135,18 @@ def test_the_kernels_that_the_runtime_expands_are_stored_sparsely(scheme, sparse
     np.testing.assert_allclose(outputs(file, x), expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_a_board_that_expands_no_kernels_gets_a_file_that_it_runs(pipeline, tmp_path):
+    network(0.9).save(tmp_path / "zeros.keras")
+    data = samples(network(0.9))
+    parts = {"x_train": data.train.x, "y_train": data.train.y, "x_test": data.test.x, "y_test": data.test.y}
+    np.savez(tmp_path / "data.npz", **parts)
+    brought = [f"model.path={tmp_path}/zeros.keras", "data=npz", f"data.path={tmp_path}/data.npz"]
+    made = pipeline("strategy=quantize", "model=file", *brought, "board=microcontroller", cache=False)
+    numbers = made.run(tmp_path).final
+    assert numbers.on_board["arena_bytes"] > 0
+    assert numbers.sparse_kernels == 0
+
+
 def test_what_the_dynamic_scheme_leaves_in_float32_is_stored_sparsely(both):
     # A kernel of fewer than 1024 values.
     file, before = both(chain("depthwise"), "dynamic")

@@ -163,6 +163,7 @@ def test_the_kernels_to_register():
     assert "BuiltinOperator_CONV_2D, ::tflite::ops::builtin::Register_CONV_2D(), 1, 5)" in selected
     assert selected.count("AddBuiltin(") == 3
     assert "by hand: FlexErf" in selected
+    assert "board=microcontroller" in micro
 
 
 @pytest.mark.parametrize(
