@@ -97,7 +97,7 @@ def test_rows_that_are_layers_belong_to_one_run(tmp_path):
     (tmp_path / "grid.yaml").write_text(
         "{runs: {a: [], b: []}, columns: [], overrides: [], seeds: [0], layers: {c: d}}"
     )
-    with pytest.raises(CompressError, match="one run, when rows are layers"):
+    with pytest.raises(CompressError, match="one run, or one for each layer"):
         load_experiment(tmp_path, "mine")
 
 
