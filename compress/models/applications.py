@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import tf_keras
@@ -42,6 +42,7 @@ _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.2
 class KerasApplication(ImagenetClassifier):
     """One of ``tf_keras.applications``; ``alpha``: width, for MobileNetV2 alone."""
 
+    downloads: ClassVar[bool] = True
     name: Architecture = "ResNet50"
     alpha: Annotated[float, Gt(0), Le(16)] = 1.0
 

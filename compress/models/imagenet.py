@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import tf_keras
@@ -29,12 +29,24 @@ class ImagenetClassifier(Classifier):
     the Dense layers keep their random weights.
     """
 
+    downloads: ClassVar[bool] = False
+    """Whether Keras has such a network with weights."""
+
     resolution: Annotated[int, Ge(1), Le(10_000)] | None = None
     classes: Annotated[int, Ge(1), Le(1_000_000)] | None = None
 
     def origin(self) -> Origin:
         """Look for the weights; a download is made when the model is built."""
-        return Origin(None, None) if self.weights == IMAGENET else super().origin()
+        if self.weights != IMAGENET:
+            return super().origin()
+        if not self.downloads:
+            raise CompressError(
+                "model.weights",
+                expected="scratch, random or a file",
+                received=f"{IMAGENET}: Keras has no weights of {type(self).__name__}",
+                fix="Write model.weights=random, or name a file.",
+            )
+        return Origin(None, None)
 
     def build(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the architecture, with weights from a file or Keras' download if they are asked for."""
@@ -76,12 +88,7 @@ class ImagenetClassifier(Classifier):
 
     def pretrained(self, resolution: int, with_classes: bool) -> tf_keras.Model:
         """Return Keras' own model with its downloaded weights; ``with_classes``: also those of its 1000 classes."""
-        raise CompressError(
-            "model.weights",
-            expected="scratch, random or a file",
-            received=f"{IMAGENET}: there are no such weights of {type(self).__name__}",
-            fix="Write model.weights=random, or name a file.",
-        )
+        raise NotImplementedError
 
     def adapted(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """Return the weights of Keras' model as the model here has them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tf_keras
 from annotated_types import Gt, Le
@@ -33,6 +33,7 @@ class MobileNetV1(ImagenetClassifier):
     ``shallow``: without the five blocks of 14x14x512 (table 5). ``small``: the first stride is 1, for 32 pixels.
     """
 
+    downloads: ClassVar[bool] = True
     alpha: Annotated[float, Gt(0), Le(16)] = 1.0
     separable: bool = True
     shallow: bool = False

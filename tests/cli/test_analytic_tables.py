@@ -105,15 +105,16 @@ def test_the_word_for_all_tables_is_in_the_error(capsys):
 
 def test_a_pattern_sums_over_the_layers_that_match(tmp_path):
     columns = [
-        Column("both", 'layers.final.{layer}.macs', scale=1e-3),
+        Column("both", "layers.final.{layer}.macs", scale=1e-3),
         Column("share", "layers.final.{layer}.params", share_of="layers.final.*.params", scale=0.01),
     ]
-    run = [*NOTHING, "data.shape=[8,8,6]", "data.classes=4", "model.filters=4", "model.size=1", "model.groups=2"]
-    grid = Grid({"a": run, "b": run}, columns, [], [0], {"a": "conv_1", "b": "conv_?|image"}, count=True)
+    run = [*NOTHING, "data.shape=[8,8,6]", "data.classes=4", "model.filters=4", "model.kind=separable"]
+    grid = Grid({"a": run, "b": run}, columns, [], [0], {"a": "pointwise", "b": "point*|depth?ise|image"}, count=True)
     table = PublishedTable("title", "source", ["row"], [["a"], ["b"]])
     page = run_experiment(Experiment("mine", table, grid), [], tmp_path).read_text()
-    assert "| a | 0.384 | 0.5 |" in page
-    assert "| b | 0.768 | 1 |" in page
+    # 6 * 4 weights, and 3 * 3 * 6, for each of 64 pixels.
+    assert "| a | 1.536 | 0.308 |" in page
+    assert "| b | 4.992 | 1 |" in page
 
 
 def test_layers_without_a_run_of_their_own_are_refused():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 
 from compress.candidate import Candidate
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
-from compress.graph.grouped import grouped_convolution, shuffle_channels
+from compress.graph.grouped import grouped_convolution, groups_apart, shuffle_channels
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.counts import count_macs, count_params
 
@@ -23,8 +24,10 @@ def model() -> tf_keras.Model:
 
 
 def expected(model: tf_keras.Model, x: np.ndarray) -> np.ndarray:
-    first = np.stack([model.get_layer(f"first_{group}").kernel[0, 0] for group in (1, 2, 3)])
-    second = np.stack([model.get_layer(f"second_{group}").kernel[0, 0] for group in (1, 2)])
+    first, second = (
+        np.stack(np.split(np.asarray(model.get_layer(name).kernel)[0, 0], groups, axis=-1))
+        for name, groups in (("first", 3), ("second", 2))
+    )
     # Channel c of group g goes to place 3 c + g.
     y = np.einsum("nhwgi,gio->nhwog", x.reshape(*x.shape[:3], 3, 4), first).reshape(*x.shape[:3], 2, 3)
     return np.einsum("nhwgi,gio->nhwgo", y, second).reshape(*x.shape[:3], 8)
@@ -44,6 +47,28 @@ def test_the_exported_file_runs_and_agrees(model, tmp_path):
     artifact = export(Candidate(flat), make_data("random", part, part), tmp_path / "model.tflite")
     outputs = file_outputs(artifact.path, x)
     np.testing.assert_allclose(outputs, expected(model, x).reshape(4, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("padding", "strides", "data_format"), [("same", 2, None), ("valid", 1, "channels_first")])
+def test_training_computes_the_same_outputs_and_gradients(padding, strides, data_format):
+    shape = (4, 6, 7) if data_format else (6, 7, 4)
+    layer = tf_keras.layers.Conv2D(6, 3, strides, padding=padding, groups=2, data_format=data_format)
+    image = tf_keras.Input(shape)
+    model = tf_keras.Model(image, layer(image))
+    x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            outputs = model(x)
+            loss = tf.reduce_sum(outputs**2)
+        return [outputs, *tape.gradient(loss, model.trainable_variables)]
+
+    with groups_apart(model):
+        assert "_jit_compiled_convolution_op" in vars(layer)
+        apart = tf.function(gradients)()
+    assert "_jit_compiled_convolution_op" not in vars(layer)
+    for one, other in zip(apart, tf.function(gradients, jit_compile=True)(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused():

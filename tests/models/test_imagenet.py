@@ -43,6 +43,8 @@ def test_mobilenet_with_keras_weights_is_keras_mobilenet(tmp_path, monkeypatch):
     scores = tf_keras.layers.Softmax()(ours(x))
     np.testing.assert_allclose(scores, theirs(resized / 127.5 - 1), atol=1e-5)
     assert np.ptp(np.asarray(ours(x)), axis=-1).min() > 1
+    with pytest.raises(CompressError, match="a form that Keras has imagenet weights for"):
+        MobileNetV1(alpha=0.25, weights="imagenet", resolution=128, shallow=True).build(data, 0)
 
 
 def test_a_network_of_caffe_reads_red_green_blue_here(tmp_path, monkeypatch):
@@ -72,12 +74,10 @@ def test_a_download_that_fails_is_said(monkeypatch):
         (MobileNetV1(alpha=0.03), 32, "model.alpha.*at least 0.03125"),
         (MobileNetV1(), 16, "model.resolution.*at least 32.*16 pixels"),
         (MobileNetV1(resolution=24), 64, "at least 32.*24 pixels"),
-        (MobileNetV1(alpha=0.25, weights="imagenet", small=True, separable=False), 32, "imagenet"),
         (MobileNetV1(alpha=0.3, weights="imagenet"), 32, "a form that Keras has imagenet weights for"),
         (ShuffleNet(groups=8, width=0.3), 32, "model.width.*8 groups divide.*115.2 channels in stage 2"),
         (ShuffleNet(groups=4, first=22), 32, "4 groups divide.*22 in conv1"),
         (ShuffleNet(groups=1, width=0.1, first=24), 32, "more than conv1 has"),
-        (ShuffleNet(weights="imagenet"), 32, "no such weights of ShuffleNet"),
         (SqueezeNet(version="1.0"), 32, "at least 35"),
         (KerasApplication(name="InceptionV3"), 32, "at least 75"),
         (KerasApplication(name="ResNet50", alpha=0.5), 32, "ResNet50 has no width"),
@@ -104,6 +104,11 @@ def test_the_smallest_images_still_have_a_pixel_at_the_end(source: ImagenetClass
     assert min(maps.shape[1:3]) == 1
 
 
+def test_weights_that_nobody_has_are_refused_at_once():
+    with pytest.raises(CompressError, match="Keras has no weights of ShuffleNet"):
+        ShuffleNet(weights="imagenet").origin()
+
+
 def test_classes_and_resolution_may_be_other_than_the_data_s():
     model = MobileNetV1(alpha=0.25, classes=12, resolution=64).build(images(40), 0)
     assert model.input_shape == (None, 40, 40, 3)
@@ -115,4 +120,4 @@ def test_channels_of_shufflenet_are_read():
     channels = Channels(rewrite(ShuffleNet(groups=2, width=0.25, small=True).build(images(8), 0)))
     assert channels.trace.unsupported == {}
     # The maps inside a unit may lose channels, those that are added up go together.
-    assert any(group.kept_because is None and "stage2_unit2_compress_1" in group.writers for group in channels.groups)
+    assert any(group.kept_because is None and "stage2_unit2_compress" in group.writers for group in channels.groups)
