@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tf_keras
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT
 from compress.errors import CompressError
-from compress.models.imagenet import ImagenetClassifier
+from compress.models.imagenet import PretrainedClassifier
 
 Architecture = Literal[
     "DenseNet121",
@@ -39,10 +39,9 @@ _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.2
 
 
 @dataclass(frozen=True, config=STRICT)
-class KerasApplication(ImagenetClassifier):
+class KerasApplication(PretrainedClassifier):
     """One of ``tf_keras.applications``; ``alpha``: width, for MobileNetV2 alone."""
 
-    downloads: ClassVar[bool] = True
     name: Architecture = "ResNet50"
     alpha: Annotated[float, Gt(0), Le(16)] = 1.0
 

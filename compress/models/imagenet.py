@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import tf_keras
@@ -16,7 +16,7 @@ from compress.models.classifier import Classifier
 from compress.models.source import Origin
 
 IMAGENET = "imagenet"
-IMAGENET_CLASSES = 1000
+_CLASSES = 1000
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,37 +25,53 @@ class ImagenetClassifier(Classifier):
 
     ``resolution``: images of another size are resized in the model; None: as large as the data's.
     ``classes``: None: as many as the data have.
-    ``weights``: besides what other models take, ``imagenet``: those that Keras downloads. With other than 1000 classes
-    the Dense layers keep their random weights.
     """
-
-    downloads: ClassVar[bool] = False
-    """Whether Keras has such a network with weights."""
 
     resolution: Annotated[int, Ge(1), Le(10_000)] | None = None
     classes: Annotated[int, Ge(1), Le(1_000_000)] | None = None
 
+    def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
+        """Return the untrained model for images of ``shape`` [h, w, c]."""
+        image = x = tf_keras.Input(shape, name="image")
+        if self.resolution is not None and shape[:2] != (self.resolution, self.resolution):
+            x = tf_keras.layers.Resizing(self.resolution, self.resolution, name="resize")(x)
+        if min(x.shape[1:3]) < self.smallest():
+            raise CompressError(
+                "model.resolution",
+                expected=f"images of at least {self.smallest()} pixels: the strides of {type(self).__name__} leave "
+                "nothing of smaller ones",
+                received=f"images of {min(x.shape[1:3])} pixels",
+                fix=f"Write model.resolution={self.smallest()} or more: images are resized in the model.",
+            )
+        return self.network(image, x, self.classes or classes)
+
+    @abstractmethod
+    def network(self, image: Any, x: Any, classes: int) -> tf_keras.Model:
+        """Return the model from ``image`` to logits that goes on with ``x``, the images at the resolution asked for."""
+
+    @abstractmethod
+    def smallest(self) -> int:
+        """Return the least resolution that the strides leave something of."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PretrainedClassifier(ImagenetClassifier):
+    """One that Keras has, too: ``weights`` may also be ``imagenet``, those that Keras downloads.
+
+    With other than 1000 classes the Dense layers keep their random weights.
+    """
+
     def origin(self) -> Origin:
         """Look for the weights; a download is made when the model is built."""
-        if self.weights != IMAGENET:
-            return super().origin()
-        if not self.downloads:
-            raise CompressError(
-                "model.weights",
-                expected="scratch, random or a file",
-                received=f"{IMAGENET}: Keras has no weights of {type(self).__name__}",
-                fix="Write model.weights=random, or name a file.",
-            )
-        return Origin(None, None)
+        return Origin(None, None) if self.weights == IMAGENET else super().origin()
 
     def build(self, data: Data, seed: int) -> tf_keras.Model:
         """Return the architecture, with weights from a file or Keras' download if they are asked for."""
         model = super().build(data, seed)
         if self.weights == IMAGENET:
+            resolution = self.resolution or int(model.input_shape[1])
             try:
-                trained = self.pretrained(int(model.input_shape[1]), (self.classes or data.classes) == IMAGENET_CLASSES)
-            except CompressError:
-                raise
+                trained = self.pretrained(resolution, (self.classes or data.classes) == _CLASSES)
             except ValueError as error:
                 raise _other_network(str(error)[:160]) from error
             except Exception as error:
@@ -70,40 +86,13 @@ class ImagenetClassifier(Classifier):
             self._take(model, trained)
         return model
 
-    def architecture(self, shape: tuple[int, ...], classes: int) -> tf_keras.Model:
-        """Return the untrained model for images of ``shape`` [h, w, c]."""
-        image = x = tf_keras.Input(shape, name="image")
-        if self.resolution is not None and shape[:2] != (self.resolution, self.resolution):
-            x = tf_keras.layers.Resizing(self.resolution, self.resolution, name="resize")(x)
-        self._require(min(x.shape[1:3]), shape)
-        return self.network(image, x, self.classes or classes)
-
     @abstractmethod
-    def network(self, image: Any, x: Any, classes: int) -> tf_keras.Model:
-        """Return the model from ``image`` to logits that goes on with ``x``, the images at the resolution asked for."""
-
-    @abstractmethod
-    def smallest(self) -> int:
-        """Return the least resolution that the strides leave something of."""
-
     def pretrained(self, resolution: int, with_classes: bool) -> tf_keras.Model:
         """Return Keras' own model with its downloaded weights; ``with_classes``: also those of its 1000 classes."""
-        raise NotImplementedError
 
     def adapted(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """Return the weights of Keras' model as the model here has them."""
         return values
-
-    def _require(self, resolution: int, shape: tuple[int, ...]) -> None:
-        if resolution < self.smallest():
-            raise CompressError(
-                "model.resolution",
-                expected=f"images of at least {self.smallest()} pixels: the strides of {type(self).__name__} leave "
-                "nothing of smaller ones",
-                received=f"images of {resolution} pixels"
-                + ("" if self.resolution is not None else f" (data of shape {shape})"),
-                fix=f"Write model.resolution={self.smallest()} or more: images are resized in the model.",
-            )
 
     def _take(self, model: tf_keras.Model, trained: tf_keras.Model) -> None:
         values, own = self.adapted(trained.get_weights()), model.get_weights()

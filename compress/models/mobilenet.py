@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import tf_keras
 from annotated_types import Gt, Le
@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT
 from compress.errors import CompressError
-from compress.models.imagenet import ImagenetClassifier
+from compress.models.imagenet import PretrainedClassifier
 
 layers = tf_keras.layers
 
@@ -26,14 +26,13 @@ _TRAINED_AT = (128, 160, 192, 224)
 
 
 @dataclass(frozen=True, config=STRICT)
-class MobileNetV1(ImagenetClassifier):
+class MobileNetV1(PretrainedClassifier):
     """A convolution, 13 blocks of a depthwise and a pointwise one, and one Dense layer.
 
     ``alpha``: width, the share of each layer's filters. Not ``separable``: each block is one 3x3 convolution (table 4).
     ``shallow``: without the five blocks of 14x14x512 (table 5). ``small``: the first stride is 1, for 32 pixels.
     """
 
-    downloads: ClassVar[bool] = True
     alpha: Annotated[float, Gt(0), Le(16)] = 1.0
     separable: bool = True
     shallow: bool = False
