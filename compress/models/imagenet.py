@@ -58,7 +58,7 @@ class ImagenetClassifier(Classifier):
 class PretrainedClassifier(ImagenetClassifier):
     """One that Keras has, too: ``weights`` may also be ``imagenet``, those that Keras downloads.
 
-    With other than 1000 classes the Dense layers keep their random weights.
+    With other than 1000 classes the Dense layers stay random, for ``strategy=finetune`` to train.
     """
 
     def origin(self) -> Origin:

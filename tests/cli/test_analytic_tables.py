@@ -86,7 +86,7 @@ def test_a_table_is_made_by_its_name(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 0
     page = (tmp_path / "results" / "mbv1_t5.md").read_text()
     # At 32 pixels: the 49 times smaller maps of all but the last layer.
-    assert "| 0.75 MobileNet | 68.4 | 325 | 7.394 | **no** |" in page
+    assert "| 0.75 MobileNet | 68.4 | 325 | 7.393 | **no** |" in page
     assert "command: `python -m compress.reproduce mbv1_t5 model.resolution=32`" in page
     assert not (tmp_path / "outputs").exists()
 

@@ -17,7 +17,7 @@ from tests.graph.zoo import ZOO, samples
 
 NOT_READ_BY_KERAS_3 = (
     *("broadcast add", "split and concat", "slices", "padded shortcut", "channel shuffle", "embedding", "hard swish"),
-    *("shuffled groups", "mean over space", "gate with new axes", "hand-written attention"),
+    *("mean over space", "gate with new axes", "hand-written attention"),
 )
 """Keras 3 writes functions of ``keras.ops`` into an .h5 file, but cannot read them from there itself."""
 KINDS = ("model.h5", "keras 3/model.keras", "keras 3/model.h5", "saved model")
