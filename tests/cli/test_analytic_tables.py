@@ -100,7 +100,7 @@ def test_the_word_for_all_tables_is_in_the_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["analytical"])
     assert stopped.value.code == 2
-    assert f"nearest to it: {ANALYTIC}" in capsys.readouterr().err
+    assert f"it: {ANALYTIC}." in capsys.readouterr().err
 
 
 def test_a_pattern_sums_over_the_layers_that_match(tmp_path):

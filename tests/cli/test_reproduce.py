@@ -25,7 +25,11 @@ def test_every_experiment_can_be_read():
 @pytest.mark.parametrize("name", names())
 def test_every_row_is_a_pipeline_that_can_be_built(name):
     grid = load_experiment(experiments_dir() / name, name).grid
-    for own in grid.runs.values():
+    rows = list(grid.runs.values())
+    if grid.count:
+        # Of rows that differ in values alone, one.
+        rows = list({tuple(item.partition("=")[0] for item in own): own for own in rows}.values())
+    for own in rows:
         plan = make_plan(compose_config([*grid.overrides, *own, "model.weights=scratch"]))
         assert bool(plan.stages) == ("strategy=none" not in [*grid.overrides, *own])
 
