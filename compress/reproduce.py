@@ -3,6 +3,7 @@
     python -m compress.reproduce                       lists the experiments
     python -m compress.reproduce resnet_cifar10        runs the grid, writes results/resnet_cifar10.md
     python -m compress.reproduce resnet_cifar10 seed=0,1 recovery.epochs=2     with overrides for every run
+    python -m compress.reproduce analytic              all tables of sizes that are only counted, in about a minute
 
 Finished rows stay in the stage cache: a killed command run again continues where it was.
 """
@@ -18,6 +19,9 @@ from compress.cli.errors import guarded
 from compress.cli.places import experiments_dir
 from compress.errors import CompressError, did_you_mean
 
+ANALYTIC = "analytic"
+"""All experiments whose models are only counted."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, or 2 after a user's mistake."""
@@ -32,20 +36,27 @@ def reproduce(arguments: Sequence[str]) -> list[CompressError]:
         print("Experiments: " + ", ".join(names()))
         return []
     name, overrides = arguments[0], list(arguments[1:])
-    if name not in names():
+    if name not in (ANALYTIC, *names()):
         raise CompressError(
-            "experiment", expected="the name of an experiment", received=name, fix=did_you_mean(name, names())
+            "experiment",
+            expected=f"the name of an experiment, or {ANALYTIC}",
+            received=name,
+            fix=did_you_mean(name, [ANALYTIC, *names()]),
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     from compress.quiet import import_tensorflow
 
     import_tensorflow()
+    from compress.cli.counted import Counted
     from compress.cli.experiment import load_experiment, run_experiment
 
-    experiment = load_experiment(experiments_dir() / name, name)
-    target = run_experiment(experiment, overrides, Path("results"))
-    print(target.read_text())
-    print(f"Written to {target}")
+    counted = Counted()
+    for each in names() if name == ANALYTIC else [name]:
+        experiment = load_experiment(experiments_dir() / each, each)
+        if name != ANALYTIC or experiment.grid.count:
+            target = run_experiment(experiment, overrides, Path("results"), counted)
+            print(target.read_text())
+            print(f"Written to {target}")
     return []
 
 

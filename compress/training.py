@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from compress.candidate import Guarantee
 from compress.data.source import STRICT, Augmentation, Data, Split
 from compress.errors import CompressError
+from compress.graph.grouped import groups_apart
 from compress.graph.kernels import get_variable, kernel_attributes
 from compress.progress import Progress
 
@@ -220,7 +221,7 @@ def train(
     batches = training_batches(data.train, batch_size, steps, seed, data.augmentation)
     started = time.perf_counter()
     callback = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
-    with _settling_statistics(model, steps):
+    with groups_apart(model), _settling_statistics(model, steps):
         trainee.fit(batches, epochs=1, steps_per_epoch=steps, verbose=0, callbacks=[callback])
     return History(
         steps=steps,

@@ -10,7 +10,7 @@ import pytest
 from compress.cli.boards import load_boards
 from compress.cli.compose import compose_config
 from compress.cli.places import conf_dir
-from compress.reproduce import names
+from compress.reproduce import ANALYTIC, names
 
 from .conftest import REPOSITORY
 
@@ -29,7 +29,7 @@ def test_run_commands_compose(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.reproduce")])
 def test_reproduce_commands_name_experiments(command):
-    assert set(shlex.split(command)[3:]) <= set(names())
+    assert set(shlex.split(command)[3:]) <= {ANALYTIC, *names()}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.measure")])

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.cli.compose import compose_config
+from compress.cli.counted import Counted
 from compress.cli.job import run_job
 from compress.errors import CompressError
 from compress.tracking.report import read_report, versions
@@ -30,11 +32,11 @@ class Column:
     """A column of the rendered table.
 
     ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
-    absent. In a path ``{layer}`` stands for the row's layer, and ``*`` sums over all keys of its place. With
-    ``removed_from``, another path, ours is the percentage of that number that is gone, with ``share_of`` the percentage
-    that it is; either is then multiplied by ``scale``. With a ``tolerance`` the
-    difference is judged (``printed``: half a unit of the last digit that was published); with ``at_least`` only ours
-    being lower counts.
+    absent. In a path ``{layer}`` stands for the row's layer, and a pattern sums over the keys of its place that match:
+    ``*`` over all, ``conv_*|fc`` over some. With ``removed_from``, another path, ours is the percentage of that number
+    that is gone, with ``share_of`` the percentage that it is. Ours is then multiplied by ``scale``. With a
+    ``tolerance`` the difference is judged (``printed``: half a unit of the last digit that was published); with
+    ``at_least`` only ours being lower counts.
     """
 
     name: str
@@ -53,7 +55,8 @@ class Grid:
 
     A row with a ``seed=0`` of its own is run with that seed alone.
 
-    With ``layers``, row name -> layer (``*``: all), the rows are the layers of the one run.
+    With ``layers``, row name -> layer (``*``: all), a row is a layer of its own run, or of the only run if it has none.
+    With ``count`` the untrained models of the runs are counted, and nothing is run.
     """
 
     runs: dict[str, list[str]]
@@ -61,20 +64,21 @@ class Grid:
     overrides: list[str]
     seeds: list[int]
     layers: dict[str, str] = field(default_factory=dict)
+    count: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse the layers of several runs."""
-        if self.layers and len(self.runs) != 1:
-            raise ValueError("one run, when rows are layers")
+        """Refuse layers of which nobody knows whose they are."""
+        if len(self.runs) != 1 and not set(self.layers) <= set(self.runs):
+            raise ValueError("one run, or one for each layer, when rows are layers")
 
     @property
     def rows(self) -> list[str]:
         """Names of the rows that have a side of ours."""
-        return list(self.layers or self.runs)
+        return list(self.runs if len(self.runs) != 1 else self.layers or self.runs)
 
     def run_of(self, row: str) -> str | None:
         """Return the name of the run that the row is about, None if there is none."""
-        return next(iter(self.runs)) if row in self.layers else row if row in self.rows else None
+        return row if row in self.runs else next(iter(self.runs)) if row in self.layers else None
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -111,14 +115,18 @@ def load_experiment(folder: Path, name: str) -> Experiment:
     return Experiment(name, _read(PublishedTable, folder / "table.yaml"), _read(Grid, folder / "grid.yaml"))
 
 
-def run_experiment(experiment: Experiment, overrides: Sequence[str], results: Path) -> Path:
+def run_experiment(
+    experiment: Experiment, overrides: Sequence[str], results: Path, counted: Counted | None = None
+) -> Path:
     """Run the grid for every seed and write ``<results>/<experiment>.md``; return the file.
 
     Args:
         experiment: what to run.
         overrides: further overrides for every run; ``seed=0,1`` replaces the experiment's seeds.
         results: the folder of the rendered tables.
+        counted: what has been counted already, if several experiments are.
     """
+    counted = counted or Counted()
     seeds, extra = _seeds(experiment.grid.seeds, overrides)
     rows: dict[str, list[Mapping[str, Any]]] = {}
     target = results / f"{experiment.name}.md"
@@ -126,10 +134,13 @@ def run_experiment(experiment: Experiment, overrides: Sequence[str], results: Pa
     for row, own in experiment.grid.runs.items():
         own_seeds, settings = _seeds(seeds, own)
         for seed in own_seeds:
-            config = compose_config([*experiment.grid.overrides, *settings, *extra, f"seed={seed}"])
+            settled = [*experiment.grid.overrides, *settings, *extra]
+            if experiment.grid.count:
+                rows.setdefault(row, []).append(counted.report(settled))
+                continue
             folder = Path("outputs") / "reproduce" / experiment.name / f"{row}-seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            run_job(config, folder, None)
+            run_job(compose_config([*settled, f"seed={seed}"]), folder, None)
             rows.setdefault(row, []).append(read_report(folder / "report.json"))
         # Written after every row, so that a table that is stopped shows what it has.
         _write(target, render(experiment, rows, seeds, overrides))
@@ -244,8 +255,10 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
         return None
     value = _at(report, column.ours.replace("{layer}", layer).split("."))
     other = column.removed_from or column.share_of
-    if other is None or value is None:
-        return value
+    if value is None:
+        return None
+    if other is None:
+        return value if column.scale == 1 else column.scale * value
     whole = _at(report, other.replace("{layer}", layer).split("."))
     if not whole:
         return None
@@ -256,9 +269,10 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
 def _at(value: Any, path: Sequence[str]) -> float | None:
     if not path or not isinstance(value, Mapping):
         return None if path else value
-    if path[0] != "*":
+    if path[0] in value or not set("*?|") & set(path[0]):
         return _at(value.get(path[0]), path[1:])
-    found = [_at(each, path[1:]) for each in value.values()]
+    patterns = path[0].split("|")
+    found = [_at(each, path[1:]) for key, each in value.items() if any(fnmatchcase(key, p) for p in patterns)]
     return sum(number for number in found if number is not None) if found else None
 
 

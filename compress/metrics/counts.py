@@ -11,7 +11,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from compress.graph.kernels import kernels
 from compress.graph.macs import weight_macs
+from compress.graph.rewrite import nodes
 
 
 def parameters(model: tf_keras.Model) -> list[tf.Variable]:
@@ -33,3 +35,18 @@ def count_nonzero_params(model: tf_keras.Model) -> int:
 def count_macs(model: tf_keras.Model) -> int:
     """Return the multiply-adds for one sample."""
     return sum(weight_macs(model).values())
+
+
+def layer_counts(model: tf_keras.Model) -> dict[str, dict[str, int]]:
+    """Return for every layer of the flat model: output channels, weights (no biases), multiply-adds, output values."""
+    table: dict[str, dict[str, int]] = {}
+    for node in nodes(model):
+        shapes = [tensor.shape for tensor in tf.nest.flatten(node.outputs)]
+        row = table.setdefault(node.layer.name, {"channels": 0, "params": 0, "macs": 0, "activations": 0})
+        row["channels"] = int(shapes[0][-1] or 0)
+        row["activations"] += sum(int(np.prod([size or 1 for size in shape[1:]])) for shape in shapes)
+    for kernel in kernels(model):
+        row = table[kernel.layer.name]
+        row["params"] += kernel.size
+        row["macs"] += kernel.macs
+    return table

@@ -17,6 +17,7 @@ from compress.data.source import STRICT, Data, find_file
 from compress.errors import CompressError
 
 SCRATCH = "scratch"
+RANDOM = "random"
 
 
 @checked_dataclass(frozen=True, config=STRICT)
@@ -101,7 +102,8 @@ def check_finite(model: tf_keras.Model) -> None:
 class TrainableSource(ModelSource):
     """A model of ours: weights from a file, or trained from scratch.
 
-    ``weights``: ``scratch``, or a file name that is looked for as it is and in ``$COMPRESS_DATA_DIR``.
+    ``weights``: ``scratch``, ``random`` (as initialised: good for sizes and latencies), or a file name that is looked
+    for as it is and in ``$COMPRESS_DATA_DIR``.
     """
 
     weights: str = SCRATCH
@@ -111,6 +113,8 @@ class TrainableSource(ModelSource):
         """Look for the weights."""
         if self.weights == SCRATCH:
             return Origin(None, self.train)
+        if self.weights == RANDOM:
+            return Origin(None, Schedule(epochs=0))
         direct = Path(self.weights).expanduser()
         found = direct if direct.is_file() else find_file(None, self.weights)
         if found is None:

@@ -25,7 +25,11 @@ def test_every_experiment_can_be_read():
 @pytest.mark.parametrize("name", names())
 def test_every_row_is_a_pipeline_that_can_be_built(name):
     grid = load_experiment(experiments_dir() / name, name).grid
-    for own in grid.runs.values():
+    rows = list(grid.runs.values())
+    if grid.count:
+        # Of rows that differ in values alone, one.
+        rows = list({tuple(item.partition("=")[0] for item in own): own for own in rows}.values())
+    for own in rows:
         plan = make_plan(compose_config([*grid.overrides, *own, "model.weights=scratch"]))
         assert bool(plan.stages) == ("strategy=none" not in [*grid.overrides, *own])
 
@@ -97,7 +101,7 @@ def test_rows_that_are_layers_belong_to_one_run(tmp_path):
     (tmp_path / "grid.yaml").write_text(
         "{runs: {a: [], b: []}, columns: [], overrides: [], seeds: [0], layers: {c: d}}"
     )
-    with pytest.raises(CompressError, match="one run, when rows are layers"):
+    with pytest.raises(CompressError, match="one run, or one for each layer"):
         load_experiment(tmp_path, "mine")
 
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.graph.channels.groups import Channels
+from compress.graph.grouped import grouped_convolution, shuffle_channels
 
 layers = tf_keras.layers
 Build = Callable[[], tf_keras.Model]
@@ -79,6 +80,12 @@ def channel_shuffle(x):
     x = tf.transpose(x, [0, 1, 2, 4, 3])
     x = tf.reshape(x, [-1, 6, 6, 12])
     return head(layers.Conv2D(12, 3, groups=3, padding="same", name="grouped")(x))
+
+
+def shuffled_groups(x):
+    x = shuffle_channels(grouped_convolution(conv(x, 12, "stem"), 6, 3, "first"), 3, "shuffle")
+    x = layers.DepthwiseConv2D(3, padding="same", name="each")(x)
+    return head(grouped_convolution(x, 9, 3, "second"))
 
 
 def split_and_concat(x):
@@ -176,6 +183,7 @@ ZOO: dict[str, Build] = {
     "slices": functional((6, 6, 3), slices),
     "padded shortcut": functional((6, 6, 3), padded_shortcut),
     "channel shuffle": functional((6, 6, 3), channel_shuffle),
+    "shuffled groups": functional((6, 6, 3), shuffled_groups),
     "flatten": functional((6, 6, 3), lambda x: layers.Dense(3)(layers.Dense(9)(layers.Flatten()(conv(x, 8))))),
     "reshape": functional((6, 6, 3), lambda x: layers.Dense(3)(layers.Reshape((288,))(conv(x, 8, "a")))),
     "reshape to blocks": functional(

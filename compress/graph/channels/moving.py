@@ -312,6 +312,7 @@ def moving_handlers(others: dict[type, Handler]) -> dict[type, Handler]:
         *(kinds.MaxPooling1D, kinds.MaxPooling2D, kinds.MaxPooling3D, kinds.ZeroPadding1D, kinds.ZeroPadding2D),
         *(kinds.AveragePooling1D, kinds.AveragePooling2D, kinds.AveragePooling3D, kinds.ZeroPadding3D),
         *(kinds.UpSampling1D, kinds.UpSampling2D, kinds.UpSampling3D, kinds.Cropping1D, kinds.Cropping2D),
+        kinds.Resizing,
     )
     along: dict[type, Handler] = dict.fromkeys(windows, windowed)
     table: dict[type, Handler] = {
