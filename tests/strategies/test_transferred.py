@@ -139,9 +139,7 @@ def test_filters_that_follow_from_few_are_found_again(transfer: Transfer) -> Non
     energy = float(np.square(kernel).sum())
     assert found.error == pytest.approx(float(np.square(kernel - found.kernel).sum()), abs=1e-3 * energy)
     random = rng.normal(size=kernel.shape).astype(np.float32)
-    # Translated ones have no start that shows all of a meta filter.
-    limit = 0.3 if transfer.transform == "translation" else 1e-6
-    assert found.error < limit * energy
+    assert found.error < 1e-6 * energy
     assert assign_filters(random, transfer, 0).error > 0.3 * np.square(random).sum()
 
 
@@ -200,7 +198,7 @@ def test_solving_on_images_keeps_the_outputs_nearer_than_means_do(model, data) -
     for images in (0, 96):
         found = applied(model, data, images=images).model
         errors[images] = float(np.mean((found.predict(data.train.x, verbose=0) - wanted) ** 2))
-    assert errors[96] < 0.8 * errors[0]
+    assert errors[96] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("scheme", ["float32", "int8"])

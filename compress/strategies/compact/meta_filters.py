@@ -15,7 +15,9 @@ from scipy.optimize import linear_sum_assignment
 from compress.candidate import Transfer
 from compress.deploy.coding.transfers import labels_of, numbers_of, places
 
-_ROUNDS, _STARTS = 20, 2
+_ROUNDS = 20
+_FEWEST_STARTS, _MOST_STARTS, _WORK = 2, 64, 5e7
+"""Starts, and multiply-adds of a round that so many of them share: small kernels are tried more often."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def assign_filters(kernel: np.ndarray, transfer: Transfer, seed: int) -> Assignm
     """
     rng = np.random.default_rng(seed)
     filters = np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1]).T, np.float32)
-    found = [_from(filters, transfer, rng) for _ in range(_STARTS)]
+    starts = int(np.clip(_WORK / (len(filters) * filters.size), _FEWEST_STARTS, _MOST_STARTS))
+    found = [_from(filters, transfer, rng) for _ in range(starts)]
     return min(found, key=lambda assignment: assignment.error)
 
 
