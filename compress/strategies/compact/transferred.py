@@ -18,12 +18,13 @@ import tf_keras
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect, Skipped, Transfer
+from compress.candidate import Candidate, Effect, Guarantee, Skipped, Transfer
 from compress.deploy.coding.transfers import numbers_of, obstacle
 from compress.graph.fold import fold_batch_norm
-from compress.graph.kernels import Kernel, kernel_attributes
+from compress.graph.kernels import Kernel, kernel_attributes, kernels
 from compress.graph.selection import Selection
 from compress.strategies.compact.meta_filters import assign_filters
+from compress.strategies.compact.multi_bias import MultiBias, multi_bias
 from compress.strategies.compact.tied_filters import TiedFilters
 from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.sharing.ties import Ties, solve_ties
@@ -32,7 +33,7 @@ from compress.training import restore
 
 layers = tf_keras.layers
 
-_FILTERS: Mapping[str, int] = {"translation": 4, "rotation": 4, "circulant": 4}
+_FILTERS: Mapping[str, int] = {"translation": 4, "rotation": 4, "circulant": 4, "multi_bias": 2}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,19 +45,28 @@ class Transferred(Strategy):
 
     Args:
         transform: ``translation``: filters are patches of larger meta filters; ``rotation``: turned by 90 degrees;
-            ``circulant``: the channels of a filter turned in circles.
-        filters: how many filters follow from each meta filter. Of ``translation`` a square (4: 2 x 2 shifts); of
-            ``rotation`` 2, 4, or 8 with mirrored ones; 4 if null.
+            ``circulant``: the channels of a filter turned in circles; ``multi_bias``: one filter's response several
+            times, each with a bias of its own, which saves as many times the multiply-adds, too.
+        filters: how many filters follow from each. Of ``translation`` a square (4: 2 x 2 shifts); of ``rotation`` 2, 4,
+            or 8 with mirrored ones; if null, 2 of ``multi_bias``, 4 of the others.
         images: unlabelled calibration images, on which the numbers are solved for in closed form; 0: they start from
             the means of their weights.
     """
 
-    transform: Literal["translation", "rotation", "circulant"] = "translation"
+    transform: Literal["translation", "rotation", "circulant", "multi_bias"] = "translation"
     filters: Annotated[int, Ge(2), Le(1024)] | None = None
     images: Annotated[int, Ge(0), Le(100_000)] = 500
 
-    effects = frozenset({Effect.TRAIN, Effect.SHARE, Effect.LEVEL})
-    establishes = TiedFilters
+    @property
+    def effects(self) -> frozenset[Effect]:  # type: ignore[override]
+        """Filters of their own are tied; those with several biases are other layers."""
+        others = {Effect.REPLACE} if self.transform == "multi_bias" else {Effect.SHARE, Effect.LEVEL}
+        return frozenset({Effect.TRAIN, *others})
+
+    @property
+    def establishes(self) -> type[Guarantee]:  # type: ignore[override]
+        """The kind of guarantee that goes with the transformation."""
+        return MultiBias if self.transform == "multi_bias" else TiedFilters
 
     def __post_init__(self) -> None:
         """Refuse numbers of filters that a transformation does not make."""
@@ -76,6 +86,8 @@ class Transferred(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Fold, assign every filter to a meta filter, solve for the numbers of these, and train them."""
         names = self.targets(candidate.model, context.selection)
+        if self.transform == "multi_bias":
+            return self._multi_bias(candidate, context, names)
         model = fold_batch_norm(candidate.model, names)
         chosen, skipped = choose_kernels(model, names, "transferred", self._obstacle)
         if not chosen:
@@ -96,7 +108,16 @@ class Transferred(Strategy):
         measured = {"weights": before, "free_numbers": after, "compression_rate": before / after}
         return context.recover(result.evolve(measured=measured))
 
+    def _multi_bias(self, candidate: Candidate, context: Context, names: frozenset[str]) -> Candidate:
+        result, skipped = multi_bias(candidate, context, names, self._each, self.images)
+        changed = {name for guarantee in result.guarantees[-1:] for name in guarantee.layers}
+        before, after = (sum(k.size for k in kernels(c.model) if k.layer.name in changed) for c in (candidate, result))
+        measured = {"weights": before, "free_numbers": after, "compression_rate": before / after}
+        return context.recover(result.evolve(skipped=context.skip(skipped), measured=measured))
+
     def _transfer(self, kernel: Kernel) -> Transfer:
+        if self.transform == "multi_bias":
+            raise TypeError("multi_bias moves no weights")
         height, width, channels, _ = kernel.value.shape
         size = math.isqrt(self._each) if self.transform == "translation" else self._each
         return Transfer(self.transform, size, (height, width, channels))
