@@ -9,9 +9,15 @@ circulant: Ding et al., CirCNN (arXiv 1708.08917), for convolutions.
 
 from __future__ import annotations
 
+import math
+from typing import get_args, get_type_hints
+
 import numpy as np
 
 from compress.candidate import Transfer
+
+TRANSFORMS = get_args(get_type_hints(Transfer)["transform"])
+"""The kinds of transformations, by their number in a packed file."""
 
 
 def obstacle(transfer: Transfer) -> str | None:
@@ -22,6 +28,8 @@ def obstacle(transfer: Transfer) -> str | None:
         return "filters of 1 x 1 have nothing in common with shifted ones"
     if transfer.transform == "rotation" and (height != width or height == 1):
         return f"filters of {height} x {width} cannot be turned by 90 degrees into others"
+    if transfer.transform == "rotation" and size not in (2, 4, 8):
+        return f"{size} turns, where there are 2, 4 or 8"
     if transfer.transform == "circulant" and channels % size:
         return f"{channels} channels are no multiple of the circle of {size}"
     return None
@@ -50,11 +58,31 @@ def places(transfer: Transfer) -> np.ndarray:
     return np.stack([np.roll(circles, turn, axis=1).reshape(-1) for turn in range(size)])
 
 
+def transformations(transfer: Transfer) -> int:
+    """Return how many filters follow from a meta filter."""
+    return transfer.size**2 if transfer.transform == "translation" else transfer.size
+
+
 def numbers_of(transfer: Transfer) -> int:
     """Return how many numbers a meta filter holds."""
     height, width, channels = transfer.shape
     more = transfer.size - 1 if transfer.transform == "translation" else 0
     return (height + more) * (width + more) * channels
+
+
+def metas_of(transfer: Transfer) -> int:
+    """Return the number of meta filters, as far as the slots say."""
+    return max(transfer.slots) // transformations(transfer) + 1
+
+
+def can_be(transfer: Transfer, metas: int, count: int) -> bool:
+    """Say whether a packed file may hold ``count`` weights as ``metas`` meta filters.
+
+    They have no more numbers than the weights, so that a few bytes do not ask a reader for much memory.
+    """
+    weights = math.prod(transfer.shape)
+    many = transformations(transfer) * weights > count or metas * numbers_of(transfer) > count
+    return not many and obstacle(transfer) is None
 
 
 def labels_of(transfer: Transfer) -> np.ndarray:
