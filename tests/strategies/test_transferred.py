@@ -169,17 +169,16 @@ def applied(model, data, recovery=NONE, before: Candidate | None = None, **field
 
 
 @pytest.mark.parametrize(
-    ("fields", "left"),
+    ("fields", "left", "recovery"),
     [
-        ({"transform": "translation"}, 16 / 36),
-        ({"transform": "translation", "filters": 9}, 2 * 25 / (16 * 9)),
-        ({"transform": "rotation"}, 1 / 4),
-        ({"transform": "rotation", "filters": 8}, 1 / 8),
-        ({"transform": "circulant"}, 1 / 4),
+        ({"transform": "translation"}, 16 / 36, TRAINING),
+        ({"transform": "translation", "filters": 9}, 2 * 25 / (16 * 9), NONE),
+        ({"transform": "rotation"}, 1 / 4, NONE),
+        ({"transform": "rotation", "filters": 8}, 1 / 8, NONE),
+        ({"transform": "circulant"}, 1 / 4, TRAINING),
     ],
-    ids=str,
+    ids=["translation", "translation 9", "rotation", "rotation 8", "circulant"],
 )
-@pytest.mark.parametrize("recovery", [NONE, TRAINING], ids=["none", "training"])
 def test_the_kernel_is_made_of_so_many_numbers(fields, left, recovery, model, data) -> None:
     result = applied(model, data, recovery, images=32, **fields)
     assert {item.layer for item in result.skipped} == {"depthwise", "few"}

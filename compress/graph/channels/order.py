@@ -57,11 +57,14 @@ class Order:
             variable.assign(self.array(f"{layer}/{attribute}", np.asarray(variable)))
         return result
 
-    def array(self, name: str, value: np.ndarray) -> np.ndarray:
-        """Return an array in the shape of the weight ``"<layer>/<attribute>"`` in the new order."""
+    def array(self, name: str, value: np.ndarray, without: int | None = None) -> np.ndarray:
+        """Return an array in the shape of the weight ``"<layer>/<attribute>"`` in the new order.
+
+        The axis ``without`` stays as it is, and may have another length.
+        """
         layer, _, attribute = name.rpartition("/")
         for axis, taken in self.moves.get((layer, attribute), []):
-            value = np.take(value, taken, axis)
+            value = value if axis == without else np.take(value, taken, axis)
         return value
 
 

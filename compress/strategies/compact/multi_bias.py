@@ -110,7 +110,7 @@ def multi_bias(
         layer.set_weights([found.matrix[:-1].reshape(kernel.shape), *([found.matrix[-1]] if bias else [])])
     order = Order.of(channels, {name: found.order for name, found in responses.items()})
     ordered = order.model(model)
-    chains = {name: _chain(ordered.get_layer(name), found) for name, found in responses.items()}
+    chains = {name: _chain(ordered.get_layer(name), found, order) for name, found in responses.items()}
     result = rewrite(ordered, chains)
     _require_equal(model, result, context)
     guarantees = tuple(guarantee.cut(order.array) for guarantee in candidate.guarantees)
@@ -249,7 +249,7 @@ def filters_of(name: str) -> str:
     return f"{name}_filters"
 
 
-def _chain(old: tf_keras.layers.Conv2D, found: Responses) -> list[NewLayer]:
+def _chain(old: tf_keras.layers.Conv2D, found: Responses, order: Order) -> list[NewLayer]:
     """Return the convolution of the responses, and the layer that repeats, scales and shifts them."""
     count = found.filters.shape[1]
     config = {**old.get_config(), "name": filters_of(old.name), "filters": count}
@@ -257,10 +257,11 @@ def _chain(old: tf_keras.layers.Conv2D, found: Responses) -> list[NewLayer]:
     shift = layers.DepthwiseConv2D(
         1, depth_multiplier=len(found.order) // count, activation=old.activation, name=old.name
     )
-    kernel = found.filters.reshape(*old.kernel.shape[:-1], count).astype(np.float32)
+    # What it reads may be in a new order, too.
+    kernel = order.array(f"{old.name}/kernel", found.filters.reshape(*old.kernel.shape[:-1], count), without=3)
     scales = found.scales.reshape(1, 1, count, -1).astype(np.float32)
     return [
-        NewLayer(layers.Conv2D.from_config(config), (kernel,)),
+        NewLayer(layers.Conv2D.from_config(config), (kernel.astype(np.float32),)),
         NewLayer(shift, (scales, found.biases.astype(np.float32))),
     ]
 

@@ -80,12 +80,13 @@ class Transferred(Strategy):
         return _FILTERS[self.transform] if self.filters is None else self.filters
 
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
-        """Only the convolutions."""
-        return selection.names(model) & _convolutions(model)
+        """Only the convolutions that have filters of their own."""
+        plain = frozenset(layer.name for layer in model.layers if type(layer) is layers.Conv2D)
+        return selection.names(model) & plain
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Fold, assign every filter to a meta filter, solve for the numbers of these, and train them."""
-        names = self.targets(candidate.model, context.selection)
+        names = context.selection.names(candidate.model) & _convolutions(candidate.model)
         if self.transform == "multi_bias":
             return self._multi_bias(candidate, context, names)
         model = fold_batch_norm(candidate.model, names)
