@@ -16,12 +16,14 @@ from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
 from compress.graph.channels.order import Order, can_be_ordered
+from compress.graph.selection import Rule, Selection
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.counts import count_macs
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.compact.multi_bias import cluster_outputs, leading
 from compress.strategies.compact.transferred import Transferred
 from compress.strategies.pruning.prune import Prune
+from compress.strategies.sharing.hashed import Hashed
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -152,8 +154,6 @@ def test_the_file_runs_so_few_filters(scheme, model, data, tmp_path) -> None:
 
 
 def test_zeros_of_the_layers_behind_move_with_their_channels(model, data) -> None:
-    from compress.graph.selection import Rule, Selection
-
     context = Context("prune", data, model, NONE, seed=1, selection=Selection(only=(Rule(name="one|other|logits"),)))
     pruned = Prune(sparsity=0.5).apply(Candidate(model), context)
     result = applied(model, data, before=pruned, images=32)
@@ -161,6 +161,17 @@ def test_zeros_of_the_layers_behind_move_with_their_channels(model, data) -> Non
     # In the old order they would not be where the mask says.
     (old,) = (bound for bound in pruned.guarantees)
     assert old.check(result.model)
+
+
+def test_weights_that_are_bound_to_their_places_keep_the_order(model, data) -> None:
+    context = Context("hashed", data, model, NONE, seed=1, selection=Selection(only=(Rule(name="second"),)))
+    hashed = Hashed(weights=0.5, images=0).apply(Candidate(model), context)
+    context = Context("transferred", data, model, NONE, 1, Selection(only=(Rule(name="first|last"),)))
+    result = Transferred(transform="multi_bias", images=0).apply(hashed, context)
+    assert [v for bound in result.guarantees for v in bound.check(result.model)] == []
+    assert {item.layer: item.reason for item in result.skipped} == {
+        "first": "an earlier stage has bound the weights of second to the order of its channels"
+    }
 
 
 def test_filters_that_are_not_so_many_times_are_named(model, data) -> None:

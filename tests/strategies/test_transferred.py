@@ -17,6 +17,7 @@ from compress.deploy.packing import write_cmp
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
+from compress.graph.selection import Rule, Selection
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.compact.meta_filters import assign_filters
 from compress.strategies.compact.tied_filters import TiedFilters
@@ -246,6 +247,16 @@ def test_zeros_stay_zero_and_the_rest_is_tied(model, data) -> None:
     assert [v for bound in result.guarantees for v in bound.check(result.model)] == []
     kernel = next(k.value for k in kernels(result.model) if k.layer.name == "conv")
     assert np.mean(kernel == 0) >= 0.4
+
+
+def test_a_second_stage_leaves_what_is_transferred_alone(model, data) -> None:
+    context = Context("again", data, model, NONE, seed=2, selection=Selection(only=(Rule(name="conv"),)))
+    once = applied(model, data, images=0)
+    twice = Transferred(images=0).apply(once, context)
+    assert twice.guarantees == once.guarantees
+    assert [(item.layer, item.by_choice) for item in twice.skipped] == [("conv", True)]
+    np.testing.assert_array_equal(twice.model.get_layer("conv").kernel, once.model.get_layer("conv").kernel)
+    assert twice.model is not once.model
 
 
 def test_cut_channels_leave_the_others_tied(model, data) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import tf_keras
 from scipy.optimize import linear_sum_assignment
 
-from compress.candidate import Candidate, Guarantee, Skipped, Violation
+from compress.candidate import Candidate, Effect, Guarantee, Skipped, Violation
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, Group
 from compress.graph.channels.order import Order, can_be_ordered
@@ -100,7 +100,9 @@ def multi_bias(
     """
     model = fold_batch_norm(candidate.model, frozenset(names))
     channels = Channels(model)
-    chosen, skipped = _choose(model, channels, names, each)
+    # Weights that are bound by where they stand: hashed ones, vectors, patterns of zeros.
+    placed = {name for g in candidate.guarantees if Effect.CUT in g.broken_by for name in g.layers}
+    chosen, skipped = _choose(model, channels, names, each, placed)
     if not chosen:
         raise context.nothing_done("a Conv2D whose filters can share their responses", skipped)
     responses = _solved(candidate, model, chosen, each, images, context)
@@ -121,14 +123,14 @@ def multi_bias(
 
 
 def _choose(
-    model: tf_keras.Model, channels: Channels, names: Collection[str], each: int
+    model: tf_keras.Model, channels: Channels, names: Collection[str], each: int, placed: Collection[str]
 ) -> tuple[list[str], list[Skipped]]:
     times, taken = calls(model), {layer.name for layer in model.layers}
     groups = {name: group for group in channels.groups for name in group.writers}
     chosen, skipped = [], []
     for layer in model.layers:
         if layer.name in names:
-            reason = _obstacle(layer, groups.get(layer.name), each)
+            reason = _obstacle(layer, groups.get(layer.name), each, placed)
             if times[layer.name] > 1:
                 reason = "called more than once"
             if filters_of(layer.name) in taken:
@@ -140,16 +142,21 @@ def _choose(
     return chosen, skipped
 
 
-def _obstacle(layer: tf_keras.layers.Layer, group: Group | None, each: int) -> str | None:
+def _obstacle(layer: tf_keras.layers.Layer, group: Group | None, each: int, placed: Collection[str]) -> str | None:
     """Say why a layer's outputs cannot share their responses, so far as the layer and its group say it."""
     if type(layer) is not layers.Conv2D or not is_linear(layer):
         return f"filters of such a {type(layer).__name__} layer are not transferred"
     if layer.filters % each or layer.filters == each:
         return f"{layer.filters} filters are not several times {each}"
+    size = int(np.prod(layer.kernel.shape))
+    if (left := size // each + layer.filters) >= size:
+        return f"{left:,} numbers for {size:,} would not pay"
     if group is None or group.kept_because is not None:
         return f"its channels keep their order: {'nothing says where they go' if group is None else group.kept_because}"
     if len(group.writers) > 1:
         return f"its channels are those of {', '.join(name for name in group.writers if name != layer.name)}, too"
+    if bound := sorted({member.weight.layer for member in group.members} & set(placed)):
+        return f"an earlier stage has bound the weights of {', '.join(bound)} to the order of its channels"
     return None if can_be_ordered(group) else "its channels go different ways"
 
 

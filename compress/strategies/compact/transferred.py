@@ -22,6 +22,7 @@ from compress.candidate import Candidate, Effect, Guarantee, Skipped, Transfer
 from compress.deploy.coding.transfers import numbers_of, obstacle
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, kernel_attributes, kernels
+from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
 from compress.strategies.compact.meta_filters import assign_filters
 from compress.strategies.compact.multi_bias import MultiBias, multi_bias
@@ -87,8 +88,14 @@ class Transferred(Strategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Fold, assign every filter to a meta filter, solve for the numbers of these, and train them."""
         names = context.selection.names(candidate.model) & _convolutions(candidate.model)
+        bound = [g for g in candidate.guarantees if isinstance(g, (TiedFilters, MultiBias))]
+        done = names & {name for guarantee in bound for name in guarantee.layers}
+        again = [Skipped(name, "its filters are transferred already", True) for name in sorted(done)]
+        names -= done
+        if again and not names:
+            return candidate.evolve(model=copy_model(candidate.model), skipped=context.skip(again))
         if self.transform == "multi_bias":
-            return self._multi_bias(candidate, context, names)
+            return self._multi_bias(candidate, context, names, again)
         model = fold_batch_norm(candidate.model, names)
         chosen, skipped = choose_kernels(model, names, "transferred", self._obstacle)
         if not chosen:
@@ -100,7 +107,7 @@ class Transferred(Strategy):
             for kernel in chosen
         }
         guarantee = TiedFilters.of(context.stage, transfers)
-        result = candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(guarantee)
+        result = candidate.evolve(model=model, skipped=context.skip([*again, *skipped])).with_guarantee(guarantee)
         ties = {name: partial(_ties, labels) for name, labels in guarantee.labels.items()}
         if self.images:
             solve_ties(candidate, model, guarantee, ties, self.images, context)
@@ -109,12 +116,14 @@ class Transferred(Strategy):
         measured = {"weights": before, "free_numbers": after, "compression_rate": before / after}
         return context.recover(result.evolve(measured=measured))
 
-    def _multi_bias(self, candidate: Candidate, context: Context, names: frozenset[str]) -> Candidate:
+    def _multi_bias(
+        self, candidate: Candidate, context: Context, names: frozenset[str], again: list[Skipped]
+    ) -> Candidate:
         result, skipped = multi_bias(candidate, context, names, self._each, self.images)
         changed = {name for guarantee in result.guarantees[-1:] for name in guarantee.layers}
         before, after = (sum(k.size for k in kernels(c.model) if k.layer.name in changed) for c in (candidate, result))
         measured = {"weights": before, "free_numbers": after, "compression_rate": before / after}
-        return context.recover(result.evolve(skipped=context.skip(skipped), measured=measured))
+        return context.recover(result.evolve(skipped=context.skip([*again, *skipped]), measured=measured))
 
     def _transfer(self, kernel: Kernel) -> Transfer:
         if self.transform == "multi_bias":
