@@ -90,6 +90,10 @@ class Guarantee(ABC):
         """Return the hashes by which weights share their numbers, by name: how the packed file can write them."""
         return {}
 
+    def transfers(self) -> Mapping[str, Transfer]:
+        """Return how filters follow from fewer ones, by name of the weight: how the packed file can write them."""
+        return {}
+
     def cut(self, left: Callable[[str, np.ndarray], np.ndarray]) -> Guarantee:
         """Return the property of the model that has lost channels.
 
@@ -178,6 +182,21 @@ class Hash:
     key: int
     buckets: int
     outputs: int = 1
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How the filters of a kernel follow from fewer *meta filters* by a group of transformations.
+
+    ``size`` says how many there are: shifts along each axis, turns, channels of a circle. ``slots``: for each filter
+    its meta filter, times the number of transformations, plus the number of its own.
+    """
+
+    transform: Literal["translation", "rotation", "circulant"]
+    size: int
+    shape: tuple[int, int, int]
+    """Height, width and channels of a filter."""
+    slots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -334,14 +334,15 @@ class Pipeline:
         """Write the packed file beside the exported one."""
         target = artifact.path.with_suffix(".cmp")
         hashes = [found for guarantee in candidate.guarantees for found in guarantee.hashes().values()]
+        transfers = [found for guarantee in candidate.guarantees for found in guarantee.transfers().values()]
         # Whole numbers are the exported file's; floats are the Keras model's, which conversion only copies.
         if candidate.storage.scheme == "float32" and has_layers(candidate.model):
             with tempfile.TemporaryDirectory(prefix="compress-") as folder:
                 source = Path(folder, "model.keras")
                 self.model.save(candidate.model, source)
-                write_cmp(target, source, candidate.coder, hashes)
+                write_cmp(target, source, candidate.coder, hashes, transfers)
         else:
-            write_cmp(target, artifact.path, candidate.coder, hashes)
+            write_cmp(target, artifact.path, candidate.coder, hashes, transfers)
         return dataclasses.replace(artifact, packed=target)
 
 

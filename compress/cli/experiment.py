@@ -32,11 +32,11 @@ class Column:
     """A column of the rendered table.
 
     ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
-    absent. In a path ``{layer}`` stands for the row's layer, and a pattern sums over the keys of its place that match:
-    ``*`` over all, ``conv_*|fc`` over some. With ``removed_from``, another path, ours is the percentage of that number
-    that is gone, with ``share_of`` the percentage that it is. Ours is then multiplied by ``scale``. With a
-    ``tolerance`` the difference is judged (``printed``: half a unit of the last digit that was published); with
-    ``at_least`` only ours being lower counts.
+    absent. In a path ``{layer}`` stands for the row's layer, a pattern sums over the keys of its place that match (``*``
+    over all, ``conv_*|fc`` over some), and a number counts the items of a list from 0. With ``removed_from``, another
+    path, ours is the percentage of that number that is gone, with ``share_of`` the percentage that it is. Ours is then
+    multiplied by ``scale``. With a ``tolerance`` the difference is judged (``printed``: half a unit of the last digit
+    that was published); with ``at_least`` only ours being lower counts.
     """
 
     name: str
@@ -267,6 +267,8 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
 
 
 def _at(value: Any, path: Sequence[str]) -> float | None:
+    if path and isinstance(value, list) and path[0].isdecimal():
+        value = dict(zip(map(str, range(len(value))), value, strict=True))
     if not path or not isinstance(value, Mapping):
         return None if path else value
     if path[0] in value or not set("*?|") & set(path[0]):

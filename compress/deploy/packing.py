@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.candidate import Coder, Hash
+from compress.candidate import Coder, Hash, Transfer
 from compress.deploy.coding.draft import Tables
 from compress.deploy.coding.symbols import CODERS, Ans, Deflate, FixedWidth, Huffman, SymbolCoder
-from compress.deploy.coding.tensors import FORMS, Hashed, draft_array
+from compress.deploy.coding.tensors import FORMS, Hashed, Transferred, draft_array
 from compress.deploy.packed import DEFAULT_LIMIT, Packed, read_packed, write_packed
 from compress.deploy.packed_keras import from_keras, to_keras
 from compress.errors import CompressError
@@ -36,7 +36,9 @@ CODER_CHOICES: Mapping[Coder, tuple[SymbolCoder, ...]] = MappingProxyType(
 """Coders by the names that users know them by."""
 
 
-def write_cmp(target: Path, source: Path, coder: Coder = "ans", hashes: Iterable[Hash] = ()) -> None:
+def write_cmp(
+    target: Path, source: Path, coder: Coder = "ans", hashes: Iterable[Hash] = (), transfers: Iterable[Transfer] = ()
+) -> None:
     """Pack a ``.keras`` or ``.tflite`` file. Written to a temporary name and renamed.
 
     Args:
@@ -44,11 +46,13 @@ def write_cmp(target: Path, source: Path, coder: Coder = "ans", hashes: Iterable
         source: the model's file.
         coder: one of ``CODER_CHOICES``.
         hashes: by which arrays may share their numbers; those of float32 are found without.
+        transfers: how the filters of kernels may follow from fewer ones.
 
     Raises:
         CompressError: if the source is neither, or damaged.
     """
-    forms = (*(form for form in FORMS if not isinstance(form, Hashed)), Hashed(tuple(hashes)))
+    plain = (form for form in FORMS if not isinstance(form, (Hashed, Transferred)))
+    forms = (*plain, Hashed(tuple(hashes)), Transferred(tuple(transfers)))
     _write(target, write_packed(read_model(source), CODER_CHOICES[coder], forms))
 
 

@@ -38,6 +38,7 @@ def rewrite(
     replacements: Replacements | None = None,
     arguments: ArgumentEdits | None = None,
     bypassed: Mapping[str, int] | None = None,
+    size: tuple[int | None, ...] | None = None,
 ) -> tf_keras.Model:
     """Return a flat functional copy of ``model`` with some layers replaced by chains of new layers.
 
@@ -46,13 +47,14 @@ def rewrite(
     ``tf.einsum`` of two tensors is a matrix product there, which Keras can load again.
     A layer that is replaced by several, or by none, must have one input tensor and one output tensor. ``arguments``
     changes what single calls of layers are given. ``bypassed`` (layer -> which of its input tensors) takes layers out
-    that pass one of their inputs on, and with them whatever only they have read.
+    that pass one of their inputs on, and with them whatever only they have read. ``size``: the sizes of the input
+    between the batch and the channels; as before if None.
 
     Raises:
         CompressError: if the model is not functional (a subclassed model has no graph to read), or a
             name in ``replacements`` is not a layer of it.
     """
-    return _rewritten(model, replacements or {}, arguments or {}, bypassed or {})[0]
+    return _rewritten(model, replacements or {}, arguments or {}, bypassed or {}, size)[0]
 
 
 def flatten(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, frozenset[str]]]:
@@ -62,11 +64,19 @@ def flatten(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, frozenset[
 
 
 def _rewritten(
-    model: tf_keras.Model, replacements: Replacements, arguments: ArgumentEdits, bypassed: Mapping[str, int]
+    model: tf_keras.Model,
+    replacements: Replacements,
+    arguments: ArgumentEdits,
+    bypassed: Mapping[str, int],
+    size: tuple[int | None, ...] | None = None,
 ) -> tuple[tf_keras.Model, _Builder]:
     require_functional(model)
     builder = _Builder(replacements, arguments, bypassed, frozenset(layer.name for layer in model.layers))
-    inputs = [tf_keras.Input(batch_shape=t.shape, dtype=_plain(t.dtype), name=_input_name(t)) for t in model.inputs]
+    shapes = [t.shape if size is None else (t.shape[0], *size, t.shape[-1]) for t in model.inputs]
+    inputs = [
+        tf_keras.Input(batch_shape=shape, dtype=_plain(t.dtype), name=_input_name(t))
+        for t, shape in zip(model.inputs, shapes, strict=True)
+    ]
     outputs = builder.inline(model, inputs)
     unknown = set(builder.replacements) - builder.replaced
     if unknown:

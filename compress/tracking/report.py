@@ -155,7 +155,7 @@ def notes(result: Result) -> list[str]:
         reason = (
             "TFLite stores repeated values like any others, and so zeros where they are too few for its sparse form "
             "or LiteRT cannot run it; gzip_bytes shows what a download would save"
-            if kinds & {"Zeros", "Codebook", "VectorCodebook", "Levels"}
+            if kinds & {"Zeros", "Codebook", "VectorCodebook", "Levels", "TiedFilters"}
             else "scales, and operators that convert to integers and back, outweigh so few weights"
             if kinds & {"Stored", "OnGrid"}
             else "no stage removed weights or stored them in fewer bits"
@@ -197,6 +197,8 @@ _SLOW_REASONS = {
     "Levels": "the runtime sees no levels, only floats or integers",
     "Codebook": "the runtime sees no codebook, only floats or integers",
     "VectorCodebook": "the runtime sees no codebook, only floats or integers",
+    "TiedFilters": "the runtime sees no meta filters, only a kernel like any other",
+    "MultiBias": "repeating and shifting responses moves as many bytes as it saves work",
     "Rank": "two small operators cost more than their multiply-adds say",
     "SeparableForm": "depthwise convolutions do little work for each byte that they move",
     "Stored": "the runtime may lack faster kernels for this type on this processor, or convert back to float",

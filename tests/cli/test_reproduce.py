@@ -94,6 +94,10 @@ def test_paths_may_sum_and_compare():
     assert "| all | 62.50 |" in page_of(column, 0, {"layers": layers})
     assert "| all | - |" in page_of(column, 0, {"layers": {"final": layers["final"]}})
     assert "| all | - |" in page_of(column, 0, {})
+    rate = Column("rate", "stages.1.measured.rate")
+    stages = [{"measured": {"rate": 3.0}}, {"measured": {"rate": 4.5}}]
+    assert "| all | 4.5 |" in page_of(rate, 0, {"stages": stages})
+    assert "| all | - |" in page_of(rate, 0, {"stages": stages[:1]})
 
 
 def test_rows_that_are_layers_belong_to_one_run(tmp_path):

@@ -16,8 +16,11 @@ from compress.errors import CompressError
 
 PLAIN = ("compact", "distill", "lowrank", "prune", "prune_channels", "quantize", "share")
 """Every pair of these; of the others, those with what comes before and after them."""
-ALIKE = {"block_toeplitz", "butterfly", "kronecker", "low_displacement", "finetune"}
-"""What they do to a pipeline is what block_circulant does, or distill, by the same code."""
+ALIKE = {
+    *("block_toeplitz", "butterfly", "kronecker", "low_displacement"),
+    *("transferred", "convolutional_head", "finetune"),
+}
+"""What they do to a pipeline is what block_circulant does, hashed (transferred) or distill (finetune), by the same code."""
 OTHERS = sorted({file.stem for file in (conf_dir() / "strategy").glob("*.yaml")} - set(PLAIN) - ALIKE)
 PAIRS = [
     *((first, second) for first in PLAIN for second in PLAIN),

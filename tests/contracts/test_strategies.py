@@ -25,7 +25,8 @@ from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 STRATEGIES = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
-QUICK = {name: {"images": 64} for name in ("mixed_precision", "rate_distortion", "hashed", "product_quantization")}
+CALIBRATED = ("mixed_precision", "rate_distortion", "hashed", "product_quantization", "transferred")
+QUICK = {name: {"images": 64} for name in CALIBRATED}
 """Fields that save time, and change nothing that is tested here."""
 BUDGETS = ("macs", "params", "weights", "sparsity", "channels")
 

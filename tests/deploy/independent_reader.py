@@ -109,6 +109,8 @@ def read_values(reader: Bytes, rows: int, columns: int, size: int, tables: list[
                 first, step = number // columns * length * columns + number % columns, columns
             values[first : first + length * step : step] = numbers[vector * length : (vector + 1) * length]
         return values
+    if form == 7:
+        return read_transferred(reader, rows * columns, size, tables)
     if form == 6:
         return read_hashed(reader, rows, columns, size, tables)
     assert form == 4
@@ -140,6 +142,34 @@ def read_hashed(reader: Bytes, rows: int, columns: int, size: int, tables: list[
             value = 256 - value if size == 1 else value ^ 1 << 8 * size - 1
         values[entry] = value
     return values
+
+
+def read_transferred(reader: Bytes, count: int, size: int, tables: list[Table]) -> list[int]:
+    head = reader.byte()
+    kind, first = head & 127, head >> 7
+    s, height, width, channels, metas = (reader.varint() for _ in range(5))
+    transformations, more = (s * s, s - 1) if kind == 0 else (s, 0)
+    filters = count // (height * width * channels)
+    slots = read_stream(reader, metas * transformations, filters, tables)
+    where: list[int] = []
+    for entry in range(count):
+        place, one = divmod(entry, filters)
+        if first:
+            one, place = divmod(entry, height * width * channels)
+        y, x, z = place // channels // width, place // channels % width, place % channels
+        meta, t = divmod(slots[one], transformations)
+        if kind == 0:
+            y, x = y + t // s, x + t % s
+        elif kind == 1:
+            x = width - 1 - x if t >= 4 else x
+            for _ in range(2 * t if s == 2 else t % 4):
+                y, x = x, width - 1 - y
+        else:
+            z = z // s * s + (z - t) % s
+        where.append(((meta * (height + more) + y) * (width + more) + x) * channels + z)
+    used = sorted(set(where))
+    book = dict(zip(used, read_values(reader, len(used), 1, size, tables), strict=True))
+    return [book[number] for number in where]
 
 
 def read_positions(reader: Bytes, rows: int, columns: int, tables: list[Table]) -> list[int]:

@@ -25,7 +25,8 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.least_squares import Moments
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.sharing.buckets import Buckets
-from compress.strategies.sharing.hashed import Hashed, SummedSteps, hashed_least_squares
+from compress.strategies.sharing.hashed import Hashed, SummedSteps, ties_of
+from compress.strategies.sharing.ties import tied_least_squares
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -95,8 +96,8 @@ def design_values(rng: np.random.Generator, hashing: Hash, count: int) -> np.nda
 
 
 def test_least_squares_on_activations_equals_the_normal_equations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.strategies.sharing.hashed._ITERATIONS", 300)
-    monkeypatch.setattr("compress.strategies.sharing.hashed._PRECISION", 1e-24)
+    monkeypatch.setattr("compress.strategies.sharing.ties._ITERATIONS", 300)
+    monkeypatch.setattr("compress.strategies.sharing.ties._PRECISION", 1e-24)
     rng = np.random.default_rng(0)
     inputs, outputs, hashing, ridge = 8, 5, Hash(3, 11), 1e-2
     rows = np.hstack([rng.normal(size=(60, inputs)) @ rng.normal(size=(inputs, inputs)), np.ones((60, 1))])
@@ -104,7 +105,7 @@ def test_least_squares_on_activations_equals_the_normal_equations(monkeypatch: p
     before[:-1][rng.random((inputs, outputs)) < 0.3] = 0
     targets = rows @ before
     known = Moments(rows.T @ rows / 60, rows.T @ targets / 60)
-    found = hashed_least_squares(known, before, hashing, ridge)
+    found = tied_least_squares(known, before, ties_of(hashing, inputs * outputs), ridge)
     # All outputs in one vector: unknown are the numbers and the biases.
     alive = before[:-1].ravel() != 0
     whole = np.zeros(((inputs + 1) * outputs, hashing.buckets + outputs))

@@ -6,29 +6,30 @@ numbers too small to be normal.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from compress.candidate import Hash
+from compress.candidate import Hash, Transfer
 from compress.deploy.coding.draft import Draft, Tables, smallest
 from compress.deploy.coding.hashing import KEYS, book_of, buckets_and_signs, find_hash, negated
+from compress.deploy.coding.looked import grid_steps, looked_up, present
 from compress.deploy.coding.positions import draft_positions, read_positions
 from compress.deploy.coding.symbols import CODERS, MOST_ANS_SYMBOLS, SymbolCoder, draft_symbols, read_symbols
+from compress.deploy.coding.transfers import TRANSFORMS, can_be, labels_of, metas_of, transformations
 from compress.deploy.coding.vectors import MOST_LENGTH, Cut, repeated
 from compress.deploy.coding.wire import DamagedError, Reader, little_endian, varint
 
-_SAMPLE = 200_000
-"""Values that are looked at first, to see whether a codebook or a grid is worth a try."""
-_MOST_LEVEL = 127
 _SIGNED, _LOWEST = 128, 64
 """Set in a grid's number of bits if it has a symbol for the negative zero: one more, or the lowest level's."""
 _NEGATIVE_ZERO = np.uint32(1 << 31)
 _DOWN = 128
 """Added to the length of vectors that stand in columns."""
+_FIRST = 128
+"""Added to the number of a transformation if the filters' axis comes first."""
 _MOST_SPARSE = 0.5
 """Share of values other than zero up to which zeros are left out."""
 
@@ -44,7 +45,7 @@ class Shape:
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: np.dtype) -> Shape:
         """Return that of an array: its last axis makes the columns."""
-        size = prod(shape)
+        size = math.prod(shape)
         columns = shape[-1] if shape and size else 1
         return cls(size // columns, columns, dtype == np.float32)
 
@@ -108,7 +109,7 @@ class Codebook(Form):
 
     def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
         """Draft both; None if there are too many distinct values for this to pay."""
-        found = _looked_up(values, min(MOST_ANS_SYMBOLS, len(values) // 2 + 1))
+        found = looked_up(values, min(MOST_ANS_SYMBOLS, len(values) // 2 + 1))
         if found is None:
             return None
         book, indices = found
@@ -135,7 +136,7 @@ class GridLevels(Form):
         """Draft steps and levels; None if the values do not lie on such grids to the last bit."""
         if not shape.float32:
             return None
-        found = _steps(values.view(np.float32).reshape(shape.rows, shape.columns))
+        found = grid_steps(values.view(np.float32).reshape(shape.rows, shape.columns))
         if found is None:
             return None
         steps, levels = found
@@ -265,7 +266,7 @@ class Hashed(Form):
             # An entry that only fills a gap is not zero here.
             ways = draft_positions(places, shape.rows, shape.columns, tables, coders)
             positions = smallest([draft for draft, stored in ways if len(stored) == len(places)])
-        stored = book[_present(buckets[places] if masked else buckets, hashing.buckets)]
+        stored = book[present(buckets[places] if masked else buckets, hashing.buckets)]
         inner = Shape(len(stored), 1, shape.float32)
         return _draft(stored, inner, positions.tables, coders, _DENSE).after(head, positions)
 
@@ -280,7 +281,7 @@ class Hashed(Form):
         if masked:
             places, tables = read_positions(reader, shape.rows, shape.columns, tables)
             buckets, signs = buckets[places], signs[places]
-        used = _present(buckets, hashing.buckets)
+        used = present(buckets, hashing.buckets)
         inner = Shape(int(np.count_nonzero(used)), 1, shape.float32)
         stored, tables = _read_values(reader, dtype, inner, tables, _DENSE)
         book = np.zeros(hashing.buckets, dtype)
@@ -294,8 +295,72 @@ class Hashed(Form):
         return values, tables
 
 
+class Transferred(Form):
+    """The numbers of meta filters, and which transformation of which of them each filter is.
+
+    Args:
+        hints: how the filters of kernels may follow from fewer ones.
+    """
+
+    code = 7
+
+    def __init__(self, hints: tuple[Transfer, ...] = ()) -> None:
+        self._hints = hints
+
+    def draft(self, values: np.ndarray, shape: Shape, tables: Tables, coders: tuple[SymbolCoder, ...]) -> Draft | None:
+        """Draft the transformations and the numbers; None if the values are none of the kernels that were hinted at."""
+        for hint in self._hints:
+            count = math.prod(hint.shape) * len(hint.slots)
+            if count != shape.rows * shape.columns or not count or not can_be(hint, metas_of(hint), count):
+                continue
+            for outputs_first in (False, True):
+                labels = _places_of(hint, outputs_first)
+                used = present(labels, int(labels.max()) + 1)
+                book = np.zeros(int(labels.max()) + 1, values.dtype)
+                book[labels] = values
+                if not np.array_equal(book[labels], values):
+                    continue
+                head = bytes([TRANSFORMS.index(hint.transform) | _FIRST * outputs_first])
+                head += b"".join(map(varint, (hint.size, *hint.shape)))
+                slots = np.array(hint.slots, np.uint32)
+                stream = draft_symbols(slots, metas_of(hint) * transformations(hint), tables, coders)
+                stored = book[used]
+                inner = Shape(len(stored), 1, shape.float32)
+                return _draft(stored, inner, stream.tables, coders, _DENSE).after(
+                    head, varint(metas_of(hint)), stream
+                )
+        return None
+
+    def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
+        """Put every number where the transformations say."""
+        count = shape.rows * shape.columns
+        head, size = reader.byte(), reader.varint(count)
+        sides = (reader.varint(count), reader.varint(count), reader.varint(count))
+        metas, weights = reader.varint(count), math.prod(sides)
+        kind = head & ~_FIRST
+        if kind >= len(TRANSFORMS) or size < 2 or not weights or count % weights or not metas:
+            raise DamagedError(f"filters of {sides} for {count:,} numbers")
+        transfer = Transfer(TRANSFORMS[kind], size, sides)
+        if not can_be(transfer, metas, count):
+            raise DamagedError(f"{metas:,} meta filters for {count:,} numbers")
+        slots, tables = read_symbols(reader, metas * transformations(transfer), count // weights, tables)
+        labels = _places_of(replace(transfer, slots=tuple(map(int, slots))), bool(head & _FIRST))
+        used = present(labels, int(labels.max()) + 1)
+        inner = Shape(int(np.count_nonzero(used)), 1, shape.float32)
+        stored, tables = _read_values(reader, dtype, inner, tables, _DENSE)
+        book = np.zeros(int(labels.max()) + 1, dtype)
+        book[used] = stored
+        return book[labels], tables
+
+
+def _places_of(transfer: Transfer, outputs_first: bool) -> np.ndarray:
+    """Return which number each value of the array is, row after row; ``outputs_first``: as in a ``.tflite`` file."""
+    labels = labels_of(transfer)
+    return (np.moveaxis(labels, -1, 0) if outputs_first else labels).reshape(-1)
+
+
 _DENSE: tuple[Form, ...] = (Raw(), Planes(), Codebook(), GridLevels())
-FORMS: tuple[Form, ...] = (*_DENSE, Sparse(), Vectors(), Hashed())
+FORMS: tuple[Form, ...] = (*_DENSE, Sparse(), Vectors(), Hashed(), Transferred())
 """All forms."""
 
 
@@ -350,52 +415,3 @@ def _read_values(
     if form is None:
         raise DamagedError(f"values in the unknown form {code}")
     return form.decode(reader, dtype, shape, tables)
-
-
-def _present(numbers: np.ndarray, most: int) -> np.ndarray:
-    """Return whether each number below ``most`` is there."""
-    present = np.zeros(most, bool)
-    present[numbers] = True
-    return present
-
-
-def _looked_up(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the distinct values, sorted, and which of them each value is; None if there are more than ``most``."""
-    book = np.unique(values[:: max(1, len(values) // _SAMPLE)])
-    while len(book) <= most:
-        indices = np.minimum(np.searchsorted(book, values), len(book) - 1)
-        missing = values[book[indices] != values]
-        if not len(missing):
-            return book, indices
-        # What the sample has missed is rare; if not, the book grows too large soon.
-        book = np.union1d(book, missing[: 4 * _SAMPLE])
-    return None
-
-
-def _steps(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return steps float32 [columns] and levels int32 [rows, columns] whose products are the numbers; None if none are.
-
-    A column's smallest value is taken for one step, or for two, three or four. Zeros may be negative.
-    """
-    if not np.isfinite(numbers).all():
-        return None
-    sizes = np.abs(numbers)
-    smallest_size = np.where(sizes > 0, sizes, np.float32(np.inf)).min(0)
-    smallest_size = np.where(np.isfinite(smallest_size), smallest_size, np.float32(1))
-    steps = np.ones_like(smallest_size)
-    levels = np.zeros(numbers.shape, np.int32)
-    open_columns = np.arange(numbers.shape[1])
-    for multiple in range(1, 5):
-        tried = (smallest_size[open_columns] / np.float32(multiple)).astype(np.float32)
-        column = numbers[:, open_columns]
-        with np.errstate(all="ignore"):
-            ratio = np.rint(column / tried)
-        fits = (np.abs(ratio) <= _MOST_LEVEL).all(0) & (tried > 0)
-        whole = np.where(fits, ratio, 0).astype(np.int32)
-        fits &= (whole.astype(np.float32) * tried == column).all(0)
-        steps[open_columns[fits]] = tried[fits]
-        levels[:, open_columns[fits]] = whole[:, fits]
-        open_columns = open_columns[~fits]
-        if not len(open_columns):
-            return steps, levels
-    return None

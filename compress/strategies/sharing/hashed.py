@@ -6,32 +6,23 @@ Source: Chen, Wilson, Tyree, Weinberger, Chen, Compressing Neural Networks with 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Hash, Skipped
 from compress.deploy.coding.hashing import KEYS, buckets_and_signs
-from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, get_variable
-from compress.graph.rewrite import copy_model
-from compress.graph.walk import Walk
-from compress.strategies.least_squares import Moments, is_linear, matrix_of
-from compress.strategies.repair import RIDGE, Repair, called_once
 from compress.strategies.sharing.buckets import Buckets
 from compress.strategies.sharing.chosen import choose_kernels
+from compress.strategies.sharing.ties import Ties, solve_ties
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
-
-_ITERATIONS = 20
-_PRECISION = 1e-6
-"""Of conjugate gradients: the part of the squared slope that may be left."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -72,36 +63,13 @@ class Hashed(Strategy):
         )
         result = candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(guarantee)
         if self.images:
-            self._solve(candidate, model, guarantee, context)
+            sizes, hashes = {kernel.name: kernel.size for kernel in chosen}, guarantee.hashes()
+            ties = {name: partial(ties_of, hashes[name], sizes[name]) for name in hashes}
+            solve_ties(candidate, model, guarantee, ties, self.images, context)
         restore(model, result.guarantees)
         summed = chosen if self.gradient == "sum" else []
         projections = [SummedSteps(get_variable(model, kernel.name), kernel.name, guarantee) for kernel in summed]
         return context.recover(result, projections=projections)
-
-    def _solve(self, candidate: Candidate, model: tf_keras.Model, guarantee: Buckets, context: Context) -> None:
-        """Write into ``model`` the buckets that keep what the layers compute, layer after layer."""
-        try:
-            repair = Repair(
-                candidate.model, context.calibration_samples(self.images), context.seed, candidate.guarantees
-            )
-        except CompressError as error:
-            advice = f"Write strategy.{context.stage}.images=0: buckets are then the means of their weights."
-            raise CompressError(error.where, expected=error.expected, received=error.received, fix=advice) from error
-        changed = copy_model(repair.folded)
-        hashes = guarantee.hashes()
-        for step in (walk := Walk(repair.folded, changed, repair.samples)):
-            layer = step.layer
-            if layer.name not in guarantee.layers:
-                continue
-            if not is_linear(layer) or not called_once(walk, step):
-                weights = [name for name in hashes if name.rpartition("/")[0] == layer.name]
-                for name in weights:
-                    kernel = get_variable(changed, name)
-                    kernel.assign(guarantee.project(name, kernel.value()))
-            else:
-                known = repair.moments(step, repair.target(walk, step))
-                repair.put_solution(walk, step, known, _solver(layer, hashes[f"{layer.name}/kernel"]))
-            model.get_layer(layer.name).set_weights(layer.get_weights())
 
     def _obstacle(self, kernel: Kernel) -> Skipped | None:
         buckets = self._buckets(kernel)
@@ -115,56 +83,10 @@ class Hashed(Strategy):
         return round(self.weights * kernel.size)
 
 
-def _solver(layer: tf_keras.layers.Layer, hashing: Hash) -> Callable[[Moments], np.ndarray]:
-    """Return what solves for the layer's buckets, from wherever they are."""
-    before = matrix_of(layer)
-    return lambda moments: hashed_least_squares(moments, before, hashing, start=matrix_of(layer))
-
-
-def hashed_least_squares(
-    known: Moments, before: np.ndarray, hashing: Hash, ridge: float = RIDGE, start: np.ndarray | None = None
-) -> np.ndarray:
-    """Return the hashed matrix with the least squared error of the outputs, by conjugate gradients.
-
-    Args:
-        known: the moments of the layer's inputs and targets.
-        before: the matrix with the bias in the last row [d + 1, outputs], which the result is drawn towards; what is
-            zero in it stays zero.
-        hashing: the hash of the kernel.
-        ridge: how strongly, relative to the mean of the inputs' squares.
-        start: a matrix to begin from; ``before`` if None.
-    """
-    kernel, guess = before[:-1], before if start is None else start
-    buckets, signs = buckets_and_signs(hashing, kernel.size)
-    # A place that has to be zero has no sign.
-    signed = np.where(signs, -1.0, 1.0) * (kernel.reshape(-1) != 0)
-    strength = ridge * max(float(np.mean(np.diag(known.inputs)[:-1])), 1e-12)
-    penalty = np.append(np.full(len(kernel), strength), strength * 1e-3)[:, None]
-
-    def spread(numbers: np.ndarray) -> np.ndarray:
-        return np.vstack([(numbers[buckets] * signed).reshape(kernel.shape), numbers[None, hashing.buckets :]])
-
-    def gathered(matrix: np.ndarray) -> np.ndarray:
-        sums = np.bincount(buckets, matrix[:-1].reshape(-1) * signed, hashing.buckets)
-        return np.append(sums, matrix[-1])
-
-    scale = gathered(spread(np.ones(hashing.buckets + kernel.shape[1])) * (np.diag(known.inputs)[:, None] + penalty))
-    inverse = np.where(scale > 0, 1 / np.maximum(scale, 1e-30), 0.0)
-    members = np.maximum(np.bincount(buckets, signed**2, hashing.buckets), 1)
-    found = np.append(gathered(guess)[: hashing.buckets] / members, guess[-1])
-    left = gathered(known.cross + penalty * before - known.inputs @ spread(found) - penalty * spread(found))
-    first = last = float(left @ (inverse * left))
-    direction = inverse * left
-    for _ in range(_ITERATIONS):
-        if last <= _PRECISION * first:
-            break
-        whole = spread(direction)
-        image = gathered(known.inputs @ whole + penalty * whole)
-        length = last / float(direction @ image)
-        found, left = found + length * direction, left - length * image
-        last, previous = float(left @ (inverse * left)), last
-        direction = inverse * left + last / previous * direction
-    return spread(found)
+def ties_of(hashing: Hash, count: int) -> Ties:
+    """Return which bucket each of ``count`` weights is of, and its sign."""
+    buckets, signs = buckets_and_signs(hashing, count)
+    return Ties(buckets, np.where(signs, -1.0, 1.0), hashing.buckets)
 
 
 class SummedSteps:
