@@ -199,6 +199,7 @@ _SLOW_REASONS = {
     "VectorCodebook": "the runtime sees no codebook, only floats or integers",
     "Rank": "two small operators cost more than their multiply-adds say",
     "SeparableForm": "depthwise convolutions do little work for each byte that they move",
+    "OctaveForm": "averaging, repeating and joining maps takes the time that the multiply-adds no longer take",
     "Stored": "the runtime may lack faster kernels for this type on this processor, or convert back to float",
 }
 

@@ -165,7 +165,7 @@ def _powers(model: tf_keras.Model, names: list[str], samples: np.ndarray | None)
         sizes = {name: model.get_layer(name).kernel.shape[2] for name in names}
         return {name: {"whole": np.ones(size), "fine": np.full(size, _WHITE)} for name, size in sizes.items()}
     look = tf_keras.Model(model.inputs, [model.get_layer(name).input for name in names])
-    found = {name: {"whole": [], "fine": []} for name in names}
+    found: dict[str, dict[str, list[np.ndarray]]] = {name: {"whole": [], "fine": []} for name in names}
     few = samples[:_SAMPLES]
     for start in range(0, len(few), 64):
         values = look(few[start : start + 64], training=False)

@@ -87,8 +87,7 @@ class Compact(Strategy):
         names = context.selection.names(candidate.model)
         done = frozenset(name for g in candidate.guarantees if isinstance(g, Compacted) for name in g.layers)
         found, skipped = self._collect(candidate.model, names, done)
-        form = self._form()
-        chosen = found
+        form, chosen = self._form(), list(found)
         if found:
             damage = self._damage(candidate, form, found, context)
             chosen = self._within_budget(candidate.model, form, found, damage, context.stage)
@@ -103,7 +102,7 @@ class Compact(Strategy):
         compacted = rewrite(model, {name: form.build(model.get_layer(name), found) for name, found in parts.items()})
         result = candidate.evolve(model=compacted, skipped=context.skip(skipped))
         result = result.replaced({name: form.added(name) for name in chosen})
-        return context.recover(result.with_guarantee(form.guarantee(context.stage, list(chosen))))
+        return context.recover(result.with_guarantee(form.guarantee(context.stage, chosen)))
 
     def _form(self) -> Form:
         match self.form:
