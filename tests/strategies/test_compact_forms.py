@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tf_keras
@@ -14,6 +16,7 @@ from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
 from compress.graph.channels.reorder import exchangeable, reordered
+from compress.graph.selection import Rule, Selection
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.counts import count_macs
 from compress.metrics.tflite_file import TFLiteFile
@@ -24,6 +27,7 @@ from compress.strategies.compact.forms.octave import halved
 from compress.strategies.compact.forms.separable import Separable
 from compress.strategies.compact.replace import Compact
 from compress.strategies.lowrank.fitting import Goal
+from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -323,6 +327,26 @@ def test_any_order_computes_the_same(make):
     assert any((a != b).any() for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
     wanted = np.asarray(model(x))
     np.testing.assert_allclose(np.asarray(other(x)), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_bound_weights_stay_where_they_are():
+    model = network()
+    masks = {
+        f"{name}/kernel": np.random.default_rng(0).random(model.get_layer(name).kernel.shape) < 0.5
+        for name in ("one_b", "dense")
+    }
+    for name, mask in masks.items():
+        kernel = model.get_layer(name.partition("/")[0]).kernel
+        kernel.assign(kernel * mask)
+    zeros = Zeros("prune", masks)
+    selection = Selection(only=(Rule(name="one_a|two_a"),))
+    before = Candidate(model, (zeros,))
+    context = dataclasses.replace(context_of(model, correlated(2, (8, 8, 8, 4))), selection=selection)
+    free = Compact(form="grouped").apply(before, context)
+    assert zeros.check(free.model) == []
+    with pytest.raises(CompressError, match="one_a: its filters cannot be put in another order"):
+        only = dataclasses.replace(context, selection=Selection(only=(Rule(name="one_a"),)))
+        Compact(form="crelu").apply(before, only)
 
 
 @pytest.mark.parametrize(

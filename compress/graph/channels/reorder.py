@@ -38,13 +38,13 @@ def reordered(channels: Channels, source: np.ndarray) -> tf_keras.Model:
     model = copy_model(channels.model)
     values = {layer.name: layer.get_weights() for layer in model.layers}
     for (name, index), weight in channels.trace.weights.items():
-        values[name][index] = moved(values[name][index], weight.axes, channels, source)
+        values[name][index] = _moved(values[name][index], weight.axes, channels, source)
     for layer in model.layers:
         layer.set_weights(values[layer.name])
     return model
 
 
-def moved(value: np.ndarray, axes: Sequence[ChannelIds | None], channels: Channels, source: np.ndarray) -> np.ndarray:
+def _moved(value: np.ndarray, axes: Sequence[ChannelIds | None], channels: Channels, source: np.ndarray) -> np.ndarray:
     """Return an array, with these ids along its axes, in the new order."""
     for axis, ids in enumerate(axes):
         if ids is not None:

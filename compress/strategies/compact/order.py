@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from scipy.optimize import linear_sum_assignment
 
-from compress.candidate import Candidate
+from compress.candidate import Candidate, Guarantee
 from compress.graph.channels.groups import Channels
-from compress.graph.channels.reorder import exchangeable, moved, reordered
+from compress.graph.channels.reorder import exchangeable, reordered
+from compress.graph.channels.trace import NONE
 from compress.graph.fold import folding_gains
 from compress.strategies.compact.form import Form, Order
 
@@ -24,7 +26,8 @@ _WHITE = 0.75
 def ordered(candidate: Candidate, forms: Mapping[str, Form], samples: np.ndarray | None, seed: int) -> Candidate:
     """Return the candidate with its channels in the best order for these layers to have these forms.
 
-    ``samples``: calibration inputs, if energies are to be those of outputs and not of weights.
+    Channels of weights whose values an earlier stage has bound stay where they are. ``samples``: calibration inputs, if
+    energies are to be those of outputs and not of weights.
     """
     inputs = _powers(candidate.model, list(forms), samples)
     gains = folding_gains(candidate.model)
@@ -38,24 +41,27 @@ def ordered(candidate: Candidate, forms: Mapping[str, Form], samples: np.ndarray
     if not wanted:
         return candidate
     channels = Channels(candidate.model)
-    source = best_source(channels, wanted, seed)
-    if (source == np.arange(channels.count)).all():
-        return candidate
-    axes = {f"{weight.layer}/{weight.attribute}": weight.axes for weight in channels.trace.weights.values()}
-
-    def left(name: str, array: np.ndarray) -> np.ndarray:
-        return moved(array, axes[name], channels, source) if name in axes else array
-
-    guarantees = tuple(guarantee.cut(left) for guarantee in candidate.guarantees)
-    return candidate.evolve(model=reordered(channels, source), guarantees=guarantees)
+    source = best_source(channels, movable(channels, candidate.guarantees), wanted, seed)
+    return candidate.evolve(model=reordered(channels, source))
 
 
-def free_filters(model: tf_keras.Model) -> frozenset[str]:
+def movable(channels: Channels, guarantees: Sequence[Guarantee]) -> list[np.ndarray]:
+    """Return the sets of units that may change places, without those of weights whose values are bound."""
+    bound = {name for guarantee in guarantees for name in guarantee.weights()}
+    fixed = np.zeros(channels.count, bool)
+    for weight in channels.trace.weights.values():
+        if f"{weight.layer}/{weight.attribute}" in bound:
+            for ids in weight.axes:
+                units = np.zeros(0, np.int64) if ids is None else channels.units_of(ids)
+                fixed[units[units != NONE]] = True
+    return [left for units in exchangeable(channels) if (left := units[~fixed[units]]).size > 1]
+
+
+def free_filters(model: tf_keras.Model, guarantees: Sequence[Guarantee]) -> frozenset[str]:
     """Return the convolutions whose filters may all change places with each other."""
     channels = Channels(model)
-    sets = exchangeable(channels)
-    ends = _Ends.all(channels)
-    return frozenset(name for name, found in ends.items() if any(np.isin(found.written, units).all() for units in sets))
+    sets = movable(channels, guarantees)
+    return frozenset(name for name, ends in _Ends.all(channels).items() if ends.writes_freely(sets))
 
 
 @dataclass(frozen=True)
@@ -67,29 +73,32 @@ class _Ends:
 
     @classmethod
     def all(cls, channels: Channels) -> dict[str, _Ends]:
-        """Return those of all layers with a kernel that is not shared out to several channels of one unit."""
+        """Return those of all convolutions that read and write nothing but channels."""
         found = {}
         for weight in channels.trace.weights.values():
             if weight.attribute == "kernel" and len(weight.axes) == 4:
                 read, written = (None if ids is None else channels.units_of(ids) for ids in weight.axes[2:])
-                if read is not None and written is not None:
+                if read is not None and written is not None and not (np.append(read, written) == NONE).any():
                     found[weight.layer] = cls(read, written)
         return found
 
+    def writes_freely(self, sets: Sequence[np.ndarray]) -> bool:
+        """Say whether any two of the channels written may change places."""
+        distinct = np.unique(self.written).size == self.written.size
+        return distinct and any(np.isin(self.written, units).all() for units in sets)
 
-def best_source(channels: Channels, wanted: Mapping[str, Order], seed: int) -> np.ndarray:
+
+def best_source(channels: Channels, sets: Sequence[np.ndarray], wanted: Mapping[str, Order], seed: int) -> np.ndarray:
     """Return for each unit the one whose channels had best lie in its place [count].
 
-    One set of exchangeable units after the other is assigned its places, the others held, until nothing is gained; from
-    several starts.
+    One of the ``sets`` of units that may change places is assigned its places after the other, the others held, until
+    nothing is gained; from several starts.
     """
-    ends, sets = _Ends.all(channels), exchangeable(channels)
+    ends = _Ends.all(channels)
     fixed = np.arange(channels.count)
     for name, order in wanted.items():
-        if order.filters is not None and name in ends:
-            written = ends[name].written
-            if any(np.isin(written, units).all() for units in sets) and np.unique(written).size == written.size:
-                fixed[written] = written[order.filters]
+        if order.filters is not None and name in ends and ends[name].writes_freely(sets):
+            fixed[ends[name].written] = ends[name].written[order.filters]
     layers = [(ends[name], order) for name, order in wanted.items() if order.energy is not None and name in ends]
     if not layers:
         return fixed
@@ -169,7 +178,7 @@ def _powers(model: tf_keras.Model, names: list[str], samples: np.ndarray | None)
     few = samples[:_SAMPLES]
     for start in range(0, len(few), 64):
         values = look(few[start : start + 64], training=False)
-        for name, tensor in zip(names, values if len(names) > 1 else [values], strict=True):
+        for name, tensor in zip(names, tf.nest.flatten(values), strict=True):
             x = np.asarray(tensor)
             found[name]["whole"].append(np.mean(x**2, (1, 2)))
             even = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]

@@ -5,7 +5,7 @@ The forms name their sources (:mod:`compress.strategies.compact.forms`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect, Skipped
+from compress.candidate import Candidate, Effect, Guarantee, Skipped
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, kernels
@@ -80,13 +80,12 @@ class Compact(Strategy):
 
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Only the Conv2D layers that can be replaced."""
-        return frozenset(self._collect(model, selection.names(model), frozenset())[0])
+        return frozenset(self._collect(model, selection.names(model), ())[0])
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Choose layers, replace them, recover."""
         names = context.selection.names(candidate.model)
-        done = frozenset(name for g in candidate.guarantees if isinstance(g, Compacted) for name in g.layers)
-        found, skipped = self._collect(candidate.model, names, done)
+        found, skipped = self._collect(candidate.model, names, candidate.guarantees)
         form, chosen = self._form(), list(found)
         if found:
             damage = self._damage(candidate, form, found, context)
@@ -94,7 +93,7 @@ class Compact(Strategy):
         left = sorted(set(found) - set(chosen))
         skipped += [Skipped(name, "not needed for the budget", True) for name in left]
         if not chosen:
-            if done:
+            if any(isinstance(guarantee, Compacted) for guarantee in candidate.guarantees):
                 return candidate.evolve(model=rewrite(candidate.model), skipped=context.skip(skipped))
             raise context.nothing_done(f"a Conv2D for which a {form.name} one is cheaper", skipped)
         candidate, parts = self._fitted(candidate, dict.fromkeys(chosen, form), context)
@@ -117,14 +116,15 @@ class Compact(Strategy):
         return Separable(self.depth_multiplier)
 
     def _collect(
-        self, model: tf_keras.Model, names: frozenset[str], done: frozenset[str]
+        self, model: tf_keras.Model, names: frozenset[str], guarantees: Sequence[Guarantee]
     ) -> tuple[dict[str, Kernel], list[Skipped]]:
         """Return the layers that can be replaced, in order, and the others with the reason."""
         form, times = self._form(), calls(model)
+        done = {name for found in guarantees if isinstance(found, Compacted) for name in found.layers}
         taken = {layer.name for layer in model.layers}
         rectifying = free = None
         if form.before_relu:
-            rectifying, free = rectified(fold_batch_norm(model), ()), free_filters(model)
+            rectifying, free = rectified(fold_batch_norm(model), ()), free_filters(model, guarantees)
         found: dict[str, Kernel] = {}
         skipped: list[Skipped] = []
         for kernel in kernels(model):
