@@ -344,9 +344,9 @@ def test_bound_weights_stay_where_they_are():
     context = dataclasses.replace(context_of(model, correlated(2, (8, 8, 8, 4))), selection=selection)
     free = Compact(form="grouped").apply(before, context)
     assert zeros.check(free.model) == []
+    alone = dataclasses.replace(context, selection=Selection(only=(Rule(name="one_a"),)))
     with pytest.raises(CompressError, match="one_a: its filters cannot be put in another order"):
-        only = dataclasses.replace(context, selection=Selection(only=(Rule(name="one_a"),)))
-        Compact(form="crelu").apply(before, only)
+        Compact(form="crelu").apply(before, alone)
 
 
 @pytest.mark.parametrize(
