@@ -18,7 +18,10 @@ from compress.graph.einsum import einsum
 
 @dataclass(frozen=True)
 class NewLayer:
-    """A layer to be put into a model, and the weights it starts from (empty: its own initial ones)."""
+    """A layer to be put into a model, and the weights it starts from (empty: its own initial ones).
+
+    It may be a functional model of one input and one output: its layers, with their weights, are put in.
+    """
 
     layer: tf_keras.layers.Layer
     weights: tuple[np.ndarray, ...] = ()
@@ -253,11 +256,20 @@ class _Builder:
             with contextlib.suppress(ValueError):  # Of another form: it stays as it is.
                 return einsum(*arguments)
         fresh = self._fresh_layers(layer, prefix)
-        if len(fresh) == 1:
+        if len(fresh) == 1 and not isinstance(fresh[0], tf_keras.Model):
             return fresh[0](*arguments, **keywords)
         result = arguments[0]
         for replacement in fresh:
-            result = replacement(result)
+            is_model = isinstance(replacement, tf_keras.Model)
+            result = self._opened(replacement, result) if is_model else replacement(result)
+        return result
+
+    def _opened(self, fragment: tf_keras.Model, value: Any) -> Any:
+        """Lay a replacement open that is a model; its layers are new, so nothing is replaced in it."""
+        outside = self.replacements, self.edits, self.bypassed
+        self.replacements, self.edits, self.bypassed = {}, {}, {}
+        (result,) = self.inline(fragment, [value])
+        self.replacements, self.edits, self.bypassed = outside
         return result
 
     def _fresh_layers(self, layer: tf_keras.layers.Layer, prefix: str) -> list[tf_keras.layers.Layer]:
@@ -272,12 +284,13 @@ class _Builder:
             else:
                 self.replaced.add(layer.name)
                 fresh = [new.layer for new in chain]
-                self._names.update(item.name for item in fresh)
+                self._names.update(item.name for item in fresh if not isinstance(item, tf_keras.Model))
                 self.pending.extend((new.layer, list(new.weights)) for new in chain if new.weights)
             for item in fresh:
                 item.trainable = layer.trainable
             for depth in range(1, len(self._path) + 1):
-                self.nests.setdefault("/".join(self._path[:depth]), set()).update(item.name for item in fresh)
+                names = (item.name for item in fresh if not isinstance(item, tf_keras.Model))
+                self.nests.setdefault("/".join(self._path[:depth]), set()).update(names)
             self._fresh[id(layer)] = fresh
         return self._fresh[id(layer)]
 

@@ -302,6 +302,12 @@ class TFLiteFile:
         operator, weights = found[0]
         return operator.name == "DEPTHWISE_CONV_2D" or (operator.name == "CONV_2D" and weights.shape[-1] == 1)
 
+    @cached_property
+    def groups(self) -> list[int]:
+        """Into how many groups each convolution divides its input channels, the undivided left out."""
+        pairs = ((self.tensors[op.inputs[0]].shape[-1], w.shape[-1]) for op, w in self.weighted if op.name == "CONV_2D")
+        return [channels // read for channels, read in pairs if channels > read]
+
     def output_channels_of(self, layer: str) -> int | None:
         """Return how many channels the layer's last operator writes; None if the file does not name it."""
         # A separable convolution is two operators: what the second writes leaves the layer.

@@ -6,6 +6,7 @@ al., Channel Pruning (arXiv 1707.06168), for re-solving the layer that reads wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +75,14 @@ def moments(
     weights: np.ndarray | None = None,
     *,
     known: Moments | None = None,
+    rows: Callable[[tf_keras.layers.Layer, np.ndarray], tf.Tensor] = rows_of,
     batch: int = 64,
 ) -> Moments:
     """Stream the moments of a layer over samples ``x`` with ``targets`` [samples, ..., outputs].
 
     ``weights`` [samples, ...] says how much each place counts. Of large maps only the first samples are taken, so many
     that there are enough places. ``known``: moments of the same inputs with other targets; the inputs' are taken over.
+    ``rows`` says what an output value is a weighted sum of, where it is not :func:`rows_of`.
     """
     places = int(np.prod(targets.shape[1:-1], dtype=np.int64))
     samples = min(len(x), max(batch, _MOST_PLACES // max(places, 1)))
@@ -88,16 +91,16 @@ def moments(
     for start in range(0, samples, batch):
         part = slice(start, min(start + batch, samples))
         # In single precision rounding would exceed the ridge, and the sum would not be positive definite.
-        rows = tf.cast(tf.reshape(rows_of(layer, x[part]), [-1, size - 1]), tf.float64)
-        rows = tf.concat([rows, tf.ones([tf.shape(rows)[0], 1], tf.float64)], 1)
+        read = tf.cast(tf.reshape(rows(layer, x[part]), [-1, size - 1]), tf.float64)
+        read = tf.concat([read, tf.ones([tf.shape(read)[0], 1], tf.float64)], 1)
         wanted = tf.reshape(tf.constant(targets[part], tf.float64), [-1, targets.shape[-1]])
-        weighted = rows
+        weighted = read
         if weights is not None:
-            weighted = rows * tf.reshape(tf.constant(weights[part], tf.float64), [-1, 1])
+            weighted = read * tf.reshape(tf.constant(weights[part], tf.float64), [-1, 1])
         if known is None:
-            inputs += tf.matmul(weighted, rows, transpose_a=True).numpy()
+            inputs += tf.matmul(weighted, read, transpose_a=True).numpy()
         cross += tf.matmul(weighted, wanted, transpose_a=True).numpy()
-        total += float(rows.shape[0])
+        total += float(read.shape[0])
     if not layer.use_bias:
         # There is no bias to solve for: the constant is tied to nothing.
         inputs[-1], inputs[:, -1], cross[-1] = 0.0, 0.0, 0.0

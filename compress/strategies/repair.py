@@ -6,7 +6,7 @@ what makes the sum that it is added to that of the original again; and the norms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,7 +58,7 @@ class Repair:
         _require_walkable(self.model)
         self.folded = fold_batch_norm(self.model)
         self._sums = _sums(self.folded)
-        self._rectified = _rectified(self.folded, self._sums)
+        self._rectified = rectified(self.folded, self._sums)
         self.alive: dict[str, np.ndarray] = {}
         """Layer -> which of its weights may be other than zero, [inputs, outputs]."""
         self._fixed: set[str] = set()
@@ -99,8 +99,13 @@ class Repair:
         nearest such target, a few times; the error behind the ReLU falls each time. (Zhang et al., arXiv 1505.06798,
         section 3.2, minimise the same error; here it is bounded from above by one that is quadratic.)
         """
-        name = step.layer.name
         assign_matrix(step.layer, solution(known))
+        for target in self.rectified_targets(walk, step):
+            assign_matrix(step.layer, solution(self.moments(step, target, known)))
+
+    def rectified_targets(self, walk: Walk, step: Step) -> Iterator[np.ndarray]:
+        """Yield what a layer before a ReLU should give, each time anew by what it gives by then."""
+        name = step.layer.name
         if name not in self._rectified or name in self._fixed:
             return
         others = [tensor for tensor in self._sums.get(name, ()) if tensor in walk.values]
@@ -108,8 +113,7 @@ class Repair:
         wanted = linear_output(step.node.layer, step.inputs[0]) + sum((walk.values[t] for t in others), np.float32(0))
         for _ in range(_RECTIFIED_ROUNDS):
             now = linear_output(step.layer, step.changed_inputs[0]) + beside
-            target = np.where(wanted > 0, wanted, np.minimum(now, 0)) - beside
-            assign_matrix(step.layer, solution(self.moments(step, target, known)))
+            yield np.where(wanted > 0, wanted, np.minimum(now, 0)) - beside
 
     def solved(
         self, layer: str, known: Moments, before: np.ndarray, ridge: float, left: np.ndarray | None = None
@@ -210,7 +214,7 @@ def _sums(model: tf_keras.Model) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _rectified(model: tf_keras.Model, sums: Collection[str]) -> frozenset[str]:
+def rectified(model: tf_keras.Model, sums: Collection[str]) -> frozenset[str]:
     """Return the layers whose output, or the sum that it goes into, is read by ReLUs alone."""
     following = consumers(model)
 
@@ -302,9 +306,8 @@ def linear_output(layer: tf_keras.layers.Layer, x: np.ndarray, batch: int = 128)
         if isinstance(layer, tf_keras.layers.Dense):
             output = tf.tensordot(value, layer.kernel, 1)
         else:
-            output = tf.nn.convolution(
-                value, layer.kernel, layer.strides, layer.padding.upper(), dilations=layer.dilation_rate
-            )
+            # By its own method: what stands in for another kind of convolution has another.
+            output = layer.convolution_op(value, layer.kernel)
         parts.append(np.asarray(output + layer.bias if layer.use_bias else output))
     return np.concatenate(parts)
 

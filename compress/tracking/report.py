@@ -201,6 +201,7 @@ _SLOW_REASONS = {
     "MultiBias": "repeating and shifting responses moves as many bytes as it saves work",
     "Rank": "two small operators cost more than their multiply-adds say",
     "SeparableForm": "depthwise convolutions do little work for each byte that they move",
+    "OctaveForm": "averaging, repeating and joining maps takes the time that the multiply-adds no longer take",
     "Stored": "the runtime may lack faster kernels for this type on this processor, or convert back to float",
 }
 

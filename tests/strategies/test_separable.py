@@ -13,7 +13,8 @@ from compress.data.source import Split, make_data
 from compress.errors import CompressError
 from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_macs
-from compress.strategies.compact.separable import Compact, separable_approximation
+from compress.strategies.compact.forms.separable import separable_approximation
+from compress.strategies.compact.replace import Compact
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 

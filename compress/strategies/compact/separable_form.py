@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import tf_keras
 
-from compress.candidate import Guarantee, Violation
+from compress.candidate import Violation
 from compress.metrics.tflite_file import TFLiteFile
+from compress.strategies.compact.guarantees import Compacted
 
 
 @dataclass(frozen=True)
-class SeparableForm(Guarantee):
+class SeparableForm(Compacted):
     """Layer ``name`` is preceded by the depthwise convolution ``pairs[name]``."""
 
     pairs: Mapping[str, str]

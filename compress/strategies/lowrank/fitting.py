@@ -79,12 +79,12 @@ class Fit:
         other = "".join(letter if letter not in self.form.shared else letter.upper() for letter in inner)
         wanted = self.form.shared + self.form.shared.upper()
         size = int(np.prod([kernel.shape[letters.index(letter)] for letter in self.form.shared]))
-        return _roots(np.einsum(f"{inner}{other}->{wanted}", moments).reshape(size, size))
+        return roots(np.einsum(f"{inner}{other}->{wanted}", moments).reshape(size, size))
 
     @cached_property
     def _right(self) -> tuple[np.ndarray, np.ndarray]:
         assert self.goal.metric is not None
-        return _roots(self.goal.metric)
+        return roots(self.goal.metric)
 
     @cached_property
     def decomposition(self) -> Decomposition:
@@ -159,7 +159,7 @@ class Fit:
             return self._mixed(self._mixed(residual, form.terms[0], inverse), form.terms[0], inverse)
 
         start = factors[index]
-        return _conjugate_gradients(
+        return conjugate_gradients(
             lambda x: gradient(kernel_of(x)), gradient(goal.kernel - kernel_of(start)), start, conditioned
         )
 
@@ -189,7 +189,7 @@ def _bond(form: Form) -> str:
     return next(letter for letter in form.terms[-1] if letter not in form.letters)
 
 
-def _conjugate_gradients(
+def conjugate_gradients(
     operator: Callable[[np.ndarray], np.ndarray],
     residual: np.ndarray,
     start: np.ndarray,
@@ -211,7 +211,7 @@ def _conjugate_gradients(
     return x
 
 
-def _roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the symmetric root of a positive matrix and its inverse; what is nearly zero counts as small."""
     values, vectors = np.linalg.eigh(matrix)
     values = np.maximum(values, _FLOOR * max(float(values[-1]), 1e-30))
