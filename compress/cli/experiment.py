@@ -32,8 +32,8 @@ class Column:
     """A column of the rendered table.
 
     ``ours`` is a dotted path into ``report.json``, ``published`` a column of the published table; one of them may be
-    absent. In a path ``{layer}`` stands for the row's layer, a pattern sums over the keys of its place that match (``*``
-    over all, ``conv_*|fc`` over some), and a number counts the items of a list from 0. With ``removed_from``, another
+    absent. In a path ``{layer}`` stands for the row's layer, a pattern sums over the keys of its place that match
+    (``*``: all, ``conv_*|fc``: some), and a number counts the items of a list from 0. With ``removed_from``, another
     path, ours is the percentage of that number that is gone, with ``share_of`` the percentage that it is. Ours is then
     multiplied by ``scale``. With a ``tolerance`` the difference is judged (``printed``: half a unit of the last digit
     that was published); with ``at_least`` only ours being lower counts.

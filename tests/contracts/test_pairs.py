@@ -20,7 +20,7 @@ ALIKE = {
     *("block_toeplitz", "butterfly", "kronecker", "low_displacement"),
     *("transferred", "convolutional_head", "finetune"),
 }
-"""What they do to a pipeline is what block_circulant does, hashed (transferred) or distill (finetune), by the same code."""
+"""What they do to a pipeline is what block_circulant does, or hashed (transferred), or distill (finetune)."""
 OTHERS = sorted({file.stem for file in (conf_dir() / "strategy").glob("*.yaml")} - set(PLAIN) - ALIKE)
 PAIRS = [
     *((first, second) for first in PLAIN for second in PLAIN),

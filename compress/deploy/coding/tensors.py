@@ -326,9 +326,7 @@ class Transferred(Form):
                 stream = draft_symbols(slots, metas_of(hint) * transformations(hint), tables, coders)
                 stored = book[used]
                 inner = Shape(len(stored), 1, shape.float32)
-                return _draft(stored, inner, stream.tables, coders, _DENSE).after(
-                    head, varint(metas_of(hint)), stream
-                )
+                return _draft(stored, inner, stream.tables, coders, _DENSE).after(head, varint(metas_of(hint)), stream)
         return None
 
     def decode(self, reader: Reader, dtype: np.dtype, shape: Shape, tables: Tables) -> tuple[np.ndarray, Tables]:
