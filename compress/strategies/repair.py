@@ -37,7 +37,7 @@ class Importance:
     places: np.ndarray
     metric: np.ndarray
     scale: float
-    """Squared change of a logit for a squared error of one in each output, averaged over outputs and places."""
+    """Squared change of a logit for a squared error of one at every place of an output, averaged over the outputs."""
 
 
 @dataclass
@@ -280,8 +280,8 @@ def _importances(
         x = tf.constant(samples[start : start + 128])
         squares: list[np.ndarray | float] = [0.0] * len(listed)
         for _ in range(2):
-            signs = rng.choice([-1.0, 1.0], (len(x), width)).astype(np.float32)
-            for number, gradient in enumerate(compiled(x, tf.constant(signs - signs.mean(1, keepdims=True)))):
+            signs = rng.choice([-1.0, 1.0], (len(x), *model.output_shape[1:])).astype(np.float32)
+            for number, gradient in enumerate(compiled(x, tf.constant(signs - signs.mean(-1, keepdims=True)))):
                 squares[number] = squares[number] + tf.reduce_mean(gradient**2, -1).numpy()
                 flat = tf.reshape(gradient, [-1, gradient.shape[-1]])
                 metrics[number] += tf.matmul(flat, flat, transpose_a=True).numpy()

@@ -366,7 +366,7 @@ def test_bound_weights_stay_where_they_are():
         ({"form": "crelu"}, lambda: single(), "no ReLU alone reads it"),
         ({"form": "crelu"}, lambda: single(filters=7), "7 filters are not pairs"),
     ],
-    ids=str,
+    ids=lambda value: "model" if callable(value) else str(value),
 )
 def test_what_cannot_have_the_form_is_refused_with_the_reason(form, model, reason):
     with pytest.raises(CompressError, match=reason):
