@@ -141,13 +141,13 @@ NETWORKS: dict[str, Network] = {
                 "sparsity 0.99, then values that cost few bits, 0.004 of the bytes": _rate_distortion(
                     0.99, 0.004, (8, 2), 0.02
                 ),
-                "channels cut to 0.1 of the parameters, sparsity 0.9, then values that cost few bits, 0.003 of the "
-                "bytes": _cut_first(0.1, 0.9, ("strategy.rate_distortion.bytes=0.003",), (6, 2), 0.02),
-                "channels cut to 0.05 of the parameters, sparsity 0.85, 8 values": _cut_first(
-                    0.05, 0.85, ("strategy.share.clusters=8",), (6, 2), 0.02
+                "sparsity 0.989, 8 values, 24 epochs": _deep_compression(0.989, 8, (20, 4), 0.02, 0.5, "smallest"),
+                "channels cut to 0.1 of the parameters, sparsity 0.9, 8 values": _cut_first(
+                    0.1, 0.9, ("strategy.share.clusters=8",), (8, 3), 0.005
                 ),
-                "channels cut to 0.05 of the parameters, sparsity 0.85, then values that cost few bits, 0.002 of the "
-                "bytes": _cut_first(0.05, 0.85, ("strategy.rate_distortion.bytes=0.002",), (6, 2), 0.02),
+                "channels cut to 0.15 of the parameters, sparsity 0.9, 8 values, 28 epochs": _cut_first(
+                    0.15, 0.9, ("strategy.share.clusters=8",), (12, 4), 0.005
+                ),
             },
         },
     ),
