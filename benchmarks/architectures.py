@@ -41,13 +41,18 @@ def randomise(model: tf_keras.Model) -> None:
             weight.assign(rng.normal(size=weight.shape) * 0.2)
     images = random_data(model).test.x
     if _magnified(model, images) > _MAGNIFIED:
-        norms = [layer for layer in model.layers if isinstance(layer, tf_keras.layers.BatchNormalization)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        model(images, training=True)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        settle(model, images)
+
+
+def settle(model: tf_keras.Model, images: np.ndarray) -> None:
+    """Give batch norms the statistics of the images, as training would have: ranges hold for no others."""
+    norms = [layer for layer in model.submodules if isinstance(layer, tf_keras.layers.BatchNormalization)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    model(images, training=True)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
 
 
 def _magnified(model: tf_keras.Model, images: np.ndarray) -> float:

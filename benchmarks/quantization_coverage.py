@@ -24,7 +24,7 @@ import_tensorflow()
 
 import numpy as np  # noqa: E402
 import tf_keras  # noqa: E402
-from architectures import ARCHITECTURES, accepts, build, random_data, randomise  # noqa: E402
+from architectures import ARCHITECTURES, accepts, build, random_data, randomise, settle  # noqa: E402
 from finished_rows import FinishedRows, Row, hand_over, run_apart  # noqa: E402
 
 from compress.candidate import Candidate  # noqa: E402
@@ -80,17 +80,6 @@ def measure(name: str, part: str) -> Row:
     except CompressError as error:
         row["failure"] = str(error)[:300]
     return row
-
-
-def settle(model: tf_keras.Model, images: np.ndarray) -> None:
-    """Give batch norms the statistics of the images, as training would have: ranges hold for no others."""
-    norms = [layer for layer in model.submodules if isinstance(layer, tf_keras.layers.BatchNormalization)]
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    model(images, training=True)
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.momentum = momentum
 
 
 def fake_quantized(candidate: Candidate, data: Data) -> tf_keras.Model:
