@@ -184,8 +184,8 @@ def page(rows: list[Row]) -> str:
         "Errors are those of the 6,000 training images that the data source holds out, with seed 0. Rules, fixed "
         "before the comparison: of the candidates for the paper's row, the lowest error that reaches the paper's "
         "factor (of equal ones the smaller file); of those for the row `further`, the smallest file with an error at "
-        f"least {MARGIN} points below the floor; if there is none, the lowest error that reaches the factor. The last three candidates of "
-        "LeNet-5 were added after the others had failed on these images.",
+        f"least {MARGIN} points below the floor; if there is none, the lowest error that reaches the factor. The "
+        "last three candidates of LeNet-5 were added after the others had failed on these images.",
         "",
         "| network | row | candidate | reference error % | error % | times smaller | chosen |",
         "|---|---|---|---|---|---|---|",
