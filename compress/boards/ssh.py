@@ -97,7 +97,7 @@ class Ssh(Timing, Board):
                 await asyncio.wait_for(self._run(connection, sent, answer), seconds)
             except TimeoutError:
                 answer.broken = f"no answer within {seconds:g} s"
-        if answer.code == 0:
+        if answer.code == 0 and answer.broken is None:
             return answer.text.partition("\n")[2]
         await self._clean_up(answer)
         raise BoardFailure(self._reason(answer))
