@@ -36,8 +36,8 @@ CASES = (
 )
 """Model, type, with real-time priority or not."""
 _END = (
-    "A run that is longer than the slice of time that a busy system gives is interrupted in the middle: beside eight to "
-    "nine waiting processes the last file kept the limit in 11 of 20 tries in turns, in 5 one after the other; "
+    "A run that is longer than the slice of time that a busy system gives is interrupted in the middle: beside eight "
+    "to nine waiting processes the last file kept the limit in 11 of 20 tries in turns, in 5 one after the other; "
     "`real_time=true` is for such machines."
 )
 TRIES, ALLOWED, LIMIT = 20, 1, 0.03
