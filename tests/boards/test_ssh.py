@@ -148,6 +148,13 @@ def test_what_goes_wrong_there_is_said(remote, made, program, code, said):
     assert re.search(said, failure_of(board(remote, timeout=3.0 if "sleep" in code else 60.0), made))
 
 
+def test_too_long_an_answer_of_a_program_that_ends_well_is_no_answer(remote, made, program, monkeypatch):
+    # The program has ended before it can be told to stop.
+    monkeypatch.setattr("asyncssh.SSHClientProcess.close", lambda process: None)
+    program("print('x' * 3_000_000)")
+    assert "more than" in failure_of(board(remote), made)
+
+
 def test_a_full_disk_there(remote, made, monkeypatch, tmp_path):
     # No file may become larger than 512 bytes there: as on a full disk, writing fails in the middle.
     limited = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))\n"
