@@ -15,7 +15,7 @@ from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
-from compress.graph.channels.reorder import exchangeable, reordered
+from compress.graph.channels.order import Order, exchangeable
 from compress.graph.selection import Rule, Selection
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.counts import count_macs
@@ -323,7 +323,7 @@ def test_any_order_computes_the_same(make):
     assert sum(map(len, sets)) >= 12
     for units in sets:
         source[units] = rng.permutation(units)
-    other = reordered(channels, source)
+    other = Order(channels, source).model()
     assert any((a != b).any() for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
     wanted = np.asarray(model(x))
     np.testing.assert_allclose(np.asarray(other(x)), wanted, atol=1e-5 * np.abs(wanted).max())
