@@ -286,7 +286,7 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
 
 
 def _at(value: Any, path: Sequence[str]) -> float | None:
-    if path and isinstance(value, list) and path[0].isdecimal():
+    if path and isinstance(value, list):
         value = dict(zip(map(str, range(len(value))), value, strict=True))
     if not path or not isinstance(value, Mapping):
         return None if path else value

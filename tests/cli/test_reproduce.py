@@ -99,6 +99,7 @@ def test_paths_may_sum_and_compare():
     stages = [{"measured": {"rate": 3.0}}, {"measured": {"rate": 4.5}}]
     assert "| all | 4.5 |" in page_of(rate, 0, {"stages": stages})
     assert "| all | - |" in page_of(rate, 0, {"stages": stages[:1]})
+    assert "| all | 7.5 |" in page_of(Column("rates", "stages.*.measured.rate"), 0, {"stages": stages})
 
 
 def test_rows_that_are_layers_belong_to_one_run(tmp_path):

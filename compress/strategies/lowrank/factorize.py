@@ -127,6 +127,8 @@ class LowRank(Strategy):
         result = result.replaced({unit.name: [new.layer.name for new in chains[unit.name]] for unit, _ in chosen})
         result = result.with_guarantee(rank_guarantee(context.stage, chosen))
         measured["macs_kept"] = count_macs(result.model) / count_macs(candidate.model)
+        measured["layers_factorized"] = float(len(chosen))
+        measured["layers_left_alone"] = float(len({unit.name for unit in units}) - len(chosen))
         return context.recover(result.evolve(measured=measured))
 
     def _budget(self) -> Budget:
