@@ -206,6 +206,8 @@ class Context:
             received=f"none ({reasons})",
             fix=f"Widen strategy.{self.stage}.only and skip, or leave the stage out."
             if self.selection.only or self.selection.skip
+            else "Choose settings that fit these layers, or leave the stage out."
+            if skipped
             else "Leave the stage out: the model has nothing for it.",
         )
 
