@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -105,9 +106,17 @@ class Teacher:
         return {name: np.asarray(value, np.float32) for name, value in self._named(tf.nest.flatten(outputs)).items()}
 
     def _digest(self, x: np.ndarray) -> str:
-        """Return a digest of all that decides the outputs: network, weights, layers looked at, images."""
-        digest = hashlib.sha256(repr((tf.__version__, self._layers, x.shape, x.dtype.str)).encode())
-        digest.update(self.model.to_json().encode())
+        """Return a digest of all that decides the outputs: network, weights, layers looked at, images.
+
+        Names are left out: Keras counts layers without a name of their own through a whole process.
+        """
+        numbers = {layer.name: str(number) for number, layer in enumerate(self.model.layers)}
+        network = self.model.to_json()
+        for name, number in (*numbers.items(), (self.model.name, "model")):
+            network = network.replace(json.dumps(name), json.dumps(number))
+        looked_at = [(name, numbers[name]) for name in self._layers]
+        digest = hashlib.sha256(repr((tf.__version__, looked_at, x.shape, x.dtype.str)).encode())
+        digest.update(network.encode())
         for weight in self.model.get_weights():
             digest.update(np.ascontiguousarray(weight).data)
         digest.update(np.ascontiguousarray(x).data)
