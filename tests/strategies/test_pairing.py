@@ -12,6 +12,7 @@ import tf_keras
 from compress.candidate import Candidate
 from compress.data.source import Augmentation, Split, make_data
 from compress.errors import CompressError
+from compress.graph.residual import residual_blocks, without_blocks
 from compress.graph.rewrite import copy_model
 from compress.strategies.distillation.losses.hints import Hints
 from compress.strategies.distillation.losses.relational_distance import RelationalDistance
@@ -82,6 +83,15 @@ def test_hints_compare_sums_of_one_name_and_size_else_the_last_layer_of_each_siz
     assert hint_layers(residual(), residual(inner=3)) == ("sum0", "sum1")
     assert hint_layers(plain(6), plain(6)) == ("relu1", "relu2")
     assert hint_layers(plain(6), plain(3)) == ("relu2",)
+
+
+def test_hints_of_a_network_that_is_as_deep_but_for_some_blocks_go_by_name_and_of_another_depth_do_not():
+    deep = residual(blocks=3)
+    flat = without_blocks(deep, tuple(b for b in residual_blocks(deep) if b.add == "sum1"))
+    assert hint_layers(deep, flat) == ("sum0", "sum2")
+    shallow = residual(blocks=2)
+    assert names(Hints().choose(Teacher(deep).layers, Layers(shallow))) == [("sum0", "sum1"), ("sum1", "sum2")]
+    assert names(Hints().choose(Teacher(shallow).layers, Layers(deep))) == [("sum1", "sum0"), ("sum2", "sum1")]
 
 
 def test_stages_are_paired_by_size_and_relative_depth():

@@ -131,8 +131,11 @@ def stage_pairs(teacher: Layers, student: Layers) -> list[Pair]:
 def same_layers(teacher: Layers, student: Layers) -> list[Pair]:
     """Pair layers of one name and one shape that end the networks' parts: sums of residual blocks.
 
-    Without any, the last such layer at each size of the maps.
+    Without any, the last such layer at each size of the maps. Empty for networks of one family that are not equally
+    deep: there, a name says which block it is, not how deep it lies.
     """
+    if _another_depth(teacher, student):
+        return []
     shared = [
         name
         for name in student.learned
@@ -144,6 +147,16 @@ def same_layers(teacher: Layers, student: Layers) -> list[Pair]:
     added = [name for name in shared if isinstance(student.model.get_layer(name), tf_keras.layers.Add)]
     chosen = added or list({student.shapes[name][:2]: name for name in shared}.values())
     return [pair(teacher, student, name, name) for name in chosen]
+
+
+def _another_depth(teacher: Layers, student: Layers) -> bool:
+    """Say whether a stage of one network is, by the names of its blocks, the start of the other's."""
+    ours, theirs = student.maps(), teacher.maps()
+    for size in ours.keys() & theirs.keys():
+        fewer, more = sorted((ours[size], theirs[size]), key=len)
+        if len(fewer) < len(more) and more[: len(fewer)] == fewer:
+            return True
+    return False
 
 
 def feature_pairs(teacher: Layers, student: Layers) -> list[Pair]:
