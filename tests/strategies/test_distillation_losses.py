@@ -47,14 +47,15 @@ def soft_targets(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, t
 
 
 def decoupled(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, t: float, loss: Loss) -> float:
-    """DKD, equation 7."""
+    """DKD, equation 7; a sample without a label (-1) has only other classes."""
     total = 0.0
     for p, q, label in zip(softened(teacher, t), softened(student, t), labels, strict=True):
         rest = [k for k in range(len(p)) if k != label]
-        binary = p[label] * np.log(p[label] / q[label])
-        binary += (1 - p[label]) * np.log((1 - p[label]) / (1 - q[label]))
-        among = sum(p[k] / (1 - p[label]) * np.log((p[k] / (1 - p[label])) / (q[k] / (1 - q[label]))) for k in rest)
-        total += loss.alpha * binary + loss.beta * among
+        others_p, others_q = (sum(x[k] for k in rest) for x in (p, q))
+        if label >= 0:
+            binary = p[label] * np.log(p[label] / q[label]) + others_p * np.log(others_p / others_q)
+            total += loss.alpha * binary
+        total += loss.beta * sum(p[k] / others_p * np.log((p[k] / others_p) / (q[k] / others_q)) for k in rest)
     return t**2 * total / len(labels)
 
 
@@ -260,7 +261,7 @@ def test_of_logits_the_value_and_the_gradient_are_the_formula(name, seed, count,
     case = CASES[name]
     loss = losses()[name](**case.fields)
     student, teacher = (3 * array for array in drawn(seed, count, [(classes,)] * 2))
-    labels = np.random.default_rng(seed).integers(0, classes, count)
+    labels = np.random.default_rng(seed).integers(-1, classes, count)
     logits = tf.constant(student)
     targets = tf.constant(np.log(softened(teacher.astype(np.float64), temperature)), tf.float32)
     with tf.GradientTape() as tape:

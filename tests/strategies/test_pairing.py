@@ -14,6 +14,7 @@ from compress.data.source import Augmentation, Split, make_data
 from compress.errors import CompressError
 from compress.graph.residual import residual_blocks, without_blocks
 from compress.graph.rewrite import copy_model
+from compress.models.resnet import cifar_resnet
 from compress.strategies.distillation.losses.hints import Hints
 from compress.strategies.distillation.losses.relational_distance import RelationalDistance
 from compress.strategies.distillation.losses.similarity import Similarity
@@ -106,6 +107,13 @@ def test_a_network_without_blocks_is_paired_by_the_last_layer_of_each_size():
     assert stages(plain(6), plain(3)) == [("relu1", "relu1"), ("relu2", "relu2")]
     assert stages(residual(stages=2), plain(3)) == [("relu1", "sum1"), ("relu2", "sum3")]
     assert stages(plain(6), plain(3, (8, 2))) == [("relu1", "relu1")]
+
+
+def test_maps_that_are_only_padded_are_no_stage():
+    expected = [f"stage{stage}_block{block}_add" for stage in (1, 2, 3) for block in (1, 2, 3)]
+    teacher, student = cifar_resnet(20), cifar_resnet(8)
+    assert list(sum(Layers(teacher).maps().values(), ())) == expected
+    assert stages(teacher, student) == [(f"stage{n}_block1_add", f"stage{n}_block3_add") for n in (1, 2, 3)]
 
 
 def test_without_a_common_size_the_stages_are_paired_by_depth():

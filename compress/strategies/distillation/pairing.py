@@ -16,6 +16,7 @@ from compress.graph.residual import sums
 from compress.graph.rewrite import Shape, calls, nodes
 
 _NORMS = (tf_keras.layers.BatchNormalization,)
+_PADDING = (tf_keras.layers.ZeroPadding2D, tf_keras.layers.Cropping2D)
 _ACTIVATIONS = (
     tf_keras.layers.ReLU,
     tf_keras.layers.Activation,
@@ -65,12 +66,13 @@ class Layers:
     def maps(self) -> dict[Shape, tuple[str, ...]]:
         """Return size of the maps (height, width) -> where the stage of this size ends.
 
-        That are the sums of its residual blocks, in order; in a network without any, its last layer.
+        That are the sums of its residual blocks, in order; in a network without any, its last layer. Maps that were
+        only padded, for the next layer, are no stage.
         """
         added = set(sums(self.model))
         stages: dict[Shape, list[str]] = {}
         for name in self.learned:
-            if len(self.shapes[name]) == 3:
+            if len(self.shapes[name]) == 3 and not isinstance(self.model.get_layer(name), _PADDING):
                 stages.setdefault(self.shapes[name][:2], []).append(name)
         return {size: tuple(name for name in names if name in added) or (names[-1],) for size, names in stages.items()}
 
