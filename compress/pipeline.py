@@ -208,6 +208,7 @@ class Pipeline:
             strict=self.strict,
             measure=self.board.measure,
             channel_multiple=self.board.channel_multiple,
+            keep=self.cache.arrays,
             other_model=functools.cache(self._teacher),
         )
         candidate, results = reference, []

@@ -7,6 +7,7 @@ function; so it costs what ``fit`` costs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,12 @@ class Recovery:
     batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 128
     temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
-    hint_weight: Annotated[float, Ge(0), Le(1e6)] = 0.0
+    label_weight: Annotated[float, Ge(0), Le(1e6)] | None = None
+    """What the loss of the labels is multiplied with beside a teacher; None: what ``soft_weight`` leaves of 1."""
+    losses: Mapping[str, Annotated[float, Ge(0), Le(1e9)] | dict[str, Any]] | None = None
+    """Further losses between student and teacher: name -> weight, or its settings, the weight among them."""
+    pairs: Mapping[str, str] | None = None
+    """Student's layer -> the teacher's layer that losses of inner layers compare it with; None: they choose."""
     teachers: tuple[str, ...] = ()
     """Names or files of models that teach together; the pipeline's reference model alone if there are none."""
     mixup: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -359,10 +365,9 @@ class _Trainee(tf_keras.Model):
             if ratio is not None:
                 other = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[::-1], logits=logits)
                 losses = ratio * losses + (1.0 - ratio) * other
-            task = tf.reduce_mean(losses)
-            loss = task
+            loss = math.prod(term.task_weight for term in plan["terms"]) * tf.reduce_mean(losses)
             for term in plan["terms"]:
-                loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices, features))
+                loss += term(Batch(inputs, labels, logits, indices, features))
             total = tf.add_n([loss, *self.losses]) if self.losses else loss
         own_variables = [variable for term in plan["terms"] for variable in term.variables]
         variables = [*self.trainable_variables, *own_variables]

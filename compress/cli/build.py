@@ -23,6 +23,7 @@ from compress.graph.selection import Position, Rule, Selection
 from compress.models.file import FileModel
 from compress.models.source import ModelSource
 from compress.pipeline import Pipeline, Stage
+from compress.strategies.distillation.terms import chosen_losses
 from compress.strategies.strategy import REFERENCE, Strategy
 from compress.tracking.store import TrackingSettings
 from compress.training import Recovery
@@ -210,9 +211,11 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
         if key not in _field_names(Recovery):
             raise _unknown_key(f"{where}.{key}", key, _field_names(Recovery))
     try:
-        return Recovery(**values)
+        recovery = Recovery(**values)
     except ValidationError as error:
         raise _invalid(error, where, {}) from error
+    chosen_losses(recovery, where)
+    return recovery
 
 
 def _positive(value: Any, where: str) -> int:

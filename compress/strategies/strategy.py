@@ -18,9 +18,8 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
 from compress.progress import progress
-from compress.strategies.distillation.hints import Hints, hint_layers
-from compress.strategies.distillation.soft_targets import SoftTargets
-from compress.strategies.distillation.teacher import Teacher
+from compress.strategies.distillation.teacher import Keep, Teacher, keep_nothing
+from compress.strategies.distillation.terms import distillation_terms
 from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, augment, train
 
 STRICT = ConfigDict(extra="forbid")
@@ -54,6 +53,8 @@ class Context:
     """
     channel_multiple: int = 1
     """The board computes as long for fewer channels than the next multiple of this."""
+    keep: Keep = keep_nothing
+    """Keeps arrays on disk, for runs that would make the same."""
     other_model: Callable[[str], tf_keras.Model] | None = None
     """Returns the trained model that ``recovery.teachers`` names."""
 
@@ -72,13 +73,7 @@ class Context:
         """
         if not self.recovery.trains:
             return candidate
-        extra = list(terms)
-        soft = next((term for term in extra if isinstance(term, SoftTargets)), None)
-        if self.recovery.method == "distill" and soft is None:
-            soft = SoftTargets(self.teachers(), self.recovery.temperature, self.recovery.soft_weight)
-            extra.append(soft)
-        if soft is not None and self.recovery.hint_weight:
-            extra.append(self._hints(soft.teachers[0], candidate.model))
+        extra = [*terms, *self.distillation(candidate.model)]
         with progress(self.stage) as shown:
             train(
                 candidate.model,
@@ -94,6 +89,13 @@ class Context:
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
             )
         return candidate
+
+    def distillation(self, student: tf_keras.Model) -> list[LossTerm]:
+        """Return what a model is to learn from its teachers: nothing, unless the recovery distils."""
+        if self.recovery.method != "distill":
+            return []
+        where = f"strategy.{self.stage}.recovery"
+        return distillation_terms(self.recovery, self.teachers(), student, seed=self.seed, where=where, keep=self.keep)
 
     def teachers(self) -> list[Teacher]:
         """Return who teaches: what ``recovery.teachers`` names, or else the reference model.
@@ -116,17 +118,6 @@ class Context:
                 fix="Name models that were trained on the same inputs and classes.",
             )
         return model
-
-    def _hints(self, teacher: Teacher, student: tf_keras.Model) -> Hints:
-        layers = hint_layers(teacher.model, student)
-        if not layers:
-            raise CompressError(
-                f"strategy.{self.stage}.recovery.hint_weight",
-                expected="layers of the model that give maps of the size that the reference's give, under one name",
-                received="none",
-                fix=f"Write strategy.{self.stage}.recovery.hint_weight=0.",
-            )
-        return Hints(teacher, layers, self.recovery.hint_weight)
 
     def median_latency(self, artifact: Artifact, instead: str) -> float:
         """Return the median latency of a file on the board, in milliseconds; its estimate, if it runs nothing.

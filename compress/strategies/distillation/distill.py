@@ -5,6 +5,7 @@ Source: Hinton, Vinyals, Dean (arXiv 1503.02531).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from annotated_types import Gt, Le
@@ -12,7 +13,6 @@ from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect
 from compress.graph.rewrite import copy_model
-from compress.strategies.distillation.soft_targets import SoftTargets
 from compress.strategies.strategy import STRICT, Context, Strategy
 
 
@@ -29,4 +29,7 @@ class Distill(Strategy):
         """Train a copy."""
         context.require_training()
         student = candidate.evolve(model=copy_model(candidate.model), skipped=())
-        return context.recover(student, terms=[SoftTargets(context.teachers(), self.temperature, self.soft_weight)])
+        recovery = replace(
+            context.recovery, method="distill", temperature=self.temperature, soft_weight=self.soft_weight
+        )
+        return context.for_stage(context.stage, recovery=recovery).recover(student)
