@@ -6,7 +6,7 @@ Nothing here looks at data: how the copy is trained is not this room's business.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Smaller:
     """(layer, reason)."""
 
 
-def narrower(model: tf_keras.Model, share: float) -> Smaller:
+def narrower(model: tf_keras.Model, share: float, names: Collection[str] | None = None) -> Smaller:
     """Return a copy in which every layer has about ``share`` of its channels, at least one.
 
     Coupled channels go together. Where several layers write some of a group's channels each, every one of them is
@@ -49,6 +49,7 @@ def narrower(model: tf_keras.Model, share: float) -> Smaller:
     Args:
         model: a flat functional model.
         share: part of the channels that is kept, above 0 and below 1.
+        names: layers that may become narrower; coupled ones do only if all of them may. None: all.
     """
     channels = Channels(model)
     stay = np.ones(channels.count, bool)
@@ -59,6 +60,9 @@ def narrower(model: tf_keras.Model, share: float) -> Smaller:
         if group.kept_because is not None:
             if group.members:
                 left_alone.append((group.name, group.kept_because))
+            continue
+        owners = {member.weight.layer for member in group.members}
+        if names is not None and not set(group.writers) & owners <= set(names):
             continue
         norms[group.units] = _norms(model, group)
         for units in _alike(channels, group):
@@ -94,7 +98,7 @@ def _norms(model: tf_keras.Model, group: Group) -> np.ndarray:
     return total
 
 
-def shallower(model: tf_keras.Model, share: float) -> Smaller:
+def shallower(model: tf_keras.Model, share: float, names: Collection[str] | None = None) -> Smaller:
     """Return a copy in which every stage has about ``share`` of its residual blocks, at least one, evenly spread.
 
     A stage are the sums of one shape. A block whose shortcut changes something stays, and counts as one of its stage. A
@@ -104,17 +108,24 @@ def shallower(model: tf_keras.Model, share: float) -> Smaller:
     Args:
         model: a flat functional model.
         share: part of the blocks that is kept, above 0 and below 1.
+        names: layers that may go; a block does only if all of its layers with weights may. None: all.
     """
     blocks = {block.add: block for block in residual_blocks(model)}
     if blocks:
         shapes = {name: tuple(model.get_layer(name).output_shape) for name in sums(model)}
-        gone = _spread(shapes, set(blocks), share)
+        may = {name for name, block in blocks.items() if names is None or _weighted(model, block.layers) <= set(names)}
+        gone = _spread(shapes, may, share)
         bypassed = {name: blocks[name].shortcut for name in gone}
         return Smaller(rewrite(model, bypassed=bypassed), tuple(n for name in gone for n in blocks[name].layers))
     shapes, removable = _plain_layers(model)
-    gone = _spread(shapes, set(removable), share)
+    may = {name for name, own in removable.items() if names is None or _weighted(model, own) <= set(names)}
+    gone = _spread(shapes, may, share)
     names = [layer for name in gone for layer in removable[name]]
     return Smaller(rewrite(model, {name: [] for name in names}), tuple(names))
+
+
+def _weighted(model: tf_keras.Model, names: Collection[str]) -> set[str]:
+    return {name for name in names if kernel_attributes(model.get_layer(name))}
 
 
 def _spread(shapes: dict[str, tuple[Any, ...]], removable: set[str], share: float) -> list[str]:

@@ -14,6 +14,7 @@ class Finetune(Strategy):
     """Train the candidate as ``recovery`` says; every guarantee is kept."""
 
     effects = frozenset({Effect.TRAIN})
+    needs_labels = True
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Train a copy."""
