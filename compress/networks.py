@@ -42,15 +42,19 @@ class Networks:
         require_same_values(model, name, reference, data, where)
         return model
 
-    def student(self, name: str, reference: tf_keras.Model, data: Data, seed: int) -> tf_keras.Model:
+    def student(
+        self, name: str, reference: tf_keras.Model, data: Data, seed: int, where: str = "student"
+    ) -> tf_keras.Model:
         """Return the untrained network, of as many classes as the reference model has.
+
+        ``where``: who wants it, for errors.
 
         Raises:
             CompressError: if it does not fit the data.
         """
         tf_keras.backend.reset_uids()
         classes = int(reference.output_shape[-1] or data.classes)
-        with _said_of(name):
+        with _said_of(where):
             return copy_model(self.students[name].build(dataclasses.replace(data, classes=classes), seed))
 
     def refuse_misfits(self, reference: tf_keras.Model, data: Data, seed: int, users: Callable[[str], str]) -> None:
@@ -63,7 +67,7 @@ class Networks:
         """
         data = data.fitted_to(reference, f"model {reference.name}")
         for name in self.students:
-            model = self.student(name, reference, data, seed)
+            model = self.student(name, reference, data, seed, users(name))
             require_same_classes(model, name, reference, users(name), "student")
         for name, source in self.teachers.items():
             with _said_of(f"recovery.teachers, {name}"):

@@ -79,7 +79,7 @@ class Stage(Strategy):
         recovering = Recovering(inner, candidate.model)
         candidate = candidate.evolve(measured={}, recovered=None)
         for turn in range(self.repeat):
-            inner = recovering.context(candidate.model, turn, trains=Effect.TRAIN in self.strategy.effects)
+            inner = recovering.context(candidate.model, turn, self.strategy)
             candidate = self.strategy.apply(candidate, inner)
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check(candidate.model), self.name, "the model")
@@ -441,7 +441,8 @@ def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:
     for stage in stages:
         if stage.strategy.needs_labels:
             require_labels(data, stage.name, f"{stage.name} learns from them")
-        if Effect.TRAIN in stage.strategy.effects and stage.recovery.trains and stage.recovery.method == "finetune":
+        trains = Effect.TRAIN in stage.strategy.effects and not stage.strategy.own_recovery and stage.recovery.trains
+        if trains and stage.recovery.method == "finetune":
             require_labels(data, stage.name, "recovery.method=finetune learns from nothing else")
 
 

@@ -55,6 +55,8 @@ class Recovery:
     teachers: tuple[str, ...] = ()
     """Names or files of models that teach together; the pipeline's reference model alone if there are none."""
     mixup: Annotated[float, Ge(0), Le(1)] = 0.0
+    augment: bool = True
+    """Whether training images are changed as the data say; the teacher may have learned from changed ones anyway."""
 
     def part(self, share: float) -> Recovery:
         """Return the same with ``share`` of the epochs."""
@@ -200,9 +202,10 @@ def train(
     batch_size = min(recovery.batch_size, len(data.train))
     steps = max(1, round(recovery.epochs * len(data.train) / batch_size))
     tf_keras.utils.set_random_seed(seed)
+    augmentation = data.augmentation if recovery.augment else Augmentation()
     for term in terms:
         # Mixed images are new at every step, as augmented ones are.
-        term.prepare(data, batch_size, same_images=not (data.augmentation or recovery.mixup))
+        term.prepare(data, batch_size, same_images=not (augmentation or recovery.mixup))
     tapped = list(dict.fromkeys(name for term in terms for name in term.layers))
     tensors = [model.get_layer(name).output for name in tapped]
     latents = {}
@@ -225,7 +228,7 @@ def train(
     )
     # A compiled loss would be added to ours; the loop's loss is `_Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
-    batches = training_batches(data.train, batch_size, steps, seed, data.augmentation)
+    batches = training_batches(data.train, batch_size, steps, seed, augmentation)
     started = time.perf_counter()
     callback = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
     with groups_apart(model), _settling_statistics(model, steps):

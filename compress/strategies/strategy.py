@@ -250,6 +250,8 @@ class Strategy(ABC):
     """How the file is written from then on, if it decides that."""
     needs_labels: ClassVar[bool] = False
     """Whether it learns from labels, whatever its recovery."""
+    own_recovery: ClassVar[bool] = False
+    """Whether it says itself who teaches, so that ``recovery.method`` says nothing but whether it trains."""
 
     @abstractmethod
     def apply(self, candidate: Candidate, context: Context) -> Candidate:

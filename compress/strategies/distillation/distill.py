@@ -42,6 +42,8 @@ class Distill(StudentStrategy):
     omit: tuple[Annotated[int, Ge(0)], ...] = ()
     raise_bias: bool = False
 
+    own_recovery = True
+
     def __post_init__(self) -> None:
         """Refuse fields that do nothing."""
         super().__post_init__()

@@ -43,6 +43,7 @@ class Mutual(StudentStrategy):
     weight: Annotated[float, Gt(0), Le(1e6)] = 1.0
 
     needs_labels = True
+    own_recovery = True
 
     def models(self) -> tuple[str, ...]:
         """Name the networks that learn."""

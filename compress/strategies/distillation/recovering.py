@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import tf_keras
 
-from compress.candidate import Recovered
+from compress.candidate import Effect, Recovered
 from compress.strategies.distillation.automatic import choose
 from compress.strategies.distillation.judging import judged_part, probabilities
-from compress.strategies.strategy import REFERENCE, Context
+from compress.strategies.strategy import REFERENCE, Context, Strategy
 
 AUTO = "auto"
 
@@ -25,18 +25,20 @@ class Recovering:
         self._trained = False
         self._taught = False
 
-    def context(self, previous: tf_keras.Model, turn: int, *, trains: bool) -> Context:
+    def context(self, previous: tf_keras.Model, turn: int, strategy: Strategy) -> Context:
         """Return what the strategy works in.
 
         Args:
             previous: the model that it is given.
             turn: how often it was applied before, in this stage.
-            trains: whether it changes weights.
+            strategy: what will be done.
         """
         seed = (self._stage.seed + turn) % 2**31
         context = dataclasses.replace(self._stage, previous=previous, on_recovery=self._heard, seed=seed)
-        if context.recovery.method == AUTO and trains:
-            recovery, self._why = choose(context.recovery, context.data, context.teacher_models(), previous)
+        if context.recovery.method == AUTO:
+            recovery = dataclasses.replace(context.recovery, method="distill")
+            if Effect.TRAIN in strategy.effects and not strategy.own_recovery:
+                recovery, self._why = choose(context.recovery, context.data, context.teacher_models(), previous)
             context = dataclasses.replace(context, recovery=recovery)
         self._context, self._received = context, previous
         return context
