@@ -93,7 +93,7 @@ class Distill(StudentStrategy):
         wanted = float(probabilities(context.teacher_models(), x)[:, list(self.omit)].sum(axis=1).mean())
         given = probabilities([model], x)[:, list(self.omit)].sum(axis=1)
         raised = _offset(given, wanted)
-        bias = np.array(layer.bias)
+        bias = np.asarray(layer.bias).copy()
         bias[list(self.omit)] += raised
         layer.bias.assign(bias)
         return raised
