@@ -25,9 +25,7 @@ def report(folder: Path) -> dict:
 
 
 def test_a_narrow_student_is_exported_and_goes_on(cli, tmp_path):
-    code, printed, error = cli(
-        *SHORT, "strategy=distill+prune+quantize", "strategy.distill.width=0.5", "hydra.run.dir=out"
-    )
+    code, _, error = cli(*SHORT, "strategy=distill+prune+quantize", "strategy.distill.width=0.5", "hydra.run.dir=out")
     assert code == 0, error
     found = report(tmp_path / "out")
     assert found["ratios"]["params"] == pytest.approx(4, rel=0.05)

@@ -9,8 +9,12 @@ import pytest
 import tf_keras
 
 from compress.candidate import Candidate
+from compress.data.digits import Digits
 from compress.data.source import Data, Split, Unlabelled, make_data
 from compress.errors import CompressError
+from compress.models.file import FileModel
+from compress.models.mlp import Mlp
+from compress.models.small import Lenet5
 from compress.networks import Networks
 from compress.pipeline import Stage, refuse_without_labels
 from compress.strategies.distillation.automatic import choose
@@ -58,9 +62,8 @@ def test_the_mean_of_probabilities_judges_several_teachers(data):
     assert accuracy_of([good], data.validation) == 100
     assert accuracy_of([bad], data.validation) == 50
     both = probabilities([good, bad], data.validation.x)
-    np.testing.assert_allclose(
-        both, (probabilities([good], data.validation.x) + probabilities([bad], data.validation.x)) / 2
-    )
+    apart = [probabilities([model], data.validation.x) for model in (good, bad)]
+    np.testing.assert_allclose(both, np.mean(apart, axis=0))
     np.testing.assert_allclose(both.sum(1), 1, rtol=1e-5)
 
 
@@ -186,24 +189,30 @@ def test_models_that_read_different_values_are_refused_with_both(data):
 
 def test_values_from_0_to_1_need_no_scaling(data):
     """Data that are scaled already: what reads them as they are reads values from 0 to 1."""
-    parts = {
-        name: getattr(data, name).shown(getattr(data, name).x / np.float32(255))
-        for name in ("train", "validation", "test")
-    }
+    parts = {}
+    for name in ("train", "validation", "test"):
+        part = getattr(data, name)
+        parts[name] = part.shown(part.x / np.float32(255))
     scaled = dataclasses.replace(data, pixels=(0.0, 1.0), **parts)
     require_same_values(saturated("one"), "one", classifier(scale=1.0, name="other"), scaled, "here")
+    values = tf_keras.Input((CLASSES,))
+    x = layers.ReLU(max_value=1.0)(layers.Rescaling(1 / 20, -100 / 20)(values))
+    large = tf_keras.Model(values, layers.Dense(CLASSES, kernel_initializer="identity")(x))
     with pytest.raises(CompressError, match="values from 0 to 255"):
-        values = tf_keras.Input((CLASSES,))
-        x = layers.ReLU(max_value=1.0)(layers.Rescaling(1 / 20, -100 / 20)(values))
-        scores = layers.Dense(CLASSES, kernel_initializer="identity")(x)
-        require_same_values(tf_keras.Model(values, scores), "large", saturated("one"), scaled, "here")
+        require_same_values(large, "large", saturated("one"), scaled, "here")
+
+
+def test_a_file_that_reads_other_values_is_refused_before_anything_is_trained(data, tmp_path):
+    path = tmp_path / "unit.keras"
+    saturated("unit").save(path)
+    networks = Networks(teachers={"unit.keras": FileModel(path=str(path))})
+    with pytest.raises(CompressError) as caught:
+        networks.refuse_misfits(classifier(name="raw"), data, 0, lambda name: f"strategy.distill.recovery, {name}")
+    assert "strategy.distill.recovery, unit.keras" in caught.value.where
+    assert "raw reads" in caught.value.expected
 
 
 def test_networks_build_students_by_the_seed_and_name_misfits(data):
-    from compress.data.digits import Digits
-    from compress.models.mlp import Mlp
-    from compress.models.small import Lenet5
-
     digits = Digits(train_limit=40, test_limit=10).load()
     reference = Mlp(hidden=(4,), weights="random").build(digits, 0)
     sources = Networks(students={"mlp": Mlp(hidden=(3,), weights="random"), "lenet5": Lenet5(weights="random")})
