@@ -32,7 +32,7 @@ def test_a_narrow_student_is_exported_and_goes_on(cli, tmp_path):
     assert found["ratios"]["macs"] > 3
     kept = tf_keras.models.load_model(tmp_path / "out" / "model.keras")
     assert kept.get_layer("conv2").filters == 32
-    assert np.mean(np.asarray(kept.get_layer("fc1").kernel) == 0) > 0.5
+    assert np.mean(np.asarray(kept.get_layer("fc1").kernel) == 0) > 0.3
     said = found["stages"][0]["recovered"]
     assert (said["method"], said["teachers"]) == ("distill", ["reference"])
     # A student that has hardly learned: the second stage receives it, and the reference teaches again.
