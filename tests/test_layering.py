@@ -15,6 +15,7 @@ FLOORS = (
     {"cli"},
     {"tracking"},
     {"pipeline"},
+    {"networks"},
     {"cache", "reference"},
     {"strategies"},
     {"deploy"},
