@@ -5,7 +5,10 @@
     python -m compress.reproduce resnet_cifar10 seed=0,1 recovery.epochs=2     with overrides for every run
     python -m compress.reproduce analytic              all tables of sizes that are only counted, in about a minute
 
-Finished rows stay in the stage cache: a killed command run again continues where it was.
+    python -m compress.reproduce resnet_cifar10 --continue     without the runs that results/resnet_cifar10.jsonl holds
+
+Finished stages stay in the cache: a killed command run again continues where it was. What the table shows of each run
+is kept beside it: with --continue also another machine goes on from there.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from compress.errors import CompressError, did_you_mean
 
 ANALYTIC = "analytic"
 """All experiments whose models are only counted."""
+CONTINUE = "--continue"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def reproduce(arguments: Sequence[str]) -> list[CompressError]:
     """Run the experiment that the first argument names; list the experiments if there is none."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not set(arguments) - {CONTINUE} or arguments[0] in ("-h", "--help"):
         print(__doc__)
         print("Experiments: " + ", ".join(names()))
         return []
-    name, overrides = arguments[0], list(arguments[1:])
+    keep = CONTINUE in arguments
+    name, *overrides = (argument for argument in arguments if argument != CONTINUE)
     if name not in (ANALYTIC, *names()):
         raise CompressError(
             "experiment",
@@ -54,7 +59,7 @@ def reproduce(arguments: Sequence[str]) -> list[CompressError]:
     for each in names() if name == ANALYTIC else [name]:
         experiment = load_experiment(experiments_dir() / each, each)
         if name != ANALYTIC or experiment.grid.count:
-            target = run_experiment(experiment, overrides, Path("results"), counted)
+            target = run_experiment(experiment, overrides, Path("results"), counted, keep=keep)
             print(target.read_text())
             print(f"Written to {target}")
     return []

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.cli.compose import compose_config
 from compress.cli.counted import Counted
+from compress.cli.finished import FinishedRuns
 from compress.cli.job import run_job
 from compress.errors import CompressError
 from compress.tracking.report import read_report, versions
@@ -123,21 +125,33 @@ def load_experiment(folder: Path, name: str) -> Experiment:
 
 
 def run_experiment(
-    experiment: Experiment, overrides: Sequence[str], results: Path, counted: Counted | None = None
+    experiment: Experiment,
+    overrides: Sequence[str],
+    results: Path,
+    counted: Counted | None = None,
+    *,
+    keep: bool = False,
 ) -> Path:
     """Run the grid for every seed and write ``<results>/<experiment>.md``; return the file.
+
+    What the table shows of each run is kept beside it, in ``<results>/<experiment>.jsonl``.
 
     Args:
         experiment: what to run.
         overrides: further overrides for every run; ``seed=0,1`` replaces the experiment's seeds.
         results: the folder of the rendered tables.
         counted: what has been counted already, if several experiments are.
+        keep: take the runs from the ``.jsonl`` file that were made with the same overrides.
+
+    Raises:
+        CompressError: if a run fails, or the file to go on from is damaged.
     """
     counted = counted or Counted()
     seeds, extra = _seeds(experiment.grid.seeds, overrides)
     rows: dict[str, list[Mapping[str, Any]]] = {}
     target = results / f"{experiment.name}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
+    finished = FinishedRuns(target.with_suffix(".jsonl"), _paths(experiment.grid), kept=keep)
     for row, own in experiment.grid.runs.items():
         own_seeds, settings = _seeds(seeds, own)
         for seed in own_seeds:
@@ -145,19 +159,37 @@ def run_experiment(
             if experiment.grid.count:
                 rows.setdefault(row, []).append(counted.report(settled))
                 continue
-            folder = Path("outputs") / "reproduce" / experiment.name / f"{row}-seed{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            run_job(compose_config([*settled, f"seed={seed}"]), folder, None)
-            rows.setdefault(row, []).append(read_report(folder / "report.json"))
+            report = finished.find(row, seed, settled)
+            if report is None:
+                folder = Path("outputs") / "reproduce" / experiment.name / f"{row}-seed{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                run_job(compose_config([*settled, f"seed={seed}"]), folder, None)
+                report = read_report(folder / "report.json")
+                finished.add(row, seed, settled, report)
+            rows.setdefault(row, []).append(report)
         # Written after every row, so that a table that is stopped shows what it has.
-        _write(target, render(experiment, rows, seeds, overrides))
+        _write(target, render(experiment, rows, seeds, overrides, finished.other_commits()))
     return target
 
 
+def _paths(grid: Grid) -> list[str]:
+    """Return all that the columns read of a report."""
+    columns = grid.columns
+    read = [path for column in columns for path in (column.ours, column.removed_from, column.share_of)]
+    return [path.replace("{layer}", "*") for path in read if path is not None]
+
+
 def render(
-    experiment: Experiment, rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int], extra: Sequence[str]
+    experiment: Experiment,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    seeds: Sequence[int],
+    extra: Sequence[str],
+    earlier: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
-    """Return the Markdown page: ours and theirs side by side, and how it was made."""
+    """Return the Markdown page: ours and theirs side by side, and how it was made.
+
+    ``earlier``: commit -> how many runs were made there, of those that were not made now.
+    """
     table, grid = experiment.table, experiment.grid
     headings = [table.columns[0]]
     for column in grid.columns:
@@ -191,6 +223,10 @@ def render(
     first = next(iter(rows.values()), [{}])[0]
     alone = [f"{row}: {own[0]} alone" for row, settings in grid.runs.items() if (own := _seeds([], settings)[0])]
     lines += provenance(command, [*seeds, *alone], f"{machine()}; board: {first.get('board', '-')}")
+    lines[-1:] = [
+        *(f"- made earlier: {count} of the runs, at commit {commit}" for commit, count in earlier.items()),
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from pydantic import ValidationError
 
@@ -137,6 +139,17 @@ def test_a_row_may_name_its_only_seed(tmp_path, monkeypatch):
     assert "- seeds: 0, 1, one: 5 alone" in page
     made = {path.name for path in (tmp_path / "outputs" / "reproduce" / "mine").iterdir()}
     assert made == {"all-seed0", "all-seed1", "one-seed5"}
+    # Another machine: no cache, no outputs, one run not yet made, one of other overrides.
+    shutil.rmtree(tmp_path / "outputs")
+    file = tmp_path / "mine.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text(lines[0].replace("epochs=0.1", "epochs=0.2") + "\n" + lines[1] + "\n")
+    again = run_experiment(Experiment("mine", table, grid), [], tmp_path, keep=True).read_text()
+    assert {path.name for path in (tmp_path / "outputs" / "reproduce" / "mine").iterdir()} == {"all-seed0", "one-seed5"}
+    assert again.splitlines()[:8] == page.splitlines()[:8]
+    file.write_text(lines[0] + "\nnothing\n")
+    with pytest.raises(CompressError, match=r"mine\.jsonl, line 2"):
+        run_experiment(Experiment("mine", table, grid), [], tmp_path, keep=True)
 
 
 @pytest.mark.data
