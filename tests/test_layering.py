@@ -11,15 +11,16 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FLOORS = (
-    {"run", "reproduce", "measure", "predict"},
+    {"run", "reproduce", "measure", "predict", "pareto"},
     {"cli"},
+    {"search"},
     {"tracking"},
     {"pipeline"},
     {"cache", "reference"},
     {"strategies"},
     {"deploy"},
     {"boards"},
-    {"training"},
+    {"training", "checkpoints"},
     {"metrics"},
     {"models"},
     {"data"},

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from compress.cli.build import make_plan, to_plain
+from compress.cli.errors import translate
+from compress.cli.failures import record_failure
 from compress.deploy.card import make_card
 from compress.deploy.interface import interface_of
 from compress.deploy.verification import verify
+from compress.errors import CompressError
 from compress.metrics.tflite_file import TFLiteFile
 from compress.pipeline import StageResult
 from compress.tracking.charts import layers_picture, noise_picture
@@ -23,13 +27,14 @@ from compress.tracking.store import Recorder, open_recorder
 _LOG = logging.getLogger("compress")
 
 
-def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
+def run_job(config: DictConfig, folder: Path, sweep: Path | None, overrides: Sequence[str] = ()) -> float:
     """Run one pipeline; leave ``report.json``, the models and an MLflow run; return the final accuracy.
 
     Args:
         config: the composed configuration.
         folder: where the files go.
         sweep: the folder of the multirun that the job belongs to, if any.
+        overrides: what the command line changed for this job.
     """
     import tf_keras
 
@@ -37,7 +42,7 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     started = time.perf_counter()
     plan = make_plan(config)
     plain = to_plain(config)
-    with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:]) as recorder:
+    with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:], overrides=overrides) as recorder:
         pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result))
         result = pipeline.run(folder)
         keras_file = folder / "model.keras"
@@ -63,6 +68,27 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     print_table(report)
     _LOG.info("report: %s", folder / "report.json")
     return result.final.accuracy
+
+
+def run_one_of_many(
+    config: DictConfig, folder: Path, sweep: Path, number: int, overrides: Sequence[str]
+) -> float | None:
+    """Run one job of a multirun and return its accuracy; None if it failed: the other jobs go on.
+
+    What failed is left in the job's folder, and told at the end of the multirun.
+    """
+    try:
+        return run_job(config, folder, sweep, overrides)
+    except Exception as error:
+        if config.debug:
+            raise
+        mistake = translate(error, overrides) if isinstance(error, (CompressError, OSError)) else None
+        record_failure(folder, str(number), overrides, mistake or error)
+        if mistake is not None:
+            _LOG.error("job %s stopped: %s", number, mistake)
+        else:
+            _LOG.exception("job %s crashed", number)
+        return None
 
 
 def _record(recorder: Recorder, result: StageResult) -> None:

@@ -19,7 +19,6 @@ from compress.tracking.store import (
     NoRecorder,
     TrackingSettings,
     connect,
-    finish_sweep,
     flatten,
     metrics_of,
     open_recorder,
@@ -192,31 +191,19 @@ def test_a_run_that_ends_early_is_closed_as_such(error, status, store):
     assert [run.info.status for run in added] == [status, status]
 
 
-def test_the_front_of_a_multirun_is_tagged(store, tmp_path):
+def test_the_runs_of_a_multirun_hang_under_its_parent(store, tmp_path):
     client, experiment = connect(store.uri, store.experiment)
     sweep = tmp_path / "sweep"
     assert read_parent(sweep) is None
     parent = start_parent(client, experiment, "multirun", ["-m"])
     write_parent(sweep, parent)
     assert read_parent(sweep) == parent
-    # Best; smaller but worse; dominated in bytes, the fastest.
-    for seed, (accuracy, size, p50) in enumerate([(95.0, 4000, 2.0), (90.0, 1000, 2.0), (89.0, 3000, 0.5)]):
-        latency = Latency(p50, p50, p50, p50, 200, 1)
-        _, result = finished(tmp_path / str(seed), accuracy=accuracy, tflite_bytes=size, latency_ms=latency)
-        with open_recorder(store, config_of(store, seed), sweep, command=[]) as recorder:
-            recorder.stage(result.stages[0])
-    with pytest.raises(CompressError), open_recorder(store, config_of(store, 9), sweep, command=[]):
-        raise CompressError("x", expected="", received="", fix="")
-    assert len(finish_sweep(client, experiment, parent)) == 3
-    children = {
-        run.data.tags["seed"]: run.data.tags
-        for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    }
-    on = {seed: (tags.get("pareto.tflite_bytes"), tags.get("pareto.latency_p50")) for seed, tags in children.items()}
-    assert on == {"0": ("true", "true"), "1": ("true", "false"), "2": ("false", "true"), "9": (None, None)}
-    assert client.get_run(parent).info.status == "FAILED", "one of its runs failed"
-    assert {"pareto.html", "pareto.png"} <= {item.path for item in client.list_artifacts(parent)}
-    assert client.get_run(parent).data.metrics["pareto_runs"] == 3
+    overrides = ["strategy=prune", f"hydra.x=https://me:{SECRET}@server"]
+    with open_recorder(store, config_of(store), sweep, command=[], overrides=overrides):
+        assert client.get_run(parent).info.status == "RUNNING"
+    (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert json.loads(child.data.tags["overrides"]) == ["strategy=prune", "hydra.x=https://***@server"]
+    assert client.get_run(parent).info.status == "RUNNING", "the multirun closes it, not the job"
 
 
 def test_nothing_is_recorded_without_tracking(tmp_path):
