@@ -109,7 +109,7 @@ def pareto_figure(sweeps: Sequence[Sweep], fronts: Sequence[Front]) -> dict[str,
             other = "y" if axis == "x" else "x"
             layout[f"{axis}axis{suffix}"] = {
                 "title": {"text": html.escape(_AXES.get(objective.metric, objective.metric))},
-                "domain": [place / count, (place + (0.9 if count > 1 else 1.0)) / count],
+                "domain": [place / count, (place + (0.82 if count > 1 else 1.0)) / count],
                 "anchor": f"{other}{suffix}",
                 "gridcolor": "#e6e9ee",
                 "zeroline": False,

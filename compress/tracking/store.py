@@ -20,7 +20,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from compress.deploy.interface import Interface
-from compress.errors import CompressError
+from compress.errors import CompressError, GivenUp
 from compress.tracking.pareto import DEFAULT_OBJECTIVES
 from compress.tracking.process import has_ended, process_tags
 from compress.tracking.serving import log_served_model
@@ -174,6 +174,10 @@ def open_recorder(
         client.log_dict(child, redacted(config), "config.yaml")
         yield MlflowRecorder(client, child)
         status = "FINISHED"
+    except GivenUp as reason:
+        client.set_tag(child, "given_up", str(reason))
+        status = "KILLED"
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
         raise

@@ -69,11 +69,11 @@ def finish_sweep(
 
 
 def read_runs(client: MlflowClient, experiment: str, parent: str) -> tuple[list[FinishedRun], bool]:
-    """Return the parent's finished children, oldest first, and whether there are any that are not finished."""
+    """Return the parent's finished children, oldest first, and whether any has failed."""
     finished, others = [], False
     for run in _search(client, experiment, _children(parent)):
         if run.info.status != "FINISHED" or "accuracy" not in run.data.metrics:
-            others = others or run.info.status != "FINISHED"
+            others = others or (run.info.status != "FINISHED" and "given_up" not in run.data.tags)
             continue
         tags = run.data.tags
         finished.append(
