@@ -48,7 +48,9 @@ def run_command() -> list[CompressError]:
         folder = Path(hydra_config.runtime.output_dir)
         overrides = [str(text) for text in hydra_config.overrides.task]
         if hydra_config.mode == RunMode.MULTIRUN:
-            return run_one_of_many(config, folder, Path(hydra_config.sweep.dir), hydra_config.job.num, overrides)
+            limits = hydra_config.sweeper.get("give_up") or {}
+            sweep = Path(hydra_config.sweep.dir)
+            return run_one_of_many(config, folder, sweep, hydra_config.job.num, overrides, limits)
         try:
             return run_job(config, folder, None, overrides)
         except CompressError as error:

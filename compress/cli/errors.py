@@ -13,6 +13,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compress.errors import USER_ERROR, CompressError, did_you_mean, nearest, paragraph
 
+_EXTRAS = {
+    "hydra/launcher": {
+        "joblib": "joblib",
+        "submitit_local": "submitit",
+        "submitit_slurm": "submitit",
+        "ray": "ray",
+        "ray_aws": "ray",
+    },
+    "hydra/sweeper": {"search": "search"},
+}
+"""Choices that need more than the project's own dependencies: group -> choice -> extra."""
+
 
 def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str]) -> int:
     """Run ``body`` and return the exit code; the errors that it returns or raises are printed.
@@ -101,6 +113,15 @@ def _missing_choice(error: MissingConfigException) -> CompressError:
         return CompressError(
             "the command line", expected="a config that exists", received=choice, fix=did_you_mean(choice, options)
         )
+    extra = _EXTRAS.get(group, {}).get(choice)
+    if extra is not None:
+        return CompressError(
+            group,
+            expected=f"one that is installed ({', '.join(sorted(options))})",
+            received=f"{choice}, which is not",
+            fix=f"Write pip install 'compress[{extra}]'.",
+        )
+    options += _EXTRAS.get(group, {})
     best = nearest(choice, options)
     return CompressError(
         group,
