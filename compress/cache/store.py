@@ -26,7 +26,8 @@ import numpy as np
 import tf_keras
 from filelock import FileLock, Timeout
 
-from compress.cache.upkeep import LOCKS, MEASURED, PARTIAL, mark_used, trim
+from compress.cache.trainings import Trainings
+from compress.cache.upkeep import LOCKS, MEASURED, PARTIAL, mark_used, remove_tree, trim
 from compress.candidate import Candidate, Guarantee, Skipped, Storage
 from compress.errors import CompressError
 from compress.graph.saved_graph import SavedGraph
@@ -106,6 +107,9 @@ class StageCache:
             _LOG.info("another run is at the same stage: waiting for it")
             lock.acquire(poll_interval=0.5)
         try:
+            # Whoever was at it before is no longer: what it has not finished is nobody's.
+            for partial in (*self.folder.glob(f"{PARTIAL}{key}-*"), *self.folder.glob(f"{MEASURED}/{PARTIAL}{key}-*")):
+                remove_tree(partial)
             yield
         finally:
             lock.release()
@@ -118,7 +122,7 @@ class StageCache:
             _LOG.info("not kept in the cache: the model carries code, which reading an entry must not run")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{PARTIAL}{uuid.uuid4().hex}"
+        partial = self.folder / f"{PARTIAL}{key}-{uuid.uuid4().hex}"
         try:
             _write(partial, entry)
             target = self.folder / key
@@ -132,6 +136,10 @@ class StageCache:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         trim(self.folder, self.most_bytes, keep=key)
+
+    def trainings(self, key: str) -> Trainings:
+        """Return where the trainings of the stage ``key`` leave their states."""
+        return Trainings(self.folder, key)
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returns, in JSON's types; what it returned the last time if that is known."""
@@ -147,7 +155,7 @@ class StageCache:
                 _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
             found = make()
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".partial-{uuid.uuid4().hex}")
+            partial = file.with_name(f"{PARTIAL}{key}-{uuid.uuid4().hex}")
             partial.write_text(json.dumps(found))
             partial.replace(file)
             return found

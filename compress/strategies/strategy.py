@@ -14,6 +14,7 @@ import tf_keras
 from pydantic import ConfigDict
 
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Scheme, Skipped
+from compress.checkpoints import Checkpoint
 from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
@@ -26,6 +27,10 @@ from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, a
 STRICT = ConfigDict(extra="forbid")
 REFERENCE = "reference"
 """How ``recovery.teachers`` names the model that the pipeline started from."""
+
+
+def _not_kept() -> Checkpoint | None:
+    return None
 
 
 def _anew(_name: str, _settings: Sequence[Any], make: Callable[[], Any]) -> Any:
@@ -56,6 +61,8 @@ class Context:
     """The board computes as long for fewer channels than the next multiple of this."""
     other_model: Callable[[str], tf_keras.Model] | None = None
     """Returns the trained model that ``recovery.teachers`` names."""
+    checkpoint: Callable[[], Checkpoint | None] = _not_kept
+    """Returns where the stage's next training leaves its state."""
 
     def recover(
         self,
@@ -92,6 +99,7 @@ class Context:
                 progress=shown,
                 where=f"stage {self.stage}, training",
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
+                checkpoint=self.checkpoint(),
             )
         return candidate
 
