@@ -30,8 +30,8 @@ SWEEP = (
     "board.warmup=1",
     "board.precision=null",
 )
-TIMED = ("latency_ms", "latency_failure", "on_board", "speedup", "seconds", "cached", "estimate_ms", "board")
-"""What a report says of time: it differs from run to run."""
+TIMED = ("latency_ms", "latency_failure", "on_board", "speedup", "estimate_ms", "seconds", "cached", "versions")
+"""What a report says of time, and of the program itself: it differs from run to run."""
 
 
 @dataclass

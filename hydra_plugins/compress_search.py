@@ -157,7 +157,8 @@ def _values(override: Override) -> Interval | Choice | None:
     if isinstance(value, IntervalSweep):
         assert value.start is not None
         assert value.end is not None
-        whole = value.is_int()
+        # interval(1,4) holds floats, int(interval(1,4)) whole numbers.
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
         return Interval(value.start, value.end, whole=whole, log="log" in value.tags)
     if isinstance(value, RangeSweep) and isinstance(value.start, int) and isinstance(value.stop, int):
         step = value.step

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -55,7 +55,7 @@ class TrackingSettings:
     experiment: Annotated[str, MinLen(1)]
     objectives: tuple[str | tuple[str, ...], ...] = DEFAULT_OBJECTIVES
     """What the runs of a multirun are compared by: metrics (one front), or lists of metrics (a front each)."""
-    reference: dict[str, float] = field(default_factory=dict)
+    reference: dict[str, float] | None = None
     """Metric -> the value that hypervolumes are counted from; those not named: see the README."""
 
 

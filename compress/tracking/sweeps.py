@@ -132,7 +132,7 @@ def _log_fronts(client: MlflowClient, parent: str, runs: Sequence[FinishedRun], 
         fronts = tuple(front for front in fronts if all(o.metric in reported for o in front.objectives))
     if not fronts:
         return Summary(missing=missing)
-    by_sweep, scales = compare({"": runs}, fronts, settings.reference)
+    by_sweep, scales = compare({"": runs}, fronts, settings.reference or {})
     points = by_sweep[""]
     for point in points:
         for run in point.runs:

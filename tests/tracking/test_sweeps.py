@@ -10,6 +10,8 @@ import pytest
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
+from compress.cli.build import make_plan
+from compress.cli.compose import compose_config
 from compress.pareto import main as pareto_command
 from compress.tracking.pareto import Estimate, Point, read_fronts
 from compress.tracking.store import TrackingSettings, connect, start_parent
@@ -212,3 +214,9 @@ def test_mistakes_of_the_overlay(store, sweep, tmp_path, capsys, monkeypatch):
         assert error.startswith("Error in "), error
         assert all(part in error for part in parts), (arguments, error)
     assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+def test_what_the_readme_says_of_objectives_and_reference_can_be_written():
+    settings = compose_config(["tracking.objectives=[accuracy,packed_bytes]", "tracking.reference={accuracy: 80}"])
+    assert make_plan(settings).tracking.objectives == ("accuracy", "packed_bytes")
+    assert make_plan(settings).tracking.reference == {"accuracy": 80.0}
