@@ -123,9 +123,9 @@ class SearchSweeper(Sweeper):
                     received=f"{study.finished} finished trials of {number}; the log says why",
                     fix="Narrow the space to what the strategies accept.",
                 )
-        found = [{"trial": trial, "setting": setting, "values": values} for trial, setting, values in study.best()]
-        (sweep / "search.json").write_text(json.dumps({"objectives": self._objectives, "best": found}, indent=1))
-        _LOG.info("search: %d trials, %d of them not beaten: %s", study.finished, len(found), sweep / "search.json")
+        best = [{"trial": trial, "setting": setting, "values": values} for trial, setting, values in study.best()]
+        (sweep / "search.json").write_text(json.dumps({"objectives": self._objectives, "best": best}, indent=1))
+        _LOG.info("search: %d trials, %d of them not beaten: %s", study.finished, len(best), sweep / "search.json")
 
 
 _MOST_TRIES = 3
