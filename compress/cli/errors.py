@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import OmegaConf
@@ -44,6 +45,10 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
         if debug:
             raise
         failures = [translate(error, arguments)]
+    except BrokenExecutor as error:
+        if debug:
+            raise
+        failures = [_worker_gone(error)]
     except ValueError as error:
         # Hydra refuses some overrides, such as strategy=null, with a bare ValueError.
         if debug or not _raised_in_hydra(error):
@@ -52,6 +57,16 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
     for failure in failures:
         print(paragraph(failure), file=sys.stderr)
     return USER_ERROR if failures else 0
+
+
+def _worker_gone(error: Exception) -> CompressError:
+    """Return what it means that a launcher's process did not come back."""
+    return CompressError(
+        "hydra/launcher",
+        expected="processes that end by themselves",
+        received=f"one that was ended from outside, perhaps for its memory ({type(error).__name__})",
+        fix="Run the same command again: what is finished comes from the cache. Fewer at once need less memory.",
+    )
 
 
 def _raised_in_hydra(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from compress.tracking.pareto import (
     require_reported,
 )
 from compress.tracking.pareto_chart import Sweep, pareto_page, pareto_picture
+from compress.tracking.process import has_ended
 from compress.tracking.store import TrackingSettings, log_metrics
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ def finish_sweep(
     ``stopped``: the multirun did not come to its end.
     """
     runs, failed = read_runs(client, experiment, parent)
-    if not stopped:
-        # All jobs have come back: one that still counts as running has died without a word.
-        for run in _search(client, experiment, f"{_children(parent)} and attributes.status = 'RUNNING'"):
+    for run in _search(client, experiment, f"{_children(parent)} and attributes.status = 'RUNNING'"):
+        # Where all jobs have come back, one that still counts as running has died without a word.
+        if not stopped or has_ended(run.data.tags):
             client.set_terminated(run.info.run_id, "FAILED")
     summary = _log_fronts(client, parent, runs, settings) if runs else Summary()
     failed = failed or summary.missing is not None

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from compress.cli.errors import guarded
 from compress.cli.threads import worker_threads
 from tests.conftest import REPOSITORY
 
@@ -174,3 +176,13 @@ def test_a_launcher_that_is_not_installed_names_the_extra(choice, extra, outside
     assert said.startswith("Error in hydra/launcher: ")
     assert f"pip install 'compress[{extra}]'" in said
     assert "Traceback" not in said
+
+
+def test_a_worker_that_was_killed_is_one_paragraph(capsys):
+    def body() -> list:
+        raise BrokenProcessPool("A worker was terminated")
+
+    assert guarded(body, []) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("Error in hydra/launcher: ")
+    assert "Run the same command again" in said

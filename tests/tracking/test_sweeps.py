@@ -14,6 +14,7 @@ from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
 from compress.pareto import main as pareto_command
 from compress.tracking.pareto import Estimate, Point, read_fronts
+from compress.tracking.process import process_tags
 from compress.tracking.store import TrackingSettings, connect, start_parent
 from compress.tracking.sweeps import finish_sweep, note
 
@@ -130,6 +131,17 @@ def test_an_objective_that_no_run_reports_is_told_and_the_rest_is_done(store):
     assert "tflite_bites" in str(summary.missing)
     assert "tflite_bytes" in str(summary.missing)
     assert store.tags(only) == {"pareto": "true", "pareto.tflite_bytes": "true"}
+    assert store.client.get_run(parent).info.status == "FAILED"
+
+
+def test_a_job_that_died_without_a_word_is_closed_as_failed(store):
+    parent = store.parent()
+    tags = {"mlflow.parentRunId": parent}
+    silent = store.client.create_run(store.experiment, tags={**tags, **process_tags()}).info.run_id
+    finish_sweep(store.client, store.experiment, parent, store.settings, stopped=True)
+    assert store.client.get_run(silent).info.status == "RUNNING", "a job of a stopped sweep may still be at work"
+    finish_sweep(store.client, store.experiment, parent, store.settings)
+    assert store.client.get_run(silent).info.status == "FAILED"
     assert store.client.get_run(parent).info.status == "FAILED"
 
 
