@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -238,6 +239,7 @@ def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient,
 
     try:
         with _alone(uri):
+            _make_database(uri)
             client = MlflowClient(tracking_uri=uri)
             return client, question(client)
     except CompressError:
@@ -262,6 +264,22 @@ def _alone(uri: str) -> Iterator[None]:
         return
     with FileLock(f"{database}.lock", timeout=_TABLES_SECONDS):
         yield
+
+
+def _make_database(uri: str) -> None:
+    """Make the tables of a new SQLite file under another name: a process killed meanwhile would spoil it for good."""
+    from mlflow.tracking import MlflowClient
+
+    name = _database_file(uri)
+    if name is None or Path(name).exists():
+        return
+    file = Path(name)
+    for left in file.parent.glob(f".{file.name}.*.partial*"):
+        left.unlink(missing_ok=True)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    # A relative name stays one: the current folder may be anywhere.
+    MlflowClient(tracking_uri=uri.replace(name, str(partial))).search_experiments(max_results=1)
+    partial.replace(file)
 
 
 def _database_file(uri: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import tempfile
@@ -172,7 +173,7 @@ def note(points: Sequence[Point], fronts: Sequence[Front], experiment: str) -> s
     ordered = [points[i] for i in sorted(range(len(points)), key=lambda i: (not points[i].fronts, *keys[i]))]
     for index, point in enumerate(ordered):
         first = next(iter(point.runs))
-        label = "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|" else c for c in point.label)
+        label = "".join(f"\\{c}" if c in "\\`*_{}[]()#|" else html.escape(c) for c in point.label)
         cells = [f"[{label}](#/experiments/{experiment}/runs/{first})"]
         cells += [_cell(point, o.metric) for o in objectives]
         cells.append(", ".join(front.name for front in fronts if front.name in point.fronts) or "-")

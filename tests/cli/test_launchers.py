@@ -186,3 +186,22 @@ def test_a_worker_that_was_killed_is_one_paragraph(capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("Error in hydra/launcher: ")
     assert "Run the same command again" in said
+
+
+def test_a_job_of_a_cluster_is_one_of_the_sweep(tmp_path):
+    """Submitit's local executor: a process of its own, as a node of a cluster would start it."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    launcher = ("hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1")
+    sweep = run_sweep(tmp_path, *launcher, "strategy=none,crash", "recovery=none", "model.train.epochs=1")
+    assert sweep.code == 1, sweep.error
+    assert sweep.report(0)["strategy"] == "none"
+    (line,) = [line for line in sweep.error.splitlines() if line.startswith("#")]
+    assert line.startswith("#1 ")
+    assert "RuntimeError" in line
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs.db")
+    runs = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
+    assert {r.info.run_name: r.info.status for r in runs} == {
+        "multirun": "FAILED",
+        "none": "FINISHED",
+        "crash": "FAILED",
+    }

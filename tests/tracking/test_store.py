@@ -228,3 +228,25 @@ def test_two_first_runs_at_once_share_a_store(outside, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: outside("-c", code), range(2)))
     assert [answer.stdout.strip() for answer in answers] == ["there", "there"], answers[0].stderr + answers[1].stderr
+
+
+def test_a_first_run_that_is_killed_leaves_no_half_made_store(tmp_path, monkeypatch):
+    """MLflow refuses a SQLite file for ever in which only some of its tables were made."""
+    from mlflow.store.db import utils
+
+    uri, whole = f"sqlite:///{tmp_path}/runs.db", utils._upgrade_db
+
+    def killed(engine) -> None:
+        whole(engine)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "_upgrade_db", killed)
+    with pytest.raises(KeyboardInterrupt):
+        connect(uri, "tests")
+    assert not (tmp_path / "runs.db").exists()
+    (tmp_path / ".runs.db.0.partial").write_bytes(b"half of a database")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    _, experiment = connect(uri, "tests")
+    assert experiment
+    assert not list(tmp_path.glob(".*partial*"))
