@@ -59,7 +59,7 @@ class TimedContext(Context):
         """Time ``ROUNDS`` interleaved pairs."""
         batch = self.recovery.batch_size
         epochs = LONG / -(-len(self.data.train) // batch)
-        prepared = [_Prepared(term, self) for term in terms]
+        prepared = [_Prepared(term, self) for term in (*terms, *self.distillation(candidate.model))]
 
         def ours() -> float:
             clock = _Clock()
@@ -116,7 +116,7 @@ class _Prepared:
     """A loss term that is prepared once, so that the time of it is not counted as training."""
 
     def __init__(self, term: LossTerm, context: Context) -> None:
-        self.task_weight, self.layers = term.task_weight, term.layers
+        self.task_weight, self.layers, self.variables = term.task_weight, term.layers, term.variables
         self._term = term
         if not getattr(term, "_prepared_for_benchmark", False):
             same_images = not (context.data.augmentation or context.recovery.mixup)

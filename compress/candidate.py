@@ -210,6 +210,28 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """How a stage has won accuracy back. Accuracies in percent, of Keras models, on images of the validation part."""
+
+    method: str
+    why: str | None = None
+    """What ``recovery=auto`` has seen."""
+    teachers: tuple[str, ...] = ()
+    teacher_accuracy: float | None = None
+    received_accuracy: float | None = None
+    """Of the model that the stage received."""
+    student_accuracy: float | None = None
+    """Of the one that it made."""
+    images: int = 0
+    warning: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Recovered:
+        """Rebuild from :func:`dataclasses.asdict`."""
+        return cls(**{**value, "teachers": tuple(value["teachers"])})
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A model on its way through the pipeline, with all that must be remembered about it. Immutable."""
 
@@ -228,6 +250,8 @@ class Candidate:
     """Guarantees that a stage was allowed to break, described."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """What the latest stage has measured of its own work, for the report."""
+    recovered: Recovered | None = None
+    """How the latest stage has won accuracy back; None if it trained nothing and nobody asked."""
 
     def evolve(self, **changes: Any) -> Candidate:
         """Return a copy with some fields changed."""

@@ -10,7 +10,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,18 @@ from compress.boards.board import Board
 from compress.cache.code import code_digest
 from compress.cache.store import Entry, StageCache
 from compress.cache.trainings import Trainings
-from compress.candidate import Artifact, Candidate, Coder, Effect, Guarantee, Numbers, Skipped, Storage, Violation
+from compress.candidate import (
+    Artifact,
+    Candidate,
+    Coder,
+    Effect,
+    Guarantee,
+    Numbers,
+    Recovered,
+    Skipped,
+    Storage,
+    Violation,
+)
 from compress.data.source import Data
 from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
@@ -33,9 +44,11 @@ from compress.graph.saved_graph import has_layers
 from compress.graph.selection import Selection
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
+from compress.networks import Networks
 from compress.reference import make_reference
+from compress.strategies.distillation.recovering import Recovering
 from compress.strategies.quantization.stored import Stored
-from compress.strategies.strategy import Context, Strategy
+from compress.strategies.strategy import Context, Strategy, require_labels
 from compress.training import Recovery
 
 _LOG = logging.getLogger("compress")
@@ -65,12 +78,15 @@ class Stage(Strategy):
         if any(isinstance(g, Stored) for g in gone) and not any(isinstance(g, Stored) for g in left):
             candidate = candidate.evolve(storage=Storage(), samples=None)
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
-        candidate = candidate.evolve(measured={})
-        for _ in range(self.repeat):
+        recovering = Recovering(inner, candidate.model)
+        candidate = candidate.evolve(measured={}, recovered=None)
+        for turn in range(self.repeat):
+            inner = recovering.context(candidate.model, turn, self.strategy)
             candidate = self.strategy.apply(candidate, inner)
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check(candidate.model), self.name, "the model")
-        return candidate.evolve(lineage=(*candidate.lineage, self.name))
+        recovered = recovering.done(candidate.model)
+        return candidate.evolve(lineage=(*candidate.lineage, self.name), recovered=recovered)
 
     def config(self) -> dict[str, Any]:
         """Return everything that decides what the stage does, as plain values."""
@@ -105,6 +121,8 @@ class StageResult:
     """What each tensor of an integer file has lost against the float one."""
     agreement: Agreement | None = None
     """How the exported file's outputs agree with those of its Keras model."""
+    recovered: Recovered | None = None
+    """How the stage has won accuracy back."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +164,8 @@ class Pipeline:
     cache: StageCache
     seed: int = 0
     strict: bool = False
-    teachers: Mapping[str, ModelSource] = field(default_factory=dict)
-    """What ``recovery.teachers`` names besides the reference model."""
+    networks: Networks = field(default_factory=Networks)
+    """What ``recovery.teachers`` and strategies name besides the reference model."""
     on_stage: Callable[[StageResult], None] = lambda result: None
 
     def run(self, folder: Path) -> Result:
@@ -164,6 +182,8 @@ class Pipeline:
             model = self.model.build(self.data, self.seed)
             refuse_without_layers(self.stages, model)
             refuse_clashes(self.stages, model)
+            refuse_without_labels(self.stages, self.data)
+            self.networks.refuse_misfits(model, self.data, self.seed, self._user)
         # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
         for left in folder.glob(f"{_WORK}*"):
             # By a run that was killed.
@@ -213,7 +233,11 @@ class Pipeline:
             strict=self.strict,
             measure=self.board.measure,
             channel_multiple=self.board.channel_multiple,
-            other_model=functools.cache(self._teacher),
+            keep=self.cache.arrays,
+            other_model=functools.cache(
+                lambda name: self.networks.teacher(name, reference.model, self.data, self.seed)
+            ),
+            untrained_model=lambda name, seed: self.networks.student(name, reference.model, data, seed),
         )
         candidate, results = reference, []
         # Stages export over the artifact's file; this one stays, to be measured beside each of them.
@@ -222,8 +246,10 @@ class Pipeline:
         for number, stage in enumerate(self.stages, start=1):
             code = code_digest(type(stage.strategy))
             start = [key, code, self.seed, number]
-            taught = [_identity(self.teachers[n]) for n in stage.recovery.teachers if n in self.teachers]
-            key = _digest([key, stage.name, stage.config(), taught, code, self.seed, self.strict])
+            others = [
+                _identity(source) for source in self.networks.of(stage.recovery.teachers, stage.strategy.models())
+            ]
+            key = _digest([key, stage.name, stage.config(), others, code, self.seed, self.strict])
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(
@@ -250,16 +276,12 @@ class Pipeline:
             self.on_stage(result)
         return Result(baseline, tuple(results), candidate, artifact, self.model.origin().untrained)
 
-    def _teacher(self, name: str) -> tf_keras.Model:
-        try:
-            return make_reference(self.teachers[name], self.data, self.seed)
-        except CompressError as error:
-            raise CompressError(
-                f"recovery.teachers, {name}: {error.where}",
-                expected=error.expected,
-                received=error.received,
-                fix=error.fix,
-            ) from error
+    def _user(self, name: str) -> str:
+        """Return the configuration key that names a network."""
+        for stage in self.stages:
+            if name in stage.strategy.models():
+                return f"strategy.{stage.name}, {name}"
+        return f"recovery.teachers, {name}"
 
     def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
         origin = self.model.origin()
@@ -341,6 +363,7 @@ class Pipeline:
             measured=dict(candidate.measured),
             noise=noise,
             agreement=agreement,
+            recovered=candidate.recovered,
         )
 
     def _packed(self, candidate: Candidate, artifact: Artifact) -> Artifact:
@@ -420,6 +443,20 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
                     fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
                     f"or write strategy.{later.name}.release=[{earlier.name}].",
                 )
+
+
+def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:
+    """Refuse stages that learn from labels where the training images have none.
+
+    Raises:
+        CompressError: naming the first such stage.
+    """
+    for stage in stages:
+        if stage.strategy.needs_labels:
+            require_labels(data, stage.name, f"{stage.name} learns from them")
+        trains = Effect.TRAIN in stage.strategy.effects and not stage.strategy.own_recovery and stage.recovery.trains
+        if trains and stage.recovery.method == "finetune":
+            require_labels(data, stage.name, "recovery.method=finetune learns from nothing else")
 
 
 def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:
@@ -518,6 +555,7 @@ def _result_from_json(value: dict[str, Any], *, cached: bool) -> StageResult:
             "released": tuple(value["released"]),
             "noise": tuple(Noise(**item) for item in value["noise"]),
             "agreement": None if value["agreement"] is None else Agreement(**value["agreement"]),
+            "recovered": Recovered.from_json(value["recovered"]) if value.get("recovered") else None,
             "cached": cached,
         }
     )

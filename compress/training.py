@@ -8,6 +8,7 @@ function; so it costs what ``fit`` costs.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.candidate import Guarantee
 from compress.checkpoints import Checkpoint, Resumable, draws_by_step
-from compress.data.source import STRICT, Augmentation, Data, Split
+from compress.data.source import NO_LABEL, STRICT, Augmentation, Data, Split
 from compress.errors import CompressError
 from compress.graph.grouped import groups_apart
 from compress.graph.kernels import get_variable, kernel_attributes
@@ -37,7 +38,7 @@ Projection = Callable[[tf.Tensor], None]
 class Recovery:
     """How a stage wins accuracy back (``conf/recovery``)."""
 
-    method: Literal["finetune", "distill", "none"] = "finetune"
+    method: Literal["finetune", "distill", "none", "auto"] = "finetune"
     epochs: Annotated[float, Ge(0), Le(1e6)] = 1.0
     learning_rate: Annotated[float, Gt(0), Lt(float("inf"))] = 0.01
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -47,10 +48,17 @@ class Recovery:
     batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 128
     temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
-    hint_weight: Annotated[float, Ge(0), Le(1e6)] = 0.0
+    label_weight: Annotated[float, Ge(0), Le(1e6)] | None = None
+    """What the loss of the labels is multiplied with beside a teacher; None: what ``soft_weight`` leaves of 1."""
+    losses: Mapping[str, Annotated[float, Ge(0), Le(1e9)] | dict[str, Any]] | None = None
+    """Further losses between student and teacher: name -> weight, or its settings, the weight among them."""
+    pairs: Mapping[str, str] | None = None
+    """Student's layer -> the teacher's layer that losses of inner layers compare it with; None: they choose."""
     teachers: tuple[str, ...] = ()
     """Names or files of models that teach together; the pipeline's reference model alone if there are none."""
     mixup: Annotated[float, Ge(0), Le(1)] = 0.0
+    augment: bool = True
+    """Whether training images are changed as the data say; the teacher may have learned from changed ones anyway."""
 
     def part(self, share: float) -> Recovery:
         """Return the same with ``share`` of the epochs."""
@@ -179,7 +187,7 @@ def train(
 
     Args:
         model: a model of the caller's own; it is changed.
-        data: the data; only its training part is read.
+        data: the data; only its training part is read. Samples of the label ``NO_LABEL`` have no part in the task loss.
         recovery: epochs, optimiser, schedule.
         seed: of the order of the samples, the augmentation and dropout.
         guarantees: properties restored after every step.
@@ -199,9 +207,10 @@ def train(
     batch_size = min(recovery.batch_size, len(data.train))
     steps = max(1, round(recovery.epochs * len(data.train) / batch_size))
     tf_keras.utils.set_random_seed(seed)
+    augmentation = data.augmentation if recovery.augment else Augmentation()
     for term in terms:
         # Mixed images are new at every step, as augmented ones are.
-        term.prepare(data, batch_size, same_images=not (data.augmentation or recovery.mixup))
+        term.prepare(data, batch_size, same_images=not (augmentation or recovery.mixup))
     tapped = list(dict.fromkeys(name for term in terms for name in term.layers))
     tensors = [model.get_layer(name).output for name in tapped]
     latents = {}
@@ -214,6 +223,7 @@ def train(
         steps=steps,
         probabilities=gives_probabilities(model),
         projections=[*projections, *_guarantee_projections(model, guarantees, latents)],
+        labelled=bool(data.train.y.min() > NO_LABEL),
         terms=terms,
         tapped=tapped,
         latents=list(latents.values()),
@@ -231,7 +241,7 @@ def train(
         _settling_statistics(model, steps),
         draws_by_step(model, seed, trainee.optimizer.iterations),
     ):
-        batches = functools.partial(training_batches, data.train, batch_size, steps, seed, data.augmentation)
+        batches = functools.partial(training_batches, data.train, batch_size, steps, seed, augmentation)
         if checkpoint is not None:
             settings = (recovery, seed, data.identity, where)
             epoch = max(1, round(len(data.train) / batch_size))
@@ -330,6 +340,28 @@ def mix(samples: tf.Tensor, share: float, seed: tf.Tensor) -> tuple[tf.Tensor, t
     return own * samples + (1.0 - own) * samples[::-1], ratio
 
 
+def task_loss(labels: tf.Tensor, logits: tf.Tensor, ratio: tf.Tensor | None, *, labelled: bool) -> tf.Tensor:
+    """Return the mean cross-entropy with the labels [b], or of mixed samples with their own and their partners'.
+
+    Unless all are ``labelled`` the samples without a label are left out of the mean; of none it is 0.
+    """
+    parts = [(labels, 1.0)] if ratio is None else [(labels, ratio), (labels[::-1], 1.0 - ratio)]
+    if labelled:
+        weights, known = [share for _, share in parts], [own for own, _ in parts]
+    else:
+        weights = [share * tf.cast(own > NO_LABEL, tf.float32) for own, share in parts]
+        known = [tf.maximum(own, 0) for own, _ in parts]
+    losses = tf.add_n(
+        [
+            weight * tf.nn.sparse_softmax_cross_entropy_with_logits(labels=own, logits=logits)
+            for own, weight in zip(known, weights, strict=True)
+        ]
+    )
+    if labelled:
+        return tf.reduce_mean(losses)
+    return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.reduce_sum(tf.add_n(weights)))
+
+
 class _Trainee(tf_keras.Model):
     """The model under training: ``fit`` with our training step."""
 
@@ -339,6 +371,7 @@ class _Trainee(tf_keras.Model):
         steps: int,
         probabilities: bool,
         projections: Sequence[Projection],
+        labelled: bool,
         terms: Sequence[LossTerm],
         tapped: Sequence[str],
         latents: Sequence[_Latent],
@@ -352,6 +385,7 @@ class _Trainee(tf_keras.Model):
             "steps": steps,
             "probabilities": probabilities,
             "projections": projections,
+            "labelled": labelled,
             "terms": terms,
             "tapped": tapped,
             "latents": {latent.weight.ref(): latent for latent in latents},
@@ -373,14 +407,11 @@ class _Trainee(tf_keras.Model):
             outputs = tf.nest.flatten(self(inputs, training=True))
             logits = logits_of(outputs[0], plan["probabilities"])
             features = dict(zip(plan["tapped"], outputs[len(outputs) - len(plan["tapped"]) :], strict=True))
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-            if ratio is not None:
-                other = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[::-1], logits=logits)
-                losses = ratio * losses + (1.0 - ratio) * other
-            task = tf.reduce_mean(losses)
-            loss = task
+            loss = math.prod(term.task_weight for term in plan["terms"]) * task_loss(
+                labels, logits, ratio, labelled=plan["labelled"]
+            )
             for term in plan["terms"]:
-                loss = term.task_weight * loss + term(Batch(inputs, labels, logits, indices, features))
+                loss += term(Batch(inputs, labels, logits, indices, features))
             total = tf.add_n([loss, *self.losses]) if self.losses else loss
         own_variables = [variable for term in plan["terms"] for variable in term.variables]
         variables = [*self.trainable_variables, *own_variables]

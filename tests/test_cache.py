@@ -136,6 +136,56 @@ def test_a_measurement_is_made_once(tmp_path, warnings):
     assert len(made) == 4
 
 
+ARRAYS = {"": np.arange(6, dtype=np.float32).reshape(2, 3), "flat": np.ones((2, 1), np.float32)}
+
+
+def arrays_of(cache: StageCache, key: str = KEY) -> tuple[dict[str, np.ndarray], bool]:
+    """Return arrays, and whether they had to be made."""
+    made = []
+    found = cache.arrays(key, "outputs of a teacher", lambda: made.append(1) or ARRAYS)
+    return found, bool(made)
+
+
+def test_arrays_are_made_once(tmp_path):
+    cache = StageCache(tmp_path / "deep" / "cache")
+    for made in (True, False):
+        found, was_made = arrays_of(cache)
+        assert was_made == made
+        assert found.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+    assert arrays_of(cache, KEY[::-1])[1]
+    assert arrays_of(StageCache(None))[1]
+    assert arrays_of(StageCache(None))[1]
+
+
+@pytest.mark.parametrize("name", ["arrays.npz", "manifest.json", "record.json"])
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
+def test_damaged_arrays_are_noticed_and_made_anew(name, place, tmp_path, warnings):
+    cache = StageCache(tmp_path)
+    arrays_of(cache)
+    assert sorted(file.name for file in (tmp_path / KEY).iterdir()) == ["arrays.npz", "manifest.json", "record.json"]
+    file = tmp_path / KEY / name
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 0x41
+    file.write_bytes(content)
+    assert arrays_of(cache)[1]
+    assert len(warnings) == 1
+    assert not arrays_of(cache)[1]
+
+
+def test_arrays_are_listed_and_make_room(tmp_path, capsys):
+    size = sum(array.nbytes for array in ARRAYS.values())
+    arrays_of(StageCache(tmp_path))
+    with pytest.raises(SystemExit):
+        cache_command(["--dir", str(tmp_path)])
+    assert "outputs of a teacher" in capsys.readouterr().out
+    arrays_of(StageCache(tmp_path, most_bytes=size), KEY[::-1])
+    assert not (tmp_path / KEY).exists()
+    assert (tmp_path / KEY[::-1]).is_dir()
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
 def test_one_changed_byte_is_noticed_and_the_entry_removed(name, place, entry, tmp_path, warnings):

@@ -16,6 +16,7 @@ FLOORS = (
     {"search"},
     {"tracking"},
     {"pipeline"},
+    {"networks"},
     {"cache", "reference"},
     {"strategies"},
     {"deploy"},

@@ -11,6 +11,7 @@ from compress.cli.boards import load_boards
 from compress.cli.compose import compose_config
 from compress.cli.places import conf_dir
 from compress.reproduce import ANALYTIC, names
+from compress.strategies.distillation.losses import losses
 
 from .conftest import REPOSITORY
 
@@ -52,6 +53,11 @@ def test_every_choice_is_named(group):
         # The table writes resnet20/32/44/56/110.
         name = re.sub(r"^resnet(?=(32|44|56|110)$)", "/", file.stem)
         assert re.search(rf"{re.escape(name)}(?!\w)", TEXT), f"{group}={file.stem} is not in the README"
+
+
+def test_every_loss_of_distillation_is_named():
+    for name in {*losses()} - {"soft_targets"}:
+        assert f"`{name}`" in TEXT
 
 
 def test_the_two_set_up_commands_are_one_line_each():

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from compress.graph.saved_graph import SavedGraph
 
 _LOG = logging.getLogger("compress")
 _FORMAT = 2
+_ARRAYS = "arrays.npz"
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,16 @@ class StageCache:
         if any(isinstance(layer, tf_keras.layers.Lambda) for layer in entry.candidate.model.layers):
             _LOG.info("not kept in the cache: the model carries code, which reading an entry must not run")
             return
+        self._place(key, lambda folder: _write(folder, entry))
+
+    def _place(self, key: str, write: Callable[[Path], None]) -> None:
+        """Have an entry's folder written under a name of its own, rename it, and make room."""
+        if self.folder is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{PARTIAL}{key}-{uuid.uuid4().hex}"
         try:
-            _write(partial, entry)
+            write(partial)
             target = self.folder / key
             if not target.exists():
                 try:
@@ -140,6 +148,35 @@ class StageCache:
     def trainings(self, key: str) -> Trainings:
         """Return where the trainings of the stage ``key`` leave their states."""
         return Trainings(self.folder, key)
+
+    def arrays(self, key: str, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the arrays that ``make`` returns; what it returned the last time if that is known.
+
+        They are an entry like a finished stage: counted, and removed when others need the room. A damaged one is said
+        so and made anew.
+
+        Args:
+            key: a digest of all that decides the arrays.
+            what: what they are, for people.
+            make: makes them.
+        """
+        if self.folder is None:
+            return make()
+        entry = self.folder / key
+        with self.alone(key):
+            if entry.is_dir():
+                try:
+                    _manifest(entry)
+                    with np.load(entry / _ARRAYS, allow_pickle=False) as archive:
+                        found = {name[1:]: archive[name] for name in archive.files}
+                    mark_used(entry)
+                    return found
+                except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+                    _LOG.warning("cache entry %s is damaged (%s): made anew", key[:12], error)
+                    shutil.rmtree(entry, ignore_errors=True)
+            made = make()
+            self._place(key, lambda folder: _write_arrays(folder, what, made))
+            return made
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returns, in JSON's types; what it returned the last time if that is known."""
@@ -181,6 +218,19 @@ def _write(folder: Path, entry: Entry) -> None:
         "result": entry.result,
     }
     (folder / "record.json").write_text(json.dumps(record))
+    _seal(folder)
+
+
+def _write_arrays(folder: Path, what: str, arrays: Mapping[str, np.ndarray]) -> None:
+    folder.mkdir()
+    # A name in an archive must not be empty.
+    np.savez(folder / _ARRAYS, **{f"_{name}": array for name, array in arrays.items()})  # type: ignore[arg-type]
+    (folder / "record.json").write_text(json.dumps({"lineage": [what]}))
+    _seal(folder)
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest, and all files to the disk."""
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"format": _FORMAT, "sha256": sums}))
     for file in folder.iterdir():
@@ -188,13 +238,22 @@ def _write(folder: Path, entry: Entry) -> None:
             os.fsync(handle.fileno())
 
 
-def _read(folder: Path) -> Entry:
+def _manifest(folder: Path) -> None:
+    """Check an entry against its manifest.
+
+    Raises:
+        ValueError: if a file has changed, or another version wrote it.
+    """
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["format"] != _FORMAT:
         raise ValueError(f"format {manifest['format']}, this version reads {_FORMAT}")
     for name, wanted in manifest["sha256"].items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
             raise ValueError(f"{name} has changed")
+
+
+def _read(folder: Path) -> Entry:
+    _manifest(folder)
     record = json.loads((folder / "record.json").read_text())
     with np.load(folder / "guarantees.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}

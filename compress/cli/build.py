@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -21,9 +21,12 @@ from compress.data.source import STRICT, DataSource
 from compress.errors import CompressError, did_you_mean
 from compress.graph.selection import Position, Rule, Selection
 from compress.models.file import FileModel
-from compress.models.source import ModelSource
+from compress.models.source import RANDOM, ModelSource, TrainableSource
+from compress.networks import Networks
 from compress.pipeline import Pipeline, Stage
-from compress.strategies.strategy import REFERENCE, Strategy
+from compress.strategies.distillation.student import AGAIN
+from compress.strategies.distillation.terms import chosen_losses
+from compress.strategies.strategy import PREVIOUS, REFERENCE, Strategy
 from compress.tracking.store import TrackingSettings
 from compress.training import Recovery
 
@@ -55,7 +58,7 @@ class Plan:
     tracking: TrackingSettings
     seed: int
     strict: bool
-    teachers: Mapping[str, ModelSource]
+    networks: Networks
 
     def pipeline(self) -> Pipeline:
         """Read the data and return the pipeline."""
@@ -67,7 +70,7 @@ class Plan:
             cache=self.cache,
             seed=self.seed,
             strict=self.strict,
-            teachers=self.teachers,
+            networks=self.networks,
         )
 
 
@@ -94,12 +97,17 @@ def make_plan(config: DictConfig) -> Plan:
         tracking=check(TrackingSettings, plain["tracking"], "tracking"),
         seed=check(Seed, plain["seed"], "seed"),
         strict=check(bool, plain["strict"], "strict"),
-        teachers={
-            name: _teacher(name, f"strategy.{stage.name}.recovery.teachers")
-            for stage in stages
-            for name in stage.recovery.teachers
-            if name != REFERENCE
-        },
+        networks=Networks(
+            teachers={
+                name: _named_model(name, f"strategy.{stage.name}.recovery.teachers", [REFERENCE, PREVIOUS])
+                for stage in stages
+                for name in stage.recovery.teachers
+                if name not in (REFERENCE, PREVIOUS)
+            },
+            students={
+                name: _untrained(name, f"strategy.{stage.name}") for stage in stages for name in stage.strategy.models()
+            },
+        ),
     )
 
 
@@ -186,23 +194,34 @@ def _stage(name: str, values: Any) -> Stage:
     )
 
 
-def _teacher(name: str, where: str) -> ModelSource:
-    """Return the model of that name in ``conf/model``, or the one in the file."""
+def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = True) -> ModelSource:
+    """Return the model of that name in ``conf/model``, or the one in the file; ``others``: what else may be named."""
     choices = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml") if file.stem != "file")
     if name in choices:
         values = cast(DictConfig, OmegaConf.load(conf_dir() / "model" / f"{name}.yaml"))
         source = construct(ModelSource, to_plain(values), where)
-    elif Path(name).expanduser().exists():
+    elif files and Path(name).expanduser().exists():
         source = FileModel(path=name)
     else:
         raise CompressError(
             where,
-            expected=f"{REFERENCE}, a model's name, or its file",
+            expected=f"{', '.join(others)}, a model's name" + (", or its file" if files else ""),
             received=name,
-            fix=did_you_mean(name, [REFERENCE, *choices]),
+            fix=did_you_mean(name, [*others, *choices]),
         )
-    source.origin()
+    if files:
+        source.origin()
     return source
+
+
+def _untrained(name: str, where: str) -> ModelSource:
+    """Return the network of that name in ``conf/model``, with weights as initialised."""
+    source = _named_model(name, where, [AGAIN], files=False)
+    if not isinstance(source, TrainableSource):
+        raise CompressError(
+            where, expected="a network that can be trained", received=name, fix="Name one like resnet20."
+        )
+    return dataclasses.replace(source, weights=RANDOM)
 
 
 def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
@@ -210,9 +229,11 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
         if key not in _field_names(Recovery):
             raise _unknown_key(f"{where}.{key}", key, _field_names(Recovery))
     try:
-        return Recovery(**values)
+        recovery = Recovery(**values)
     except ValidationError as error:
         raise _invalid(error, where, {}) from error
+    chosen_losses(recovery, where)
+    return recovery
 
 
 def _positive(value: Any, where: str) -> int:

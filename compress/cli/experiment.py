@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
@@ -35,8 +35,9 @@ class Column:
     absent. In a path ``{layer}`` stands for the row's layer, a pattern sums over the keys of its place that match
     (``*``: all, ``conv_*|fc``: some), and a number counts the items of a list from 0. With ``removed_from``, another
     path, ours is the percentage of that number that is gone, with ``share_of`` the percentage that it is. Ours is then
-    multiplied by ``scale``. With a ``tolerance`` the difference is judged (``printed``: half a unit of the last digit
-    that was published); with ``at_least`` only ours being lower counts.
+    multiplied by ``scale``. With ``compared`` the same number of another row, which the grid's ``compared_with`` names,
+    is subtracted, seed by seed. With a ``tolerance`` the difference is judged (``printed``: half a unit of the last
+    digit that was published); with ``at_least`` only ours being lower counts.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Column:
     removed_from: str | None = None
     share_of: str | None = None
     scale: float = 1.0
+    compared: bool = False
     tolerance: float | Literal["printed"] | None = None
     at_least: bool = False
 
@@ -56,7 +58,8 @@ class Grid:
     A row with a ``seed=0`` of its own is run with that seed alone.
 
     With ``layers``, row name -> layer (``*``: all), a row is a layer of its own run, or of the only run if it has none.
-    With ``count`` the untrained models of the runs are counted, and nothing is run.
+    With ``count`` the untrained models of the runs are counted, and nothing is run. ``compared_with``: row name -> the
+    row that a column with ``compared`` subtracts.
     """
 
     runs: dict[str, list[str]]
@@ -65,9 +68,13 @@ class Grid:
     seeds: list[int]
     layers: dict[str, str] = field(default_factory=dict)
     count: bool = False
+    compared_with: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse layers of which nobody knows whose they are."""
+        """Refuse layers of which nobody knows whose they are, and rows compared that are not there."""
+        for name in (*self.compared_with, *self.compared_with.values()):
+            if name not in self.rows:
+                raise ValueError(f"compared_with to name rows, not {name!r}")
         if len(self.runs) != 1 and not set(self.layers) <= set(self.runs):
             raise ValueError("one run, or one for each layer, when rows are layers")
 
@@ -165,7 +172,7 @@ def render(
         cells = [row]
         for column in grid.columns:
             published = table.value(row, column.published) if column.published else None
-            ours = [_number(report, column, grid.layers.get(row, "")) for report in reports or ()]
+            ours = _numbers(rows, grid, row, column)
             if "published" in _sides(column):
                 cells.append(_cell(published))
             if "ours" in _sides(column):
@@ -247,6 +254,18 @@ def _sides(column: Column) -> list[str]:
     return [*sides, "agrees"] if column.tolerance is not None else sides
 
 
+def _numbers(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], grid: Grid, row: str, column: Column
+) -> list[float | None]:
+    """Return ours in a cell, seed by seed."""
+    values = [_number(report, column, grid.layers.get(row, "")) for report in rows.get(grid.run_of(row) or "", ())]
+    if not column.compared:
+        return values
+    other = grid.compared_with.get(row)
+    others = [] if other is None else _numbers(rows, grid, other, replace(column, compared=False))
+    return [None if a is None or b is None else a - b for a, b in zip(values, others, strict=False)]
+
+
 def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | None:
     if column.ours is None:
         return None
@@ -267,7 +286,7 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
 
 
 def _at(value: Any, path: Sequence[str]) -> float | None:
-    if path and isinstance(value, list) and path[0].isdecimal():
+    if path and isinstance(value, list):
         value = dict(zip(map(str, range(len(value))), value, strict=True))
     if not path or not isinstance(value, Mapping):
         return None if path else value

@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
-from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, find_file, make_data
+from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, Unlabelled, find_file, make_data
 from compress.errors import CompressError
 
 _DAMAGED = (
@@ -34,8 +34,11 @@ _LABELS = {
 
 @dataclass(frozen=True, config=STRICT)
 class Npz(DataSource):
-    """A user's arrays: ``x_train, y_train, x_test, y_test`` and, if given, ``x_val, y_val``, ``labels``.
+    """A user's arrays: ``x_train, y_train, x_test, y_test``.
 
+    If given, also ``x_val, y_val``, ``x_unlabelled``, ``labels``.
+
+    Without ``y_train`` training images have no labels: distillation needs none. ``x_unlabelled``: more images for it.
     ``labels``: names of the classes. ``pixels``: what a black and a white pixel are in the arrays.
     """
 
@@ -60,19 +63,21 @@ class Npz(DataSource):
         return self._build(file.stem, read_arrays(file))
 
     def _build(self, name: str, arrays: dict[str, np.ndarray], labels: Sequence[str] = ()) -> Data:
-        validation = None
-        if "x_val" in arrays:
-            validation = Split(arrays["x_val"], _labels(arrays["y_val"]))
+        def part(which: str) -> Split:
+            labels = arrays.get(f"y_{which}")
+            return Unlabelled(arrays[f"x_{which}"]) if labels is None else Split(arrays[f"x_{which}"], _labels(labels))
+
         return make_data(
             name,
-            Split(arrays["x_train"], _labels(arrays["y_train"])),
-            Split(arrays["x_test"], _labels(arrays["y_test"])),
-            validation=validation,
+            part("train"),
+            part("test"),
+            validation=part("val") if "x_val" in arrays else None,
             augmentation=Augmentation(self.shift, self.mirror),
             train_limit=self.train_limit,
             test_limit=self.test_limit,
             labels=_names(arrays["labels"], name) if "labels" in arrays else labels,
             pixels=self.pixels,
+            unlabelled=arrays.get("x_unlabelled"),
         )
 
 
@@ -110,7 +115,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         CompressError: if the file is not an ``.npz`` archive or lacks an array.
     """
-    needed = ("x_train", "y_train", "x_test", "y_test")
+    needed = ("x_train", "x_test", "y_test")
+    optional = ("y_train", "x_val", "y_val", "labels", "x_unlabelled")
     try:
         with path.open("rb") as file:
             start = file.read(6)
@@ -124,16 +130,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             )
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in needed if key not in archive.files]
-            if ("x_val" in archive.files) != ("y_val" in archive.files):
-                missing.append("y_val" if "x_val" in archive.files else "x_val")
+            if "y_val" in archive.files and "x_val" not in archive.files:
+                missing.append("x_val")
+            elif "x_val" in archive.files and "y_train" in archive.files and "y_val" not in archive.files:
+                missing.append("y_val")
             if missing:
                 raise CompressError(
                     f"data.path {path}",
-                    expected=f"the arrays {', '.join(needed)}",
+                    expected=f"the arrays {', '.join(needed)}, and y_train unless the images have no labels",
                     received=f"{', '.join(archive.files)} (without {', '.join(missing)})",
                     fix="Save them with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...).",
                 )
-            arrays = {key: archive[key] for key in archive.files if key in (*needed, "x_val", "y_val", "labels")}
+            arrays = {key: archive[key] for key in archive.files if key in (*needed, *optional)}
             strange = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
             if strange:
                 raise ValueError(f"{strange[0]} is no array")

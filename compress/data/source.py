@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STRICT = ConfigDict(extra="forbid")
 _MOST_CLASSES = 100_000
+NO_LABEL = -1
+"""Stands for the label of a sample that has none, beside others that have one."""
 _SPLIT_SEED = 20171023
 """The validation part is the same for every run seed: it belongs to the data, not to the run."""
 
@@ -34,9 +36,57 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels."""
+        return True
+
+    def of(self, places: np.ndarray | slice) -> Split:
+        """Return the samples at these places."""
+        return Split(self.x[places], self.y[places])
+
     def take(self, count: int) -> Split:
         """Return the first ``count`` samples."""
-        return Split(self.x[:count], self.y[:count])
+        return self.of(slice(count))
+
+    def shown(self, x: np.ndarray) -> Split:
+        """Return the same samples in another shape."""
+        return Split(x, self.y)
+
+
+class Unlabelled(Split):
+    """Samples without labels: whoever asks for these stops with the reason."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        object.__setattr__(self, "x", x)
+
+    @property
+    def labelled(self) -> bool:
+        """There are none."""
+        return False
+
+    @property
+    def y(self) -> np.ndarray:  # type: ignore[override]
+        """Refuse.
+
+        Raises:
+            CompressError: always.
+        """
+        raise CompressError(
+            "data",
+            expected="labels of the training images: what was asked for learns from them, or looks at them",
+            received="images without labels (no y_train)",
+            fix="Save y_train beside x_train; or choose what needs no labels, such as recovery=auto or "
+            "recovery=distill, and a model that is trained already.",
+        )
+
+    def of(self, places: np.ndarray | slice) -> Split:
+        """Return the samples at these places."""
+        return Unlabelled(self.x[places])
+
+    def shown(self, x: np.ndarray) -> Split:
+        """Return the same samples in another shape."""
+        return Unlabelled(x)
 
 
 @dataclass(frozen=True)
@@ -55,6 +105,7 @@ class Data:
     """A loaded data set. ``identity`` is a digest of every sample and label in it.
 
     ``labels``: names of the classes, where they are known. ``pixels``: what a black and a white pixel are in ``x``.
+    ``unlabelled``: more training samples [n, ...], of which no label is known: only distillation can use them.
     """
 
     name: str
@@ -66,6 +117,23 @@ class Data:
     identity: str
     labels: tuple[str, ...] = ()
     pixels: tuple[float, float] = (0.0, 255.0)
+    unlabelled: np.ndarray | None = None
+
+    def for_distillation(self) -> Data:
+        """Return the data with every training sample, labelled or not; the label of those without is ``NO_LABEL``."""
+        if self.train.labelled and self.unlabelled is None:
+            return self
+        labels = self.train.y if self.train.labelled else np.full(len(self.train), NO_LABEL)
+        x = self.train.x
+        if self.unlabelled is not None:
+            x = np.concatenate([x, self.unlabelled])
+            labels = np.concatenate([labels, np.full(len(self.unlabelled), NO_LABEL)])
+        return replace(self, train=Split(x, labels), unlabelled=None)
+
+    def without(self, classes: Collection[int]) -> Data:
+        """Return the data without the training images of these classes; the other parts stay whole."""
+        stay = ~np.isin(self.train.y, list(classes))
+        return replace(self, train=self.train.of(np.flatnonzero(stay)))
 
     def fitted_to(self, model: tf_keras.Model, where: str) -> Data:
         """Return the data in the shape that ``model`` reads, as :meth:`fitted_to_shapes` does."""
@@ -89,9 +157,9 @@ class Data:
         wanted, given, scores = tuple(inputs[0][1:]), self.train.x.shape[1:], tuple(outputs[0][1:])
         fitted = self
         if _fits((*given, 1), wanted) and not _fits(given, wanted):
-            parts = (Split(part.x[..., None], part.y) for part in (self.train, self.validation, self.test))
-            train, validation, test = parts
-            fitted = replace(self, train=train, validation=validation, test=test)
+            train, validation, test = (p.shown(p.x[..., None]) for p in (self.train, self.validation, self.test))
+            more = None if self.unlabelled is None else self.unlabelled[..., None]
+            fitted = replace(self, train=train, validation=validation, test=test, unlabelled=more)
         elif not _fits(given, wanted):
             raise CompressError(
                 where,
@@ -166,16 +234,19 @@ def make_data(
     test_limit: int | None = None,
     labels: Sequence[str] = (),
     pixels: tuple[float, float] | None = None,
+    unlabelled: np.ndarray | None = None,
 ) -> Data:
     """Check the arrays, hold out a validation part where none is given, and build the data set.
 
     The split is the same for every run: it depends on nothing but the number of training samples.
     ``labels``: names of the classes. ``pixels``: what black and white are; None: as the training samples look.
+    ``unlabelled``: more training samples; also ``train``, and with it ``validation``, may be :class:`Unlabelled`.
 
     Raises:
         CompressError: if shapes, label counts or values cannot be right.
     """
-    for part, split in (("train", train), ("validation", validation), ("test", test)):
+    more = None if unlabelled is None else Unlabelled(unlabelled)
+    for part, split in (("train", train), ("validation", validation), ("test", test), ("unlabelled", more)):
         if split is not None:
             _check(name, part, split, train)
     if augmentation and train.x.ndim not in (3, 4):
@@ -197,23 +268,32 @@ def make_data(
             )
         # Sorted, so that reading stays sequential and a limit takes an unbiased prefix of the original order.
         inside, outside = np.sort(order[held_out:]), np.sort(order[:held_out])
-        validation = Split(train.x[outside], train.y[outside])
-        train = Split(train.x[inside], train.y[inside])
+        train, validation = train.of(inside), train.of(outside)
     train = train.take(train_limit) if train_limit else train
     validation = validation.take(max(1, train_limit // 4)) if train_limit else validation
     test = test.take(test_limit) if test_limit else test
     digest = hashlib.sha256()
-    for split in (train, validation, test):
-        for array in (split.x, split.y):
+    parts = [split for split in (train, validation, test, more) if split is not None]
+    for split in parts:
+        for array in (split.x, split.y) if split.labelled else (split.x,):
             digest.update(repr((array.shape, array.dtype.str)).encode())
             digest.update(np.ascontiguousarray(array).data)
-    classes = int(max(split.y.max() for split in (train, validation, test))) + 1
+    classes = int(max(split.y.max() for split in parts if split.labelled)) + 1
     augmentation = augmentation or Augmentation()
     digest.update(repr(augmentation).encode())
     _check_descriptions(name, labels, classes, pixels)
     pixels = _apparent_pixels(train.x) if pixels is None else pixels
     return Data(
-        name, train, validation, test, classes, augmentation, digest.hexdigest(), tuple(labels), (pixels[0], pixels[1])
+        name,
+        train,
+        validation,
+        test,
+        classes,
+        augmentation,
+        digest.hexdigest(),
+        tuple(labels),
+        (pixels[0], pixels[1]),
+        unlabelled,
     )
 
 
@@ -248,9 +328,32 @@ def _check(name: str, part: str, split: Split, train: Split) -> None:
     def fail(expected: str, received: str, fix: str) -> CompressError:
         return CompressError(f"data {name}, {part} part", expected=expected, received=received, fix=fix)
 
-    x, y = split.x, split.y
+    x = split.x
     if x.ndim < 2 or len(x) == 0:
         raise fail("samples of shape [n, ...], n > 0", f"an array of shape {x.shape}", "Check the arrays.")
+    if split.labelled:
+        _check_labels(x, split.y, fail)
+    if x.shape[1:] != train.x.shape[1:]:
+        raise fail(
+            f"samples of shape {train.x.shape[1:]}, as in the train part",
+            f"{x.shape[1:]}",
+            "Use one shape for all parts.",
+        )
+    if part == "unlabelled" and x.dtype != train.x.dtype:
+        raise fail(f"samples of type {train.x.dtype}, as in the train part", f"{x.dtype}", "Convert one of the two.")
+    if x.dtype.kind not in "fiub":
+        raise fail("numeric samples", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
+    if x.dtype.itemsize > 8:
+        raise fail("samples of at most 64 bits", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
+    if x.dtype.kind == "f" and not _finite(x).all():
+        raise fail(
+            "samples that are finite as float32",
+            f"{int((~_finite(x)).sum())} NaN, infinite or too large values",
+            "Clean the data before compressing.",
+        )
+
+
+def _check_labels(x: np.ndarray, y: np.ndarray, fail: Callable[[str, str, str], CompressError]) -> None:
     if y.ndim == 0:
         raise fail("integer class labels of shape [n]", "a single number", "Save one label for each sample.")
     if len(x) != len(y):
@@ -264,22 +367,6 @@ def _check(name: str, part: str, split: Split, train: Split) -> None:
     if int(y.min()) < 0 or int(y.max()) > _MOST_CLASSES:
         wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
         raise fail(f"labels from 0 to {_MOST_CLASSES}", f"the label {wrong}", "Number the classes from 0.")
-    if x.shape[1:] != train.x.shape[1:]:
-        raise fail(
-            f"samples of shape {train.x.shape[1:]}, as in the train part",
-            f"{x.shape[1:]}",
-            "Use one shape for all parts.",
-        )
-    if x.dtype.kind not in "fiub":
-        raise fail("numeric samples", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
-    if x.dtype.itemsize > 8:
-        raise fail("samples of at most 64 bits", f"dtype {x.dtype}", "Convert the samples to float32 or uint8.")
-    if x.dtype.kind == "f" and not _finite(x).all():
-        raise fail(
-            "samples that are finite as float32",
-            f"{int((~_finite(x)).sum())} NaN, infinite or too large values",
-            "Clean the data before compressing.",
-        )
 
 
 def _finite(x: np.ndarray) -> np.ndarray:

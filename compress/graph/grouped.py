@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
@@ -18,6 +19,8 @@ from compress.errors import CompressError
 layers = tf_keras.layers
 
 _MOST_PARTS = 64
+_MOST_GROUPS_TOGETHER = 8
+"""Up to so many, one pointwise convolution with zeros between the groups takes less time than one for each group."""
 _OPERATION = "_jit_compiled_convolution_op"
 """What Keras' layer calls where it has groups."""
 
@@ -50,7 +53,8 @@ def shuffle_channels(x: Any, groups: int, name: str) -> Any:
 def groups_apart(model: tf_keras.Model) -> Iterator[None]:
     """Have what is traced inside compute grouped convolutions of the flat ``model`` as one convolution for each group.
 
-    The gradients of TensorFlow's own operator take 8 (3 groups) to 18 times (8 groups) as long on a CPU.
+    The gradients of TensorFlow's own operator take 8 (3 groups) to 18 times (8 groups) as long on a CPU. Pointwise
+    convolutions of few groups become one convolution with zeros between the groups: half of the time once more.
     """
     grouped = [
         layer
@@ -60,7 +64,8 @@ def groups_apart(model: tf_keras.Model) -> Iterator[None]:
         and 1 < layer.groups <= _MOST_PARTS
     ]
     for layer in grouped:
-        setattr(layer, _OPERATION, _in_parts(layer))
+        together = set(layer.kernel_size) == {1} and layer.groups <= _MOST_GROUPS_TOGETHER
+        setattr(layer, _OPERATION, _with_zeros(layer) if together else _in_parts(layer))
     try:
         yield
     finally:
@@ -75,5 +80,18 @@ def _in_parts(layer: tf_keras.layers.Layer) -> Callable[[tf.Tensor, tf.Tensor], 
         parts = tf.split(inputs, layer.groups, axis)
         kernels = tf.split(kernel, layer.groups, -1)
         return tf.concat([layer.convolution_op(*pair) for pair in zip(parts, kernels, strict=True)], axis)
+
+    return convolution
+
+
+def _with_zeros(layer: tf_keras.layers.Layer) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    *_, inputs_each, filters = layer.kernel.shape
+    group_of_input = np.repeat(np.arange(layer.groups), inputs_each)
+    group_of_filter = np.repeat(np.arange(layer.groups), filters // layer.groups)
+    own = (group_of_input[:, None] == group_of_filter).astype(np.float32)
+    times = [*[1] * layer.rank, layer.groups, 1]
+
+    def convolution(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        return layer.convolution_op(inputs, tf.tile(kernel, times) * tf.cast(own, kernel.dtype))
 
     return convolution

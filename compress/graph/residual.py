@@ -44,6 +44,12 @@ def residual_blocks(model: tf_keras.Model) -> tuple[ResidualBlock, ...]:
     return tuple(found)
 
 
+def sums(model: tf_keras.Model) -> tuple[str, ...]:
+    """Return the layers of a flat model that add two tensors, in order."""
+    added = (node.layer.name for node in nodes(model) if _adds(node.layer) and len(node.keras_inputs) == 2)
+    return tuple(dict.fromkeys(added))
+
+
 def _adds(layer: tf_keras.layers.Layer) -> bool:
     return isinstance(layer, tf_keras.layers.Add) or getattr(layer, "symbol", "") in ("__operators__.add", "math.add")
 

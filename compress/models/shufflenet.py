@@ -86,7 +86,7 @@ class ShuffleNet(ImagenetClassifier):
         channels = round(wanted)
         if channels != wanted or channels % self.groups or first % self.groups or channels <= first:
             raise CompressError(
-                "model.width",
+                "model.width" if self.first is None else "model.first",
                 expected=f"a number of channels that {self.groups} groups divide, more than conv1 has",
                 received=f"{wanted:g} channels in stage {stage + 2} and {first} in conv1",
                 fix="Write model.width=0.25, 0.5, 1.0, 1.5 or 2.0, other model.groups, or leave model.first out.",
@@ -104,6 +104,6 @@ def _normalised(x: Any, name: str) -> Any:
 def _weighed(x: Any, name: str) -> Any:
     channels = x.shape[-1]
     gate = layers.GlobalAveragePooling2D(name=f"{name}_squeeze")(x)
-    gate = layers.Dense(channels // _EXCITATION, activation="relu", name=f"{name}_excite1")(gate)
+    gate = layers.Dense(max(1, channels // _EXCITATION), activation="relu", name=f"{name}_excite1")(gate)
     gate = layers.Dense(channels, activation="sigmoid", name=f"{name}_excite2")(gate)
     return layers.Multiply(name=f"{name}_weigh")([x, layers.Reshape((1, 1, channels), name=f"{name}_gate")(gate)])

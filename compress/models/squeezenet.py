@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tf_keras
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT
@@ -23,7 +24,7 @@ _POOLED_BEFORE = {"1.0": (2, 5, 9), "1.1": (2, 4, 6)}
 class SqueezeNet(ImagenetClassifier):
     """``version``: 1.0 is the paper's; 1.1, its authors', pools earlier and needs 2.4 times fewer multiply-adds."""
 
-    version: Literal["1.0", "1.1"] = "1.1"
+    version: Annotated[Literal["1.0", "1.1"], BeforeValidator(str)] = "1.1"
 
     def smallest(self) -> int:
         """Return what leaves one pixel after the four strides, whose windows lie inside the image."""

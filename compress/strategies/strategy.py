@@ -19,14 +19,16 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
 from compress.progress import progress
-from compress.strategies.distillation.hints import Hints, hint_layers
-from compress.strategies.distillation.soft_targets import SoftTargets
-from compress.strategies.distillation.teacher import Teacher
+from compress.strategies.distillation.judging import require_same_classes
+from compress.strategies.distillation.teacher import Keep, Teacher, keep_nothing
+from compress.strategies.distillation.terms import distillation_terms
 from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, augment, train
 
 STRICT = ConfigDict(extra="forbid")
 REFERENCE = "reference"
 """How ``recovery.teachers`` names the model that the pipeline started from."""
+PREVIOUS = "previous"
+"""How it names the model that the stage receives: the assistant before this one, or the generation before."""
 
 
 def _not_kept() -> Checkpoint | None:
@@ -35,6 +37,10 @@ def _not_kept() -> Checkpoint | None:
 
 def _anew(_name: str, _settings: Sequence[Any], make: Callable[[], Any]) -> Any:
     return make()
+
+
+def _nobody(_taught: bool) -> None:
+    """Hear nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,18 @@ class Context:
     """
     channel_multiple: int = 1
     """The board computes as long for fewer channels than the next multiple of this."""
+    keep: Keep = keep_nothing
+    """Keeps arrays on disk, for runs that would make the same."""
     other_model: Callable[[str], tf_keras.Model] | None = None
     """Returns the trained model that ``recovery.teachers`` names."""
     checkpoint: Callable[[], Checkpoint | None] = _not_kept
     """Returns where the stage's next training leaves its state."""
+    previous: tf_keras.Model | None = None
+    """The model as the stage received it."""
+    untrained_model: Callable[[str, int], tf_keras.Model] | None = None
+    """Returns the network of that name in ``conf/model`` with weights as initialised by a seed."""
+    on_recovery: Callable[[bool], None] = _nobody
+    """Is told of every training whether teachers have part in it."""
 
     def recover(
         self,
@@ -79,17 +93,15 @@ class Context:
         """
         if not self.recovery.trains:
             return candidate
-        extra = list(terms)
-        soft = next((term for term in extra if isinstance(term, SoftTargets)), None)
-        if self.recovery.method == "distill" and soft is None:
-            soft = SoftTargets(self.teachers(), self.recovery.temperature, self.recovery.soft_weight)
-            extra.append(soft)
-        if soft is not None and self.recovery.hint_weight:
-            extra.append(self._hints(soft.teachers[0], candidate.model))
+        taught = self.recovery.method == "distill"
+        if not taught:
+            require_labels(self.data, self.stage, "recovery.method=finetune learns from nothing else")
+        self.on_recovery(taught)
+        extra = [*terms, *self.distillation(candidate.model)]
         with progress(self.stage) as shown:
             train(
                 candidate.model,
-                self.data,
+                self.data.for_distillation() if taught else self.data,
                 self.recovery,
                 seed=self.seed,
                 guarantees=candidate.guarantees,
@@ -103,38 +115,51 @@ class Context:
             )
         return candidate
 
+    def distillation(self, student: tf_keras.Model) -> list[LossTerm]:
+        """Return what a model is to learn from its teachers: nothing, unless the recovery distils."""
+        if self.recovery.method != "distill":
+            return []
+        where = f"strategy.{self.stage}.recovery"
+        return distillation_terms(self.recovery, self.teachers(), student, seed=self.seed, where=where, keep=self.keep)
+
     def teachers(self) -> list[Teacher]:
         """Return who teaches: what ``recovery.teachers`` names, or else the reference model.
 
         Raises:
             CompressError: if one does not fit the data that the model is trained on.
         """
-        return [Teacher(self._teacher(name)) for name in self.recovery.teachers or (REFERENCE,)]
+        return [Teacher(model) for model in self.teacher_models()]
+
+    def teacher_models(self) -> list[tf_keras.Model]:
+        """Return the models of :meth:`teachers`."""
+        return [self._teacher(name) for name in self.recovery.teachers or (REFERENCE,)]
 
     def _teacher(self, name: str) -> tf_keras.Model:
-        if name == REFERENCE or self.other_model is None:
+        if name == PREVIOUS and self.previous is not None:
+            return self.previous
+        if name in (REFERENCE, PREVIOUS) or self.other_model is None:
             return self.reference
+        where = f"strategy.{self.stage}.recovery.teachers"
         model = self.other_model(name)
-        shapes = [(m.input_shape, m.output_shape) for m in (model, self.reference)]
-        if shapes[0] != shapes[1]:
-            raise CompressError(
-                f"strategy.{self.stage}.recovery.teachers",
-                expected=f"teachers that read and give what {self.reference.name} does: {_shapes(*shapes[1])}",
-                received=f"{name}: {_shapes(*shapes[0])}",
-                fix="Name models that were trained on the same inputs and classes.",
-            )
+        require_same_classes(model, name, self.reference, where, "teacher")
         return model
 
-    def _hints(self, teacher: Teacher, student: tf_keras.Model) -> Hints:
-        layers = hint_layers(teacher.model, student)
-        if not layers:
+    def untrained(self, name: str) -> tf_keras.Model:
+        """Return a network of ``conf/model`` with weights as initialised by the seed.
+
+        Raises:
+            CompressError: if it does not read and give what the reference model does.
+        """
+        if self.untrained_model is None:
             raise CompressError(
-                f"strategy.{self.stage}.recovery.hint_weight",
-                expected="layers of the model that give maps of the size that the reference's give, under one name",
-                received="none",
-                fix=f"Write strategy.{self.stage}.recovery.hint_weight=0.",
+                f"stage {self.stage}",
+                expected="a pipeline, which knows networks by name",
+                received=name,
+                fix="Run one.",
             )
-        return Hints(teacher, layers, self.recovery.hint_weight)
+        model = self.untrained_model(name, self.seed)
+        require_same_classes(model, name, self.reference, f"strategy.{self.stage}, {name}", "student")
+        return model
 
     def median_latency(self, artifact: Artifact, instead: str) -> float:
         """Return the median latency of a file on the board, in milliseconds; its estimate, if it runs nothing.
@@ -214,6 +239,8 @@ class Context:
             received=f"none ({reasons})",
             fix=f"Widen strategy.{self.stage}.only and skip, or leave the stage out."
             if self.selection.only or self.selection.skip
+            else "Choose settings that fit these layers, or leave the stage out."
+            if skipped
             else "Leave the stage out: the model has nothing for it.",
         )
 
@@ -231,6 +258,10 @@ class Strategy(ABC):
     """The kind of guarantee that it adds."""
     stores: ClassVar[Scheme | None] = None
     """How the file is written from then on, if it decides that."""
+    needs_labels: ClassVar[bool] = False
+    """Whether it learns from labels, whatever its recovery."""
+    own_recovery: ClassVar[bool] = False
+    """Whether it says itself who teaches, so that ``recovery.method`` says nothing but whether it trains."""
 
     @abstractmethod
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
@@ -239,6 +270,10 @@ class Strategy(ABC):
         Raises:
             CompressError: if what was asked for cannot be done, naming the stage.
         """
+
+    def models(self) -> tuple[str, ...]:
+        """Return the names of the networks of ``conf/model`` that it builds; :meth:`Context.untrained` gives them."""
+        return ()
 
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Return the names of the layers that it would touch; used to refuse a pipeline before it runs."""
@@ -252,5 +287,16 @@ class Strategy(ABC):
         return f"it {' and '.join(broken)}" if broken else None
 
 
-def _shapes(inputs: object, outputs: object) -> str:
-    return f"{inputs} to {outputs}"
+def require_labels(data: Data, stage: str, reason: str) -> None:
+    """Refuse a stage that learns from labels where there are none.
+
+    Raises:
+        CompressError: saying why it needs them.
+    """
+    if not data.train.labelled:
+        raise CompressError(
+            f"strategy.{stage}.recovery",
+            expected=f"labels of the training images: {reason}",
+            received=f"data {data.name} without y_train",
+            fix=f"Write strategy.{stage}.recovery.method=distill (or auto), which needs none, or save y_train, too.",
+        )

@@ -122,6 +122,10 @@ def notes(result: Result) -> list[str]:
                 f"{stage.name}: the exported file's accuracy differs from the Keras model's by {gap:+.2f} points "
                 f"(limit {ACCURACY_GAP_LIMIT})."
             )
+        if stage.recovered is not None and stage.recovered.why is not None:
+            found.append(f"{stage.name}: recovery=auto chose {stage.recovered.why}.")
+        if stage.recovered is not None and stage.recovered.warning is not None:
+            found.append(f"{stage.name}: {stage.recovered.warning}")
         if stage.numbers.latency_failure is not None:
             found.append(f"{stage.name}: the board gave no latency: {stage.numbers.latency_failure}.")
     if final.estimate_ms is not None:
@@ -325,6 +329,7 @@ def _stage(stage: StageResult) -> dict[str, Any]:
         "released": list(stage.released),
         "measured": dict(stage.measured),
         "noise": [asdict(item) for item in stage.noise],
+        "recovered": None if stage.recovered is None else asdict(stage.recovered),
     }
 
 

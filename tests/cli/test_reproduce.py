@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
@@ -98,6 +99,7 @@ def test_paths_may_sum_and_compare():
     stages = [{"measured": {"rate": 3.0}}, {"measured": {"rate": 4.5}}]
     assert "| all | 4.5 |" in page_of(rate, 0, {"stages": stages})
     assert "| all | - |" in page_of(rate, 0, {"stages": stages[:1]})
+    assert "| all | 7.5 |" in page_of(Column("rates", "stages.*.measured.rate"), 0, {"stages": stages})
 
 
 def test_rows_that_are_layers_belong_to_one_run(tmp_path):
@@ -107,6 +109,19 @@ def test_rows_that_are_layers_belong_to_one_run(tmp_path):
     )
     with pytest.raises(CompressError, match="one run, or one for each layer"):
         load_experiment(tmp_path, "mine")
+
+
+def test_a_row_is_compared_with_another_one_seed_by_seed():
+    columns = [Column("gain", ours="final.accuracy", compared=True)]
+    runs = {"with": ["seed=0,1"], "without": ["seed=0,1"]}
+    table = PublishedTable("t", "s", ["model"], [["with"], ["without"]])
+    experiment = Experiment("x", table, Grid(runs, columns, [], [0, 1], compared_with={"with": "without"}))
+    rows = {"with": [{"final": {"accuracy": a}} for a in (80.0, 90.0)]}
+    assert "| with | - |" in render(experiment, rows, [0, 1], [])
+    rows["without"] = [{"final": {"accuracy": a}} for a in (79.0, 86.0)]
+    assert "| with | 2.5 ± 2.12 |" in render(experiment, rows, [0, 1], [])
+    with pytest.raises(ValidationError, match="'nothing'"):
+        Grid(runs, columns, [], [0], compared_with={"with": "nothing"})
 
 
 def test_a_row_may_name_its_only_seed(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import tf_keras
 
+from compress.cache.upkeep import entries
+
 from .test_bad_input import assert_refused
 
 layers = tf_keras.layers
@@ -65,3 +67,12 @@ def test_a_teacher_with_other_classes_is_refused(cli, tmp_path):
     file = student_of(tmp_path / "seven.keras", classes=7)
     answer = cli(*SHORT, f"strategy.distill.recovery.teachers=[{file}]")
     assert_refused(answer, "recovery.teachers", "seven.keras", "(7)", "10 classes")
+
+
+def test_a_teachers_outputs_are_kept_for_other_runs(cli, tmp_path):
+    settings = (*SHORT, "cache.dir=cache", "strategy.distill.recovery.losses={contrastive: 0.8, decoupled: 1}")
+    for epochs in (0.2, 0.3):
+        code, _, error = cli(*settings, f"recovery.epochs={epochs}")
+        assert code == 0, error
+    kept = [entry.stages for entry in entries(tmp_path / "cache")]
+    assert sorted(kept) == [(), ("distill",), ("distill",), ("teacher outputs of digits_cnn",)]

@@ -18,9 +18,9 @@ PLAIN = ("compact", "distill", "lowrank", "prune", "prune_channels", "quantize",
 """Every pair of these; of the others, those with what comes before and after them."""
 ALIKE = {
     *("block_toeplitz", "butterfly", "kronecker", "low_displacement"),
-    *("transferred", "convolutional_head", "finetune"),
+    *("transferred", "convolutional_head", "finetune", "mutual"),
 }
-"""What they do to a pipeline is what block_circulant does, or hashed (transferred), or distill (finetune)."""
+"""What they do to a pipeline is what block_circulant does, or hashed (transferred), or distill (finetune, mutual)."""
 OTHERS = sorted({file.stem for file in (conf_dir() / "strategy").glob("*.yaml")} - set(PLAIN) - ALIKE)
 PAIRS = [
     *((first, second) for first in PLAIN for second in PLAIN),

@@ -49,10 +49,13 @@ def test_the_exported_file_runs_and_agrees(model, tmp_path):
     np.testing.assert_allclose(outputs, expected(model, x).reshape(4, -1), atol=1e-5)
 
 
-@pytest.mark.parametrize(("padding", "strides", "data_format"), [("same", 2, None), ("valid", 1, "channels_first")])
-def test_training_computes_the_same_outputs_and_gradients(padding, strides, data_format):
+@pytest.mark.parametrize(
+    ("size", "padding", "strides", "data_format"),
+    [(3, "same", 2, None), (3, "valid", 1, "channels_first"), (1, "same", 1, None), (1, "same", 2, "channels_first")],
+)
+def test_training_computes_the_same_outputs_and_gradients(size, padding, strides, data_format):
     shape = (4, 6, 7) if data_format else (6, 7, 4)
-    layer = tf_keras.layers.Conv2D(6, 3, strides, padding=padding, groups=2, data_format=data_format)
+    layer = tf_keras.layers.Conv2D(6, size, strides, padding=padding, groups=2, data_format=data_format)
     image = tf_keras.Input(shape)
     model = tf_keras.Model(image, layer(image))
     x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)

@@ -121,3 +121,28 @@ def test_channels_of_shufflenet_are_read():
     assert channels.trace.unsupported == {}
     # The maps inside a unit may lose channels, those that are added up go together.
     assert any(group.kept_because is None and "stage2_unit2_compress" in group.writers for group in channels.groups)
+
+
+def test_without_the_shuffle_groups_never_meet():
+    """What a unit's second convolution reads of a group hangs on that group alone, unless channels are shuffled."""
+    x = np.random.default_rng(0).normal(size=(1, 16, 16, 50)).astype(np.float32)
+    changed = x.copy()
+    changed[..., :25] += 1
+    found = {}
+    for shuffle in (False, True):
+        model = ShuffleNet(groups=2, width=0.25, small=True, shuffle=shuffle).build(images(32), 0)
+        start = model.get_layer("stage2_unit2_compress")
+        end = model.get_layer("stage2_unit2_expand")
+        unit = tf_keras.Model(start.input, end.output)
+        differs = (np.asarray(unit(changed)) != np.asarray(unit(x))).any((0, 1, 2))
+        found[shuffle] = (differs[:25].any(), differs[25:].any())
+    assert found == {False: (True, False), True: (True, True)}
+
+
+def test_an_excitation_of_few_channels_has_one_unit_at_least():
+    model = ShuffleNet(groups=1, width=0.0625, excitation=True).build(images(32), 0)
+    assert np.isfinite(np.asarray(model(np.zeros((1, 32, 32, 3), np.float32)))).all()
+
+
+def test_a_version_may_be_written_as_a_number():
+    assert SqueezeNet(version=1.0) == SqueezeNet(version="1.0")  # type: ignore[arg-type]

@@ -413,7 +413,7 @@ def test_reconstruction_names_what_it_cannot_cut(context):
 def test_a_model_with_nothing_to_cut_is_told_so(context):
     image = tf_keras.Input((8, 8, 1))
     plain = rewrite(tf_keras.Model(image, layers.Dense(10)(layers.Flatten()(image))))
-    with pytest.raises(CompressError, match="the model has nothing for it"):
+    with pytest.raises(CompressError, match=r"an output of the model.*Choose settings that fit"):
         PruneChannels().apply(Candidate(plain), context)
 
 

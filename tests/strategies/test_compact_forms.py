@@ -15,7 +15,7 @@ from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
-from compress.graph.channels.reorder import exchangeable, reordered
+from compress.graph.channels.order import Order, exchangeable
 from compress.graph.selection import Rule, Selection
 from compress.metrics.accuracy import file_outputs
 from compress.metrics.counts import count_macs
@@ -26,7 +26,7 @@ from compress.strategies.compact.forms.grouped import Grouped
 from compress.strategies.compact.forms.octave import halved
 from compress.strategies.compact.forms.separable import Separable
 from compress.strategies.compact.replace import Compact
-from compress.strategies.lowrank.fitting import Goal
+from compress.strategies.goal import Goal
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
@@ -323,7 +323,7 @@ def test_any_order_computes_the_same(make):
     assert sum(map(len, sets)) >= 12
     for units in sets:
         source[units] = rng.permutation(units)
-    other = reordered(channels, source)
+    other = Order(channels, source).model()
     assert any((a != b).any() for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
     wanted = np.asarray(model(x))
     np.testing.assert_allclose(np.asarray(other(x)), wanted, atol=1e-5 * np.abs(wanted).max())
@@ -379,6 +379,29 @@ def test_a_layer_whose_filters_cannot_change_places_is_left():
     model = randomised(tf_keras.Model(image, rectified))
     with pytest.raises(CompressError, match="another order"):
         compacted(model, form="crelu")
+
+
+def test_what_is_damaged_least_for_the_saving_goes_first():
+    """The small layer is damaged less, and saves a sixteenth: the large one alone is enough."""
+    image = tf_keras.Input((8, 8, 8), name="image")
+    x = layers.Conv2D(8, 3, padding="same", name="large")(image)
+    x = layers.Conv2D(8, 3, padding="same", name="small")(layers.AveragePooling2D(4)(x))
+    model = randomised(tf_keras.Model(image, layers.Flatten()(x)))
+    kernel = model.get_layer("small").kernel
+    rng = np.random.default_rng(0)
+    separable = rng.normal(size=(3, 3, 8, 1)) * rng.normal(size=(8, 8))
+    kernel.assign((separable + 0.5 * rng.normal(size=kernel.shape)).astype(np.float32) / 8)
+    result = compacted(model, macs=0.5)
+    assert {"large", "small"} & result.guarantees[0].layers == {"large"}
+
+
+def test_a_budget_is_a_share_of_the_whole_model_also_of_what_no_stage_touches():
+    image = tf_keras.Input((8, 8, 12), name="image")
+    x = layers.Conv2D(24, 3, padding="same", name="one")(image)
+    x = layers.Conv2D(24, 3, padding="same", name="two")(x)
+    x = layers.LSTM(64, name="lstm")(layers.Reshape((8, 8 * 24))(x))
+    model = tf_keras.Model(image, layers.Dense(3, name="dense")(x))
+    assert count_macs(compacted(model, macs=0.7).model) / count_macs(model) <= 0.7
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -233,6 +233,27 @@ def test_a_budget_of_parameters_is_met_and_used(name, form):
         assert share >= keep - 0.05
 
 
+def with_recurrence() -> tf_keras.Model:
+    """Half of its multiply-adds lie in a layer that has no kernel of its own."""
+    parts = (
+        layers.Conv2D(24, 3, padding="same", activation="relu", name="one"),
+        layers.Conv2D(24, 3, padding="same", activation="relu", name="two"),
+        layers.Reshape((8, 8 * 24)),
+        layers.LSTM(64, name="lstm"),
+        layers.Dense(4, name="head"),
+    )
+    return chain((8, 8, 12), *parts)
+
+
+def test_a_budget_is_a_share_of_the_whole_model_also_of_what_no_stage_touches():
+    model = with_recurrence()
+    assert count_macs(lowered(model, macs=0.6).model) / count_macs(model) <= 0.6
+    with pytest.raises(CompressError, match="lstm: weights of LSTM layers are not factorized") as caught:
+        lowered(model, macs=0.1)
+    least = float(caught.value.expected.split(",")[0].removeprefix("at least "))
+    assert count_macs(lowered(model, macs=least + 0.001).model) / count_macs(model) <= least + 0.001
+
+
 def test_a_budget_below_rank_one_everywhere_is_refused_with_the_limit():
     model = network("same")
     with pytest.raises(CompressError) as caught:
@@ -402,6 +423,50 @@ def test_variational_bayes_takes_the_planted_rank():
     assert lowered(model, rank="vbmf").guarantees[0].ranks == {"dense": 4}
     with pytest.raises(ValueError, match="spatial"):
         LowRank(rank="vbmf", form="cp")
+
+
+def test_a_layer_of_which_nothing_stands_out_from_noise_is_left_alone():
+    model = chain((60,), layers.Dense(50, name="planted"), layers.Dense(50, name="noise"))
+    rng = np.random.default_rng(0)
+    planted = rng.normal(size=(60, 4)) @ rng.normal(size=(4, 50)) + 0.3 * rng.normal(size=(60, 50))
+    model.get_layer("planted").kernel.assign(planted.astype(np.float32))
+    result = lowered(model, rank="vbmf")
+    assert result.guarantees[0].ranks == {"planted": 4}
+    assert [item.layer for item in result.skipped] == ["noise"]
+
+
+def dead_inputs(kernel: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(kernel.shape[2])[:, None] < 2, kernel, 0)
+
+
+def dead_filters(kernel: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(kernel.shape[3]) < 2, kernel, 0)
+
+
+@pytest.mark.parametrize("spoilt", [dead_inputs, dead_filters, np.ones_like, np.zeros_like], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rank", [3, 8])
+def test_kernels_of_fewer_directions_than_the_rank_are_factorized_by_cp(spoilt, rank):
+    model = chain((6, 6, 24), layers.Conv2D(24, 3, name="layer"))
+    kernel = model.get_layer("layer").kernel
+    kernel.assign(spoilt(np.asarray(kernel)).astype(np.float32))
+    result = lowered(model, rank=rank, form="cp")
+    if spoilt in (np.ones_like, np.zeros_like):
+        np.testing.assert_allclose(outputs(result.model), outputs(model), atol=1e-3)
+    assert np.isfinite(outputs(result.model)).all()
+
+
+def test_a_file_that_does_not_run_the_factors_is_noticed(tmp_path):
+    model = chain((9, 9, 8), layers.Conv2D(16, 3, name="layer"), layers.GlobalAveragePooling2D())
+    part = Split(np.zeros((8, 9, 9, 8), np.float32), np.arange(8) % 2)
+    data = make_data("none", part, part)
+    whole = TFLiteFile.read(export(Candidate(model), data, tmp_path / "whole.tflite").path)
+    result = lowered(model, rank=5, form="channel")
+    file = TFLiteFile.read(export(result, data, tmp_path / "model.tflite").path)
+    guarantee = result.guarantees[0]
+    assert guarantee.check_file(file) == []
+    assert [violation.layer for violation in guarantee.check_file(whole)] == ["layer_reduce"]
+    (violation,) = Rank("stage", {"layer": 4}).check_file(file)
+    assert violation.found == "rank 5 in the file, at most 4"
 
 
 def test_a_rank_above_every_full_rank_is_refused_with_the_highest():

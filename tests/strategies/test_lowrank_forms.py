@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import rewrite
 from compress.metrics.counts import count_macs, count_params
+from compress.strategies.goal import Goal, goal_of, matrix_with
 from compress.strategies.least_squares import Moments
 from compress.strategies.lowrank.chain import build, cost, fits, layer_names, read
-from compress.strategies.lowrank.fitting import Fit, Goal
+from compress.strategies.lowrank.fitting import Fit
 from compress.strategies.lowrank.form import Form, Spectrum
 from compress.strategies.lowrank.forms import forms
 from compress.strategies.lowrank.matrices import product
-from compress.strategies.lowrank.sensitivity import follow, goal_of, matrix_with
+from compress.strategies.lowrank.sensitivity import follow
 from compress.strategies.lowrank.vbmf import vbmf_rank
 
 FORMS = forms()

@@ -13,8 +13,9 @@ from compress.candidate import Candidate
 from compress.data.source import Augmentation, Data, Split, make_data
 from compress.errors import CompressError
 from compress.strategies.distillation.distill import Distill
-from compress.strategies.distillation.soft_targets import SoftTargets
+from compress.strategies.distillation.losses.soft_targets import SoftTargets
 from compress.strategies.distillation.teacher import Teacher
+from compress.strategies.distillation.terms import LogitsTerm
 from compress.strategies.strategy import Context
 from compress.training import Batch, Recovery
 
@@ -60,12 +61,16 @@ def batch(x: np.ndarray, logits: np.ndarray | tf.Tensor, indices: np.ndarray) ->
     )
 
 
+def soft_term(teachers: list[tf_keras.Model], temperature: float, weight: float) -> LogitsTerm:
+    return LogitsTerm(SoftTargets(weight=weight), [Teacher(model) for model in teachers], temperature)
+
+
 @pytest.mark.parametrize("prepared", [False, True], ids=["live", "cached"])
 def test_several_teachers_are_the_mean_of_their_probabilities(prepared):
     source, teachers = data(), [network(seed=1), network(seed=2, softmax=True), network(seed=3)]
     indices = np.arange(7)
     student = np.random.default_rng(0).normal(0, 3, (7, 5))
-    term = SoftTargets([Teacher(model) for model in teachers], 2.0, 1.0)
+    term = soft_term(teachers, 2.0, 1.0)
     if prepared:
         term.prepare(source, 8, same_images=True)
     value = float(term(batch(source.train.x, student, indices)))
@@ -83,8 +88,7 @@ def test_the_term_is_the_formula(softmax, prepared, seed, temperature, weight):
     rng = np.random.default_rng(seed)
     indices = rng.permutation(COUNT)[: rng.integers(1, 12)]
     student = rng.normal(0, 3, (len(indices), 5))
-    term = SoftTargets([Teacher(teacher)], temperature, weight)
-    assert term.task_weight == pytest.approx(1 - weight)
+    term = soft_term([teacher], temperature, weight)
     if prepared:
         term.prepare(source, 8, same_images=True)
     value = float(term(batch(source.train.x, student, indices)))
@@ -98,7 +102,7 @@ def test_a_teacher_is_run_once_where_images_stay_the_same_and_anew_where_they_ch
     indices = np.arange(6)
     elsewhere = Batch(tf.zeros((6, 4, 4, 1)), tf.zeros(6, tf.int64), tf.zeros((6, 5)), tf.constant(indices))
     logits, at_zero = logits_in_numpy(teacher, source.train.x[:6]), logits_in_numpy(teacher, np.zeros((6, 4, 4, 1)))
-    term = SoftTargets([Teacher(teacher)], 4.0, 0.9)
+    term = soft_term([teacher], 4.0, 0.9)
     term.prepare(source, 8, same_images=True)
     assert float(term(elsewhere)) == pytest.approx(formula(logits, np.zeros((6, 5)), 4.0, 0.9), rel=1e-3)
     term.prepare(source, 8, same_images=False)
@@ -110,7 +114,7 @@ def test_a_student_that_equals_its_teacher_learns_nothing_and_another_does(softm
     source, teacher = data(), network(softmax=softmax)
     # Scores are the same under any shift, sample by sample.
     logits = tf.constant(logits_in_numpy(teacher, source.train.x) + np.arange(COUNT)[:, None], tf.float32)
-    term = SoftTargets([Teacher(teacher)], 4.0, 1.0)
+    term = soft_term([teacher], 4.0, 1.0)
     for shift, equal in ((0.0, True), (tf.one_hot(0, 5), False)):
         student = logits + shift
         with tf.GradientTape() as tape:
@@ -125,7 +129,7 @@ def test_the_gradient_is_the_difference_of_the_softened_probabilities():
     """Hinton et al., equation 2: dC/dz = (q - p) / T, here times weight * T^2 and averaged over the batch."""
     source, teacher = data(), network()
     student = tf.constant(np.random.default_rng(1).normal(size=(COUNT, 5)), tf.float32)
-    term = SoftTargets([Teacher(teacher)], 3.0, 0.5)
+    term = soft_term([teacher], 3.0, 0.5)
     with tf.GradientTape() as tape:
         tape.watch(student)
         value = term(batch(source.train.x, student, np.arange(COUNT)))

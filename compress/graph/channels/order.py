@@ -1,14 +1,15 @@
-"""Channels in another order: the same network, with the units of a group renumbered in every layer that knows them."""
+"""Channels in another order: the network computes the same, and its weights lie otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import tf_keras
 
-from compress.graph.channels.groups import Channels, Group, IndexMap
+from compress.graph.channels.groups import Channels, Group
+from compress.graph.channels.trace import NONE, ChannelIds
 from compress.graph.rewrite import copy_model
 
 
@@ -18,44 +19,57 @@ def can_be_ordered(group: Group) -> bool:
     return all((count == count[0]).all() for count in counts)
 
 
+def exchangeable(channels: Channels) -> list[np.ndarray]:
+    """Return sets of units that may change places: they lie in the same tensors and weights, equally often."""
+    free = ~channels.pinned
+    mark = np.random.default_rng(0).integers(1, 2**62, len(channels.trace.tensors) + _most_axes(channels), np.int64)
+    signature = np.zeros(channels.count, np.int64)
+    weights = [ids for weight in channels.trace.weights.values() for ids in weight.axes if ids is not None]
+    for ids, number in zip([*channels.trace.tensors.values(), *weights], mark, strict=False):
+        units = channels.units_of(ids)
+        signature += number * np.bincount(units[units != NONE], minlength=channels.count)
+    _, member = np.unique(signature, return_inverse=True)
+    sets = [np.flatnonzero((member == number) & free) for number in range(member.max(initial=-1) + 1)]
+    return [units for units in sets if units.size > 1]
+
+
+def _most_axes(channels: Channels) -> int:
+    return sum(len(weight.axes) for weight in channels.trace.weights.values())
+
+
 @dataclass(frozen=True)
 class Order:
-    """New orders of groups: ``moves``: for each (layer, attribute) the axes that change, and what is taken where."""
+    """A new order: the channels of unit ``source[u]`` lie where those of unit ``u`` were.
 
-    moves: Mapping[tuple[str, str], list[tuple[int, np.ndarray]]]
-    indices: Mapping[tuple[str, str], int]
-    """Position of each weight among those of its layer."""
+    It may exchange units within the sets of :func:`exchangeable`, or within groups that :func:`can_be_ordered`, only;
+    the model's outputs stay equal up to rounding.
+    """
+
+    channels: Channels
+    source: np.ndarray
 
     @classmethod
     def of(cls, channels: Channels, orders: Mapping[str, np.ndarray]) -> Order:
-        """Return the orders in which channel ``i`` of a layer is what was channel ``order[i]``; layer -> order.
+        """Return the order in which channel ``i`` of a layer is what was channel ``order[i]``; layer -> order.
 
-        Each layer is the only one that writes its group, and the group :func:`can_be_ordered`.
+        Each layer is the only one that writes its group.
         """
-        moves: dict[tuple[str, str], list[tuple[int, np.ndarray]]] = {}
-        indices: dict[tuple[str, str], int] = {}
-        for group in channels.groups:
-            (writer, *others) = group.writers or ("",)
-            if writer not in orders or others:
-                continue
-            written = next(m for m in group.members if m.weight.layer == writer and not m.reads)
-            unit_at = written.units[np.argsort(written.places)]
-            wanted = np.empty_like(unit_at)
-            wanted[unit_at] = unit_at[orders[writer]]
-            for member in group.members:
-                key = member.weight.layer, member.weight.attribute
-                size = channels.model.get_layer(key[0]).weights[member.weight.index].shape[member.axis]
-                moves.setdefault(key, []).append((member.axis, _taken(member, wanted, int(size))))
-                indices[key] = member.weight.index
-        return cls(moves, indices)
+        source = np.arange(channels.count)
+        for event in channels.trace.events:
+            if event.verb == "writes" and event.layer in orders:
+                units = channels.units_of(event.ids)
+                source[units] = units[orders[event.layer]]
+        return cls(channels, source)
 
-    def model(self, model: tf_keras.Model) -> tf_keras.Model:
+    def model(self) -> tf_keras.Model:
         """Return a copy of the model with its channels in the new order."""
-        result = copy_model(model)
-        for (layer, attribute), index in self.indices.items():
-            variable = result.get_layer(layer).weights[index]
-            variable.assign(self.array(f"{layer}/{attribute}", np.asarray(variable)))
-        return result
+        model = copy_model(self.channels.model)
+        values = {layer.name: layer.get_weights() for layer in model.layers}
+        for (name, index), weight in self.channels.trace.weights.items():
+            values[name][index] = self._moved(values[name][index], weight.axes)
+        for layer in model.layers:
+            layer.set_weights(values[layer.name])
+        return model
 
     def array(self, name: str, value: np.ndarray, without: int | None = None) -> np.ndarray:
         """Return an array in the shape of the weight ``"<layer>/<attribute>"`` in the new order.
@@ -63,14 +77,23 @@ class Order:
         The axis ``without`` stays as it is, and may have another length.
         """
         layer, _, attribute = name.rpartition("/")
-        for axis, taken in self.moves.get((layer, attribute), []):
-            value = value if axis == without else np.take(value, taken, axis)
+        for weight in self.channels.trace.weights.values():
+            if (weight.layer, weight.attribute) == (layer, attribute):
+                return self._moved(value, [None if n == without else ids for n, ids in enumerate(weight.axes)])
+        return value
+
+    def _moved(self, value: np.ndarray, axes: Sequence[ChannelIds | None]) -> np.ndarray:
+        for axis, ids in enumerate(axes):
+            if ids is not None:
+                value = np.take(value, _places(self.channels.units_of(ids), self.source), axis)
         return value
 
 
-def _taken(member: IndexMap, wanted: np.ndarray, size: int) -> np.ndarray:
-    """Return where each place of an axis takes its values from; places of one unit keep their order."""
-    table = member.places[np.argsort(member.units, kind="stable")].reshape(len(wanted), -1)
-    index = np.arange(size)
-    index[table] = table[wanted]
-    return index
+def _places(units: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Return for each place along an axis the place whose values it gets; the n-th of a unit from the n-th."""
+    order = np.argsort(units, kind="stable")
+    ranked = units[order]
+    times = np.empty(len(units), np.int64)
+    times[order] = np.arange(len(units)) - np.searchsorted(ranked, ranked)
+    wanted = np.where(units == NONE, NONE, source[units])
+    return order[np.searchsorted(ranked, wanted) + times]

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.strategies.lowrank.fitting import Goal, conjugate_gradients
-
-_FLOOR = 1e-6
+from compress.strategies.goal import FLOOR, Goal, conjugate_gradients
 
 
 def solved_last(goal: Goal, before: np.ndarray, blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -21,7 +19,7 @@ def solved_last(goal: Goal, before: np.ndarray, blocks: Sequence[tuple[np.ndarra
     """
     weighted = before if goal.inputs is None else goal.inputs @ before
     gram, cross = weighted.T @ before, weighted.T @ goal.kernel.reshape(len(before), -1)
-    gram[np.diag_indices_from(gram)] += _FLOOR * max(float(np.trace(gram)) / len(gram), 1e-30)
+    gram[np.diag_indices_from(gram)] += FLOOR * max(float(np.trace(gram)) / len(gram), 1e-30)
     found = np.zeros_like(cross)
     for filters, read in blocks:
         found[np.ix_(read, filters)] = np.linalg.solve(gram[np.ix_(read, read)], cross[np.ix_(read, filters)])
@@ -44,7 +42,7 @@ def descended_first(formula: str, goal: Goal, first: np.ndarray, last: np.ndarra
         power = np.diag(goal.inputs).reshape(goal.kernel.shape[:-1])
         read = "".join(letter for letter in one if letter in letters)
         power = np.einsum(f"{letters[:-1]}->{read}", power)
-        scale = scale / np.maximum(power, _FLOOR * max(float(power.max()), 1e-30))[..., None]
+        scale = scale / np.maximum(power, FLOOR * max(float(power.max()), 1e-30))[..., None]
     return conjugate_gradients(
         lambda x: gradient(kernel_of(x)), gradient(goal.kernel - kernel_of(first)), first, lambda x: x * scale
     )

@@ -14,9 +14,8 @@ from compress.candidate import Guarantee
 from compress.graph.kernels import Kernel
 from compress.graph.rewrite import NewLayer
 from compress.graph.walk import Step
+from compress.strategies.goal import Goal, goal_of, matrix_with
 from compress.strategies.least_squares import Moments, matrix_of
-from compress.strategies.lowrank.fitting import Goal
-from compress.strategies.lowrank.sensitivity import goal_of, matrix_with
 from compress.strategies.repair import RIDGE, Repair
 
 Parts = tuple[np.ndarray, ...]

@@ -111,7 +111,7 @@ def multi_bias(
         kernel, *bias = layer.get_weights()
         layer.set_weights([found.matrix[:-1].reshape(kernel.shape), *([found.matrix[-1]] if bias else [])])
     order = Order.of(channels, {name: found.order for name, found in responses.items()})
-    ordered = order.model(model)
+    ordered = order.model()
     chains = {name: _chain(ordered.get_layer(name), found, order) for name, found in responses.items()}
     result = rewrite(ordered, chains)
     _require_equal(model, result, context)

@@ -12,7 +12,8 @@ from scipy.optimize import linear_sum_assignment
 
 from compress.candidate import Candidate, Guarantee
 from compress.graph.channels.groups import Channels
-from compress.graph.channels.reorder import exchangeable, reordered
+from compress.graph.channels.order import Order as ChannelOrder
+from compress.graph.channels.order import exchangeable
 from compress.graph.channels.trace import NONE
 from compress.graph.fold import folding_gains
 from compress.strategies.compact.form import Form, Order
@@ -42,7 +43,7 @@ def ordered(candidate: Candidate, forms: Mapping[str, Form], samples: np.ndarray
         return candidate
     channels = Channels(candidate.model)
     source = best_source(channels, movable(channels, candidate.guarantees), wanted, seed)
-    return candidate.evolve(model=reordered(channels, source))
+    return candidate.evolve(model=ChannelOrder(channels, source).model())
 
 
 def movable(channels: Channels, guarantees: Sequence[Guarantee]) -> list[np.ndarray]:

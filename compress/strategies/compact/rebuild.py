@@ -15,8 +15,8 @@ from compress.graph.rewrite import NewLayer, copy_model, rewrite
 from compress.graph.walk import Step, Walk
 from compress.progress import progress
 from compress.strategies.compact.form import Form, Parts
+from compress.strategies.goal import Goal
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
-from compress.strategies.lowrank.fitting import Goal
 from compress.strategies.repair import REPAIR_RIDGE, Repair, called_once, change_of_logits, outputs_of
 
 _SAMPLES = 128

@@ -19,6 +19,7 @@ from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import Kernel, kernels
 from compress.graph.rewrite import calls, rewrite
 from compress.graph.selection import Selection
+from compress.metrics.counts import count_macs
 from compress.strategies.compact.form import Form, Parts, obstacle
 from compress.strategies.compact.forms.crelu import CRelu
 from compress.strategies.compact.forms.fire import Fire
@@ -28,7 +29,7 @@ from compress.strategies.compact.forms.separable import Separable
 from compress.strategies.compact.guarantees import Compacted
 from compress.strategies.compact.order import free_filters, ordered
 from compress.strategies.compact.rebuild import changes, rebuild
-from compress.strategies.lowrank.fitting import Goal
+from compress.strategies.goal import Goal
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.repair import Repair, rectified
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -95,7 +96,7 @@ class Compact(Strategy):
         if not chosen:
             if any(isinstance(guarantee, Compacted) for guarantee in candidate.guarantees):
                 return candidate.evolve(model=rewrite(candidate.model), skipped=context.skip(skipped))
-            raise context.nothing_done(f"a Conv2D for which a {form.name} one is cheaper", skipped)
+            raise context.nothing_done(f"a Conv2D that is cheaper in the form {form.name}", skipped)
         candidate, parts = self._fitted(candidate, dict.fromkeys(chosen, form), context)
         model = candidate.model
         compacted = rewrite(model, {name: form.build(model.get_layer(name), found) for name, found in parts.items()})
@@ -185,11 +186,11 @@ class Compact(Strategy):
         """Return the layers to replace, in the order of the model."""
         if self.macs is None:
             return list(found)
-        total = sum(kernel.macs for kernel in kernels(model))
+        total = count_macs(model)
         saved = {name: kernel.macs - form.macs(kernel) for name, kernel in found.items()}
         needed = total * (1 - self.macs)
         if sum(saved.values()) < needed:
-            field = _STRENGTH[form.name]
+            field = None if form == Separable(1) else _STRENGTH[form.name]
             advice = f" or {field[0]} strategy.{stage}.{field[1]}" if field else ""
             raise CompressError(
                 f"strategy.{stage}.macs",

@@ -1,32 +1,115 @@
-"""Distillation as a strategy: train the candidate on its teacher's soft targets.
+"""Distillation as a strategy: train a student on its teacher's soft targets.
 
-Source: Hinton, Vinyals, Dean (arXiv 1503.02531).
+Sources: Hinton, Vinyals, Dean (arXiv 1503.02531). A chain of assistants (Mirzadeh et al., arXiv 1902.03393) is several
+such stages, and born-again networks (Furlanello et al., arXiv 1805.04770) one that is repeated, each with
+``recovery.teachers=[previous]``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
-from annotated_types import Gt, Le
+import numpy as np
+import tf_keras
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect
-from compress.graph.rewrite import copy_model
-from compress.strategies.distillation.soft_targets import SoftTargets
-from compress.strategies.strategy import STRICT, Context, Strategy
+from compress.candidate import Candidate
+from compress.errors import CompressError
+from compress.strategies.distillation.judging import probabilities
+from compress.strategies.distillation.student import StudentStrategy
+from compress.strategies.options import refuse_without_effect
+from compress.strategies.strategy import STRICT, Context
+
+_STEPS = 60
 
 
 @dataclass(frozen=True, config=STRICT)
-class Distill(Strategy):
-    """Train the candidate on the soft targets of the pipeline's reference model, or of ``recovery.teachers``."""
+class Distill(StudentStrategy):
+    """Train the student on the soft targets of the pipeline's reference model, or of ``recovery.teachers``.
 
-    temperature: Annotated[float, Gt(0)] = 4.0
+    Attributes:
+        omit: classes whose images the student is not shown: it knows them from the soft targets of others alone
+            (section 3 of the paper).
+        raise_bias: afterwards raise the biases of these classes by one number, so that the student gives them as much
+            probability as the teacher does, over the validation images, whose labels are not looked at. (The paper
+            chooses the number that is best on the test set.)
+    """
+
+    temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
     soft_weight: Annotated[float, Gt(0), Le(1)] = 0.9
+    omit: tuple[Annotated[int, Ge(0)], ...] = ()
+    raise_bias: bool = False
 
-    effects = frozenset({Effect.TRAIN})
+    own_recovery = True
+
+    def __post_init__(self) -> None:
+        """Refuse fields that do nothing."""
+        super().__post_init__()
+        refuse_without_effect(self, [(bool(self.omit), ("raise_bias",), "omit")])
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        """Train a copy."""
+        """Make the student, and train it."""
         context.require_training()
-        student = candidate.evolve(model=copy_model(candidate.model), skipped=())
-        return context.recover(student, terms=[SoftTargets(context.teachers(), self.temperature, self.soft_weight)])
+        if self.omit:
+            self._require_classes(context)
+            context = context.for_stage(context.stage, data=context.data.without(self.omit))
+        student = self.student_of(candidate, context)
+        recovery = replace(
+            context.recovery, method="distill", temperature=self.temperature, soft_weight=self.soft_weight
+        )
+        student = context.for_stage(context.stage, recovery=recovery).recover(student)
+        if self.raise_bias:
+            raised = self._raise_bias(student.model, context)
+            student = student.evolve(measured={**student.measured, "bias_raised": raised})
+        return student
+
+    def _require_classes(self, context: Context) -> None:
+        classes = context.data.classes
+        if max(self.omit) >= classes or len(set(self.omit)) >= classes:
+            raise CompressError(
+                f"strategy.{context.stage}.omit",
+                expected=f"some of the classes from 0 to {classes - 1}",
+                received=str(list(self.omit)),
+                fix="Name classes of the data by their numbers, and leave one at least.",
+            )
+
+    def _raise_bias(self, model: tf_keras.Model, context: Context) -> float:
+        """Raise the biases in place; return by how much."""
+        layer = model.outputs[0].node.layer
+        while getattr(layer, "bias", None) is None and len(parents := list(layer.inbound_nodes[0].parent_nodes)) == 1:
+            if layer.weights:
+                break
+            layer = parents[0].layer
+        if getattr(layer, "bias", None) is None:
+            raise CompressError(
+                f"strategy.{context.stage}.raise_bias",
+                expected="a student whose last layer has biases",
+                received=f"{layer.name} ({type(layer).__name__}), which has none",
+                fix=f"Write strategy.{context.stage}.raise_bias=false.",
+            )
+        x = context.data.validation.x
+        wanted = float(probabilities(context.teacher_models(), x)[:, list(self.omit)].sum(axis=1).mean())
+        given = probabilities([model], x)[:, list(self.omit)].sum(axis=1)
+        raised = _offset(given, wanted)
+        bias = np.asarray(layer.bias).copy()
+        bias[list(self.omit)] += raised
+        layer.bias.assign(bias)
+        return raised
+
+
+def _offset(given: np.ndarray, wanted: float) -> float:
+    """Return what some classes' logits must be raised by, for their probabilities [n] to have the mean ``wanted``.
+
+    By halving: the mean grows with the offset.
+    """
+    odds = np.log(np.clip(given, 1e-12, 1 - 1e-12)) - np.log(np.clip(1 - given, 1e-12, 1.0))
+    low, high = -50.0, 50.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if float(np.mean(1 / (1 + np.exp(-(odds + middle))))) < wanted:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

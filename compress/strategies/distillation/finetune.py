@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect
-from compress.graph.rewrite import copy_model
-from compress.strategies.strategy import STRICT, Context, Strategy
+from compress.candidate import Candidate
+from compress.strategies.distillation.student import StudentStrategy
+from compress.strategies.strategy import STRICT, Context
 
 
 @dataclass(frozen=True, config=STRICT)
-class Finetune(Strategy):
-    """Train the candidate as ``recovery`` says; every guarantee is kept."""
+class Finetune(StudentStrategy):
+    """Train the candidate, or another student, as ``recovery`` says; every guarantee is kept."""
 
-    effects = frozenset({Effect.TRAIN})
+    needs_labels = True
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Train a copy."""
         context.require_training()
-        return context.recover(candidate.evolve(model=copy_model(candidate.model), skipped=()))
+        return context.recover(self.student_of(candidate, context))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from compress.candidate import Skipped
 from compress.errors import CompressError
 from compress.strategies.lowrank.units import Choice, Curve, Unit
 
@@ -28,14 +29,16 @@ def kept(units: Sequence[Unit], choices: Sequence[Priced], total: float) -> floa
     return 1.0 - saved / total
 
 
-def allocate(units: Sequence[Unit], keep: float, total: float, stage: str, unit_name: str) -> list[Choice | None]:
+def allocate(
+    units: Sequence[Unit], keep: float, total: float, stage: str, unit_name: str, untouched: Sequence[Skipped] = ()
+) -> list[Choice | None]:
     """Choose forms and ranks together: least sum of errors for the saving (Lagrange multiplier, bisected).
 
     Args:
         units: the layers that may be factorized, with their curves; costs in the budget's unit.
         keep: the share of ``total`` that may remain.
         total: cost of the whole model.
-        stage, unit_name: for the error.
+        stage, unit_name, untouched: for the error; the last are the layers that may not be factorized, and why.
 
     Raises:
         CompressError: if even rank 1 everywhere costs more.
@@ -47,11 +50,14 @@ def allocate(units: Sequence[Unit], keep: float, total: float, stage: str, unit_
 
     low, high = 1 / _HIGHEST, _HIGHEST
     if kept(units, choose(high), total) > keep:
+        reasons = [f"{item.layer}: {item.reason}" for item in untouched]
+        more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
         raise CompressError(
             f"strategy.{stage}.{unit_name}",
-            expected=f"at least {kept(units, choose(high), total):.3f}, what rank 1 in every layer it may touch leaves",
+            expected=f"at least {kept(units, choose(high), total):.3f}, what rank 1 in every layer it may touch leaves"
+            + (f" (not {'; '.join(reasons[:4])}{more})" if reasons else ""),
             received=f"{keep:g}",
-            fix=f"Raise strategy.{stage}.{unit_name} or widen strategy.{stage}.only.",
+            fix=f"Raise strategy.{stage}.{unit_name}, or let the stage touch more layers.",
         )
     while high / low > 1 + 1e-9:
         middle = float(np.sqrt(low * high))

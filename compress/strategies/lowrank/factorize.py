@@ -56,7 +56,8 @@ class LowRank(Strategy):
         latency: share of the latency on the board that is kept; layers that a chain makes no faster are left alone.
         energy: share of each layer's squared singular values that is kept.
         ranks: share of each layer's full rank that is kept.
-        rank: the same rank for every layer; or ``vbmf``: as many as stand out from noise (variational Bayes).
+        rank: the same rank for every layer; or ``vbmf``: as many as stand out from noise (variational Bayes), in the
+            form that loses least at its own; a layer of which nothing stands out is left alone.
 
     Attributes:
         form: of convolutions; one of :mod:`compress.strategies.lowrank.forms`, or the best for each layer.
@@ -109,7 +110,7 @@ class LowRank(Strategy):
             samples = context.calibration_samples(self.images)
             repair = Repair(whole, samples, context.seed, candidate.guarantees)
         units = self._with_errors(units, repair, context)
-        choices, measured = self._choose(units, candidate, whole, context)
+        choices, measured = self._choose(units, candidate, whole, context, skipped)
         chosen = [(unit, choice) for unit, choice in zip(units, choices, strict=True) if choice is not None]
         # In the network's order: that of a set is another one in each process.
         taken = {unit.name for unit, _ in chosen}
@@ -129,6 +130,8 @@ class LowRank(Strategy):
         result = result.replaced({unit.name: [new.layer.name for new in chains[unit.name]] for unit, _ in chosen})
         result = result.with_guarantee(rank_guarantee(context.stage, chosen))
         measured["macs_kept"] = count_macs(result.model) / count_macs(candidate.model)
+        measured["layers_factorized"] = float(len(chosen))
+        measured["layers_left_alone"] = float(len({unit.name for unit in units}) - len(chosen))
         return context.recover(result.evolve(measured=measured))
 
     def _budget(self) -> Budget:
@@ -197,7 +200,12 @@ class LowRank(Strategy):
         return replace(curve, cost=cost, error=found.errors[: len(cost)], decomposition=found)
 
     def _choose(
-        self, units: Sequence[Unit], candidate: Candidate, whole: tf_keras.Model, context: Context
+        self,
+        units: Sequence[Unit],
+        candidate: Candidate,
+        whole: tf_keras.Model,
+        context: Context,
+        skipped: Sequence[Skipped],
     ) -> tuple[list[Choice | None], dict[str, float]]:
         """Return form and rank for each unit, None for one that is left alone, and what was measured."""
         budget = self._budget()
@@ -211,7 +219,9 @@ class LowRank(Strategy):
             return [unit.at_error(1.0 - budget.keep) for unit in units], {}
         if budget.unit != "latency":
             counted: CostUnit = "params" if budget.unit == "params" else "macs"
-            return allocate(units, budget.keep, _total(candidate.model, counted), context.stage, budget.unit), {}
+            return allocate(
+                units, budget.keep, _total(candidate.model, counted), context.stage, budget.unit, skipped
+            ), {}
         timer = Timer(candidate, context)
         total = timer.of_file(candidate)
 
@@ -261,16 +271,16 @@ class LowRank(Strategy):
 
 
 def _total(model: tf_keras.Model, unit: CostUnit) -> float:
-    return float(count_params(model) if unit == "params" else sum(kernel.macs for kernel in kernels(model)))
+    return float(count_params(model) if unit == "params" else count_macs(model))
 
 
 def _vbmf_choice(unit: Unit) -> Choice | None:
-    """Return the cheapest form at the rank that stands out from noise, if it saves."""
+    """Return the form with the least error at the rank that stands out from noise, if there is one that saves."""
     options = []
     for curve in unit.curves:
         kernel = unit.kernel.value
         found = curve.decomposition or curve.form.decompose(kernel, curve.form.highest(kernel.shape))
-        rank = max(1, vbmf_rank(found.spectrum)) if found.spectrum is not None else len(curve.cost) + 1
-        if rank <= len(curve.cost):
-            options.append((float(curve.cost[rank - 1]), (curve.form, rank)))
+        rank = 0 if found.spectrum is None else vbmf_rank(found.spectrum)
+        if 0 < rank <= len(curve.cost):
+            options.append((float(curve.error[rank - 1]), (curve.form, rank)))
     return min(options, key=lambda option: option[0])[1] if options else None

@@ -15,10 +15,10 @@ import tf_keras
 from compress.graph.rewrite import copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
+from compress.strategies.goal import Goal, goal_of, matrix_with
 from compress.strategies.least_squares import Moments, is_linear, matrix_of
-from compress.strategies.lowrank.fitting import Fit, Goal
+from compress.strategies.lowrank.fitting import Fit
 from compress.strategies.lowrank.form import Form
-from compress.strategies.lowrank.sensitivity import goal_of, matrix_with
 from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once
 
 _SWEEPS, _LATER_SWEEPS = 4, 1

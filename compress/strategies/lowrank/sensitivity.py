@@ -6,17 +6,18 @@ the change itself is measured with this layer alone replaced, and what lies betw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from compress.graph.rewrite import copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
-from compress.strategies.least_squares import Moments, assign_matrix, is_linear, matrix_of
-from compress.strategies.lowrank.fitting import Fit, Goal
+from compress.strategies.goal import Goal, goal_of, matrix_with
+from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
+from compress.strategies.lowrank.fitting import Fit
 from compress.strategies.lowrank.form import Form
-from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
+from compress.strategies.repair import Repair, called_once, change_of_logits, outputs_of
 
 _SAMPLES = 128
 _LEVELS = (2 / 3, 1 / 3)
@@ -24,21 +25,6 @@ _SWEEPS = 1
 
 Table = dict[str, dict[str, dict[str, list[float]]]]
 """Layer -> form -> ``relative``: squared error of its outputs; ``change``: that of the logits; at rank 1, 2, ..."""
-
-
-def goal_of(known: Moments, matrix: np.ndarray, shape: Sequence[int], metric: np.ndarray | None) -> Goal:
-    """Return the goal of a layer whose best matrix [d + 1, outputs], by least squares with this ridge, is known."""
-    strength = RIDGE * max(float(np.mean(np.diag(known.inputs)[:-1])), 1e-12)
-    return Goal.of(known, matrix, strength, shape, metric)
-
-
-def matrix_with(known: Moments | None, wanted: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Return kernel and bias [d + 1, outputs], the bias such that the outputs have the mean of those wanted."""
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    if known is None:
-        return np.concatenate([flat, wanted[-1:]])
-    mean = known.inputs[-1, :-1] / known.inputs[-1, -1]
-    return np.concatenate([flat, wanted[-1:] + mean[None] @ (wanted[:-1] - flat)])
 
 
 def sensitivities(repair: Repair, layers: Mapping[str, Mapping[Form, int]]) -> Table:

@@ -17,7 +17,7 @@ from compress.graph.rewrite import NewLayer
 from compress.strategies.compact.alternation import descended_first, solved_last
 from compress.strategies.compact.form import Form, Order, Parts, apart, keeps_size
 from compress.strategies.compact.guarantees import FireForm
-from compress.strategies.lowrank.fitting import Goal, roots
+from compress.strategies.goal import Goal, roots
 
 _FORMULA = "cs,yxsf->yxcf"
 _SWEEPS, _LATER_SWEEPS = 4, 1

@@ -18,7 +18,7 @@ from compress.graph.kernels import Kernel
 from compress.graph.rewrite import NewLayer
 from compress.strategies.compact.form import Form, Order, Parts, bias_of
 from compress.strategies.compact.guarantees import GroupedForm
-from compress.strategies.lowrank.fitting import Goal
+from compress.strategies.goal import Goal
 
 
 @dataclass(frozen=True)

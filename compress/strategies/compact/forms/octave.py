@@ -18,8 +18,8 @@ from compress.graph.rewrite import NewLayer
 from compress.graph.walk import Step
 from compress.strategies.compact.form import Form, Order, Parts, Solver, apart, keeps_size
 from compress.strategies.compact.guarantees import OctaveForm
+from compress.strategies.goal import Goal
 from compress.strategies.least_squares import matrix_of, moments, rows_of
-from compress.strategies.lowrank.fitting import Goal
 from compress.strategies.repair import RIDGE, Repair, linear_output
 
 

@@ -18,7 +18,7 @@ from compress.graph.rewrite import NewLayer
 from compress.strategies.compact.alternation import descended_first, solved_last
 from compress.strategies.compact.form import Form, Parts, bias_of
 from compress.strategies.compact.separable_form import SeparableForm
-from compress.strategies.lowrank.fitting import Goal, roots
+from compress.strategies.goal import Goal, roots
 
 _FORMULA = "yxcm,cmf->yxcf"
 _SWEEPS, _LATER_SWEEPS = 4, 1

@@ -14,6 +14,8 @@ import tf_keras
 from compress.strategies.lowrank.form import Decomposition, Form, sampled
 
 _ITERATIONS = 60
+_RIDGE = 1e-10
+"""Of the least squares, for a kernel of norm 1: with fewer directions than the rank they have no single solution."""
 
 
 class Cp(Form):
@@ -38,17 +40,19 @@ class Cp(Form):
         """Alternating least squares of tensorly."""
         from tensorly.decomposition import parafac
 
-        kernel = kernel.astype(np.float64)
         height, width, channels, filters = kernel.shape
-        tensor = kernel.reshape(height * width, channels, filters)
+        scale = max(float(np.linalg.norm(kernel)), np.finfo(np.float32).tiny)
+        tensor = (kernel / scale).astype(np.float64).reshape(height * width, channels, filters)
 
         def factors(rank: int) -> list[np.ndarray]:
+            if not tensor.any():
+                return [np.zeros((channels, rank)), np.zeros((height, width, rank)), np.zeros((rank, filters))]
             with warnings.catch_warnings():
                 # Beyond the length of an axis it starts from random vectors, which is fine.
                 warnings.filterwarnings("ignore", "Trying to compute SVD", UserWarning)
                 weights, (places, reading, writing) = parafac(
-                    tensor, rank, n_iter_max=_ITERATIONS, init="svd", tol=1e-6, random_state=0
+                    tensor, rank, n_iter_max=_ITERATIONS, init="svd", tol=1e-6, random_state=0, l2_reg=_RIDGE
                 )
-            return [reading * weights, places.reshape(height, width, rank), writing.T]
+            return [scale * reading * weights, places.reshape(height, width, rank), writing.T]
 
         return sampled(self, kernel, most, factors)

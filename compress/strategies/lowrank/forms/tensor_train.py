@@ -25,7 +25,7 @@ class TensorTrain(Form):
         return None if min(layer.kernel.shape[:2]) > 1 else "its kernel has one row or one column"
 
     def highest(self, shape: Sequence[int]) -> int:
-        """As many as there are channels read, which is where the first car ends."""
+        """As many as there are channels read, which is where the first core ends."""
         return shape[2]
 
     def widths(self, shape: Sequence[int], ranks: np.ndarray) -> Widths:
@@ -46,8 +46,8 @@ class TensorTrain(Form):
 
         def factors(rank: int) -> list[np.ndarray]:
             widths = self.widths(kernel.shape, np.array([rank]))
-            cars = tensor_train(tensor, [1, *(int(widths[letter][0]) for letter in "pqs"), 1])
-            first, rows, columns, last = (np.asarray(car) for car in cars)
+            cores = tensor_train(tensor, [1, *(int(widths[letter][0]) for letter in "pqs"), 1])
+            first, rows, columns, last = (np.asarray(core) for core in cores)
             return [first[0], rows.transpose(1, 0, 2), columns.transpose(1, 0, 2), last[..., 0]]
 
         return sampled(self, kernel, most, factors)

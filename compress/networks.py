@@ -1,0 +1,88 @@
+"""The networks that a pipeline needs beside its reference model: trained ones that teach, untrained ones that learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import tf_keras
+
+from compress.data.source import Data
+from compress.errors import CompressError
+from compress.graph.rewrite import copy_model
+from compress.models.source import ModelSource
+from compress.reference import make_reference
+from compress.strategies.distillation.judging import require_same_classes, require_same_values
+
+
+@dataclass(frozen=True)
+class Networks:
+    """``teachers``: by the names in ``recovery.teachers``; ``students``: by those that strategies build."""
+
+    teachers: Mapping[str, ModelSource] = field(default_factory=dict)
+    students: Mapping[str, ModelSource] = field(default_factory=dict)
+
+    def of(self, teachers: Collection[str], students: Collection[str]) -> list[ModelSource]:
+        """Return the sources of these names; ``reference`` and the like have none."""
+        named = ((self.teachers, teachers), (self.students, students))
+        return [sources[name] for sources, names in named for name in names if name in sources]
+
+    def teacher(self, name: str, reference: tf_keras.Model, data: Data, seed: int) -> tf_keras.Model:
+        """Return the trained teacher.
+
+        Raises:
+            CompressError: if it does not fit the data, or reads other values than the reference model.
+        """
+        where = f"recovery.teachers, {name}"
+        with _said_of(where):
+            model = make_reference(self.teachers[name], data, seed)
+        require_same_classes(model, name, reference, where, "teacher")
+        require_same_values(model, name, reference, data, where)
+        return model
+
+    def student(
+        self, name: str, reference: tf_keras.Model, data: Data, seed: int, where: str = "student"
+    ) -> tf_keras.Model:
+        """Return the untrained network, of as many classes as the reference model has.
+
+        ``where``: who wants it, for errors.
+
+        Raises:
+            CompressError: if it does not fit the data.
+        """
+        tf_keras.backend.reset_uids()
+        classes = int(reference.output_shape[-1] or data.classes)
+        with _said_of(where):
+            return copy_model(self.students[name].build(dataclasses.replace(data, classes=classes), seed))
+
+    def refuse_misfits(self, reference: tf_keras.Model, data: Data, seed: int, users: Callable[[str], str]) -> None:
+        """Build every network once, and refuse those that do not fit; nothing is trained.
+
+        ``users``: the configuration key that names a network, for the error.
+
+        Raises:
+            CompressError: naming both networks.
+        """
+        data = data.fitted_to(reference, f"model {reference.name}")
+        for name in self.students:
+            model = self.student(name, reference, data, seed, users(name))
+            require_same_classes(model, name, reference, users(name), "student")
+        for name, source in self.teachers.items():
+            with _said_of(f"recovery.teachers, {name}"):
+                model = copy_model(source.build(data, seed))
+            require_same_classes(model, name, reference, users(name), "teacher")
+            if source.origin().schedule is None:
+                require_same_values(model, name, reference, data, users(name))
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Have errors say which network they are about."""
+    try:
+        yield
+    except CompressError as error:
+        raise CompressError(
+            f"{name}: {error.where}", expected=error.expected, received=error.received, fix=error.fix
+        ) from error

@@ -1,0 +1,199 @@
+"""Which layer of a student is compared with which layer of its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from compress.errors import CompressError, did_you_mean
+from compress.graph.kernels import kernel_attributes
+from compress.graph.residual import sums
+from compress.graph.rewrite import Shape, calls, nodes
+
+_NORMS = (tf_keras.layers.BatchNormalization,)
+_PADDING = (tf_keras.layers.ZeroPadding2D, tf_keras.layers.Cropping2D)
+_ACTIVATIONS = (
+    tf_keras.layers.ReLU,
+    tf_keras.layers.Activation,
+    tf_keras.layers.LeakyReLU,
+    tf_keras.layers.PReLU,
+    tf_keras.layers.ELU,
+    tf_keras.layers.ThresholdedReLU,
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer of the student and one of the teacher, with the shapes of what they give, without the batch."""
+
+    student: str
+    teacher: str
+    student_shape: Shape
+    teacher_shape: Shape
+
+
+class Layers:
+    """The layers of a flat model whose outputs can be looked at: each called once, and giving one tensor."""
+
+    def __init__(self, model: tf_keras.Model, folded: Mapping[str, str] | None = None) -> None:
+        """Read the model; ``folded``: batch norm that is gone -> the layer that it has been folded into."""
+        self.model = model
+        self.folded = folded or {}
+        once = {name for name, times in calls(model).items() if times == 1}
+        self._nodes = [node for node in nodes(model) if node.layer.name in once]
+        self.shapes: dict[str, Shape] = {
+            node.layer.name: tuple(tf.nest.flatten(node.outputs)[0].shape)[1:]
+            for node in self._nodes
+            if len(tf.nest.flatten(node.outputs)) == 1
+        }
+
+    @cached_property
+    def learned(self) -> tuple[str, ...]:
+        """The layers that weights have a part in, in order, without the one that gives the model's output."""
+        ending = {tensor.node.layer.name for tensor in self.model.outputs}
+        found: dict[str, None] = {}
+        for node in nodes(self.model):
+            # A layer that is called several times passes on what it has learned, too.
+            if kernel_attributes(node.layer) or any(parent.layer.name in found for parent in node.parent_nodes):
+                found[node.layer.name] = None
+        return tuple(name for name in found if name in self.shapes and name not in ending)
+
+    def maps(self) -> dict[Shape, tuple[str, ...]]:
+        """Return size of the maps (height, width) -> where the stage of this size ends.
+
+        That are the sums of its residual blocks, in order; in a network without any, its last layer. Maps that were
+        only padded, for the next layer, are no stage.
+        """
+        added = set(sums(self.model))
+        stages: dict[Shape, list[str]] = {}
+        for name in self.learned:
+            if len(self.shapes[name]) == 3 and not isinstance(self.model.get_layer(name), _PADDING):
+                stages.setdefault(self.shapes[name][:2], []).append(name)
+        return {size: tuple(name for name in names if name in added) or (names[-1],) for size, names in stages.items()}
+
+    def hidden(self) -> tuple[str, ...]:
+        """Return the layers that those with weights read, from the second on: the ends of a network of Dense layers."""
+        fed = [self._feeding(node) for node in self._nodes if kernel_attributes(node.layer)]
+        return tuple(dict.fromkeys(name for name in fed if name in self.learned))
+
+    def features(self) -> str | None:
+        """Return the layer that the last layer with weights reads: the features that the classes are told by."""
+        weighted = [node for node in self._nodes if kernel_attributes(node.layer)]
+        name = self._feeding(weighted[-1]) if weighted else None
+        return name if name in self.shapes and name in self.learned else None
+
+    def last_maps(self) -> str | None:
+        """Return the last layer that gives feature maps."""
+        return next((name for name in reversed(self.learned) if len(self.shapes[name]) == 3), None)
+
+    def before_activation(self, name: str) -> str:
+        """Return the layer whose output the activation layer ``name`` reads; the name itself if it is none."""
+        node = next(node for node in self._nodes if node.layer.name == name)
+        if not isinstance(node.layer, _ACTIVATIONS):
+            return name
+        (parent,) = node.parent_nodes
+        return parent.layer.name if parent.layer.name in self.shapes else name
+
+    def _feeding(self, node: Any) -> str | None:
+        """Return the layer that a call reads, leaving out those that drop features at random."""
+        parent = next(iter(node.parent_nodes), None)
+        while parent is not None and isinstance(
+            parent.layer, (tf_keras.layers.Dropout, tf_keras.layers.SpatialDropout2D)
+        ):
+            parent = next(iter(parent.parent_nodes), None)
+        return None if parent is None else parent.layer.name
+
+
+def pair(teacher: Layers, student: Layers, name: str, other: str) -> Pair:
+    """Return the pair of the student's layer ``name`` and the teacher's layer ``other``."""
+    return Pair(name, other, student.shapes[name], teacher.shapes[other])
+
+
+def stage_pairs(teacher: Layers, student: Layers) -> list[Pair]:
+    """Pair the ends of stages whose maps have the same size, at the same relative depth within the stage.
+
+    Without any size that both have, the stages themselves are paired by relative depth; in two networks without maps,
+    the hidden layers. Empty where one has maps and the other has none.
+    """
+    ours, theirs = student.maps(), teacher.maps()
+    if not ours and not theirs:
+        return _by_depth(teacher, student, student.hidden(), teacher.hidden())
+    common = [size for size in ours if size in theirs]
+    if common:
+        return [found for size in common for found in _by_depth(teacher, student, ours[size], theirs[size])]
+    lasts = (tuple(names[-1] for names in stages.values()) for stages in (ours, theirs))
+    return _by_depth(teacher, student, *lasts)
+
+
+def same_layers(teacher: Layers, student: Layers) -> list[Pair]:
+    """Pair layers of one name and one shape that end the networks' parts: sums of residual blocks.
+
+    Without any, the last such layer at each size of the maps. Empty for networks of one family that are not equally
+    deep: there, a name says which block it is, not how deep it lies.
+    """
+    if _another_depth(teacher, student):
+        return []
+    shared = [
+        name
+        for name in student.learned
+        if len(student.shapes[name]) == 3
+        and teacher.shapes.get(name) == student.shapes[name]
+        # The teacher's are folded away.
+        and not isinstance(student.model.get_layer(name), _NORMS)
+    ]
+    added = [name for name in shared if isinstance(student.model.get_layer(name), tf_keras.layers.Add)]
+    chosen = added or list({student.shapes[name][:2]: name for name in shared}.values())
+    return [pair(teacher, student, name, name) for name in chosen]
+
+
+def _another_depth(teacher: Layers, student: Layers) -> bool:
+    """Say whether a stage of one network is, by the names of its blocks, the start of the other's."""
+    ours, theirs = student.maps(), teacher.maps()
+    for size in ours.keys() & theirs.keys():
+        fewer, more = sorted((ours[size], theirs[size]), key=len)
+        if len(fewer) < len(more) and more[: len(fewer)] == fewer:
+            return True
+    return False
+
+
+def feature_pairs(teacher: Layers, student: Layers) -> list[Pair]:
+    """Pair the features that the classes are told by."""
+    ours, theirs = student.features(), teacher.features()
+    return [] if ours is None or theirs is None else [pair(teacher, student, ours, theirs)]
+
+
+def pairs_by_rule(rule: Mapping[str, str], teacher: Layers, student: Layers, where: str) -> list[Pair]:
+    """Return the pairs that a rule names: student's layer -> teacher's layer.
+
+    A batch norm of the teacher stands for the layer before it, which it is folded into.
+
+    Raises:
+        CompressError: if there is no such layer to look at.
+    """
+    found = []
+    for name, other in rule.items():
+        other = teacher.folded.get(other, other)
+        for layers, which, wanted in ((student, "student", name), (teacher, "teacher", other)):
+            if wanted not in layers.shapes:
+                raise CompressError(
+                    where,
+                    expected=f"layers of the {which}, {layers.model.name}, that are called once and give one tensor",
+                    received=f"{name}: {rule[name]}, with {wanted} as the {which}'s",
+                    fix=did_you_mean(wanted, layers.shapes),
+                )
+        found.append(pair(teacher, student, name, other))
+    return found
+
+
+def _by_depth(teacher: Layers, student: Layers, ours: tuple[str, ...], theirs: tuple[str, ...]) -> list[Pair]:
+    """Pair as many as the shorter one has, the last with the last."""
+    count = min(len(ours), len(theirs))
+    places = (
+        (-(-number * len(ours) // count) - 1, -(-number * len(theirs) // count) - 1) for number in range(1, count + 1)
+    )
+    return [pair(teacher, student, ours[one], theirs[other]) for one, other in places]

@@ -1,0 +1,94 @@
+"""Students and data without labels, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.data.digits import Digits
+from compress.tracking.report import SCHEMA_FILE
+
+from .test_bad_input import assert_refused
+
+SHORT = ("model.train.epochs=2", "recovery.epochs=0.3", "board=roofline")
+
+
+def report(folder: Path) -> dict:
+    found = json.loads((folder / "report.json").read_text())
+    jsonschema.validate(found, json.loads(SCHEMA_FILE.read_text()), jsonschema.Draft202012Validator)
+    return found
+
+
+def test_a_narrow_student_is_exported_and_goes_on(cli, tmp_path):
+    code, _, error = cli(*SHORT, "strategy=distill+prune+quantize", "strategy.distill.width=0.5", "hydra.run.dir=out")
+    assert code == 0, error
+    found = report(tmp_path / "out")
+    assert found["ratios"]["params"] == pytest.approx(4, rel=0.05)
+    assert found["ratios"]["macs"] > 3
+    kept = tf_keras.models.load_model(tmp_path / "out" / "model.keras")
+    assert kept.get_layer("conv2").filters == 32
+    assert np.mean(np.asarray(kept.get_layer("fc1").kernel) == 0) > 0.3
+    said = found["stages"][0]["recovered"]
+    assert (said["method"], said["teachers"]) == ("distill", ["reference"])
+    # A student that has hardly learned: the second stage receives it, and the reference teaches again.
+    assert found["stages"][1]["recovered"]["teacher_accuracy"] > found["stages"][1]["recovered"]["received_accuracy"]
+    assert found["stages"][2]["recovered"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["strategy=prune+distill", "strategy.distill.width=0.5"], ["distill", "prune", "another network"]),
+        (["strategy=quantize+distill", "strategy.distill.student=again"], ["distill", "quantize", "another network"]),
+        (["strategy=distill", "strategy.distill.student=resnet21"], ["strategy.distill", "resnet21", "resnet20"]),
+        (["strategy=distill", "strategy.distill.student=resnet20"], ["resnet20: (32, 32, 3)", "(8, 8, 1)"]),
+        (["strategy=distill", "strategy.distill.student=file"], ["strategy.distill", "received file"]),
+        (["strategy=distill", "strategy.distill.width=1.5"], ["strategy.distill.width", "less than 1"]),
+        (["strategy=mutual", "strategy.mutual.peers=[lenet5]"], ["strategy.mutual, lenet5", "(8, 8, 1)"]),
+        (["strategy=mutual", "recovery=none"], ["strategy.mutual.recovery", "training"]),
+    ],
+)
+def test_what_cannot_be_a_student_is_refused(overrides, parts, cli, tmp_path):
+    assert_refused(cli(*SHORT, *overrides), *parts)
+    assert not list(tmp_path.rglob("report.json"))
+
+
+def test_images_without_labels(cli, tmp_path):
+    digits = Digits(train_limit=300, test_limit=60).load()
+    np.savez("bare.npz", x_train=digits.train.x, x_test=digits.test.x, y_test=digits.test.y)
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    scores = tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(tf_keras.layers.Rescaling(1 / 16)(image)))
+    tf_keras.Model(image, scores).save("model.keras")
+    given = ("data=npz", "data.path=bare.npz", "model=file", "model.path=model.keras", "board=roofline")
+    refused = assert_refused(cli(*given, "strategy=prune", "recovery=finetune"), "strategy.prune.recovery", "y_train")
+    assert "recovery.method=distill" in refused
+    assert_refused(cli("data=npz", "data.path=bare.npz", "model=digits_cnn", "strategy=none"), "y_train")
+    code, _, error = cli(*given, "strategy=prune", "recovery=auto", "recovery.epochs=0.3", "hydra.run.dir=out")
+    assert code == 0, error
+    found = report(tmp_path / "out")
+    assert found["stages"][0]["recovered"]["method"] == "distill"
+    (note,) = [note for note in found["notes"] if "recovery=auto" in note]
+    assert note.startswith("prune: recovery=auto chose distill, without labels")
+
+
+def test_a_worse_teacher_is_warned_of_in_the_report(cli, tmp_path):
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    scores = tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(tf_keras.layers.Rescaling(1 / 16)(image)))
+    tf_keras.Model(image, scores).save("poor.keras")
+    taught = "strategy.distill.recovery.teachers=[poor.keras]"
+    code, printed, error = cli(*SHORT, "strategy=distill", taught, "hydra.run.dir=out")
+    assert code == 0, error
+    found = report(tmp_path / "out")
+    said = found["stages"][0]["recovered"]
+    (note,) = [note for note in found["notes"] if "worse" in note]
+    assert note == f"distill: {said['warning']}"
+    assert "poor.keras" in note
+    assert f"{said['teacher_accuracy']:.2f} against {said['received_accuracy']:.2f} %" in note
+    assert "worse than the model that the stage received" in " ".join(printed.split())

@@ -1,0 +1,225 @@
+"""What auto stands for, what the report says of teachers, and which teachers are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Candidate
+from compress.data.digits import Digits
+from compress.data.source import Data, Split, Unlabelled, make_data
+from compress.errors import CompressError
+from compress.models.file import FileModel
+from compress.models.mlp import Mlp
+from compress.models.small import Lenet5
+from compress.networks import Networks
+from compress.pipeline import Stage, refuse_without_labels
+from compress.strategies.distillation.automatic import choose
+from compress.strategies.distillation.distill import Distill
+from compress.strategies.distillation.finetune import Finetune
+from compress.strategies.distillation.judging import accuracy_of, probabilities, require_same_values
+from compress.strategies.pruning.prune import Prune
+from compress.strategies.strategy import Context
+from compress.training import Recovery
+
+layers = tf_keras.layers
+COUNT, CLASSES = 200, 4
+AUTO = Recovery("auto", epochs=1, batch_size=32)
+
+
+def samples(count: int, seed: int) -> Split:
+    """Which of four pixels is bright."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(count) % CLASSES
+    x = rng.integers(0, 100, (count, CLASSES)).astype(np.uint8)
+    x[np.arange(count), y] += 100
+    return Split(x, y)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return make_data("pixels", samples(COUNT, 0), samples(100, 1), validation=samples(100, 2))
+
+
+def classifier(wrong: float = 0.0, *, scale: float = 1 / 255, offset: float = 0.0, name: str = "net", softmax=False):
+    """Right about all images; with ``wrong`` it exchanges classes 0 and 1."""
+    values = tf_keras.Input((CLASSES,), name="pixels")
+    x = layers.Rescaling(scale, offset, name="rescale")(values) if scale != 1 or offset else values
+    activation = "softmax" if softmax else None
+    model = tf_keras.Model(values, layers.Dense(CLASSES, activation=activation, name="scores")(x), name=name)
+    kernel = 20 * np.eye(CLASSES, dtype=np.float32)
+    if wrong:
+        kernel[:2] = kernel[[1, 0]]
+    model.get_layer("scores").set_weights([kernel, np.zeros(CLASSES, np.float32)])
+    return model
+
+
+def test_the_mean_of_probabilities_judges_several_teachers(data):
+    good, bad = classifier(softmax=True), classifier(wrong=1)
+    assert accuracy_of([good], data.validation) == 100
+    assert accuracy_of([bad], data.validation) == 50
+    both = probabilities([good, bad], data.validation.x)
+    apart = [probabilities([model], data.validation.x) for model in (good, bad)]
+    np.testing.assert_allclose(both, np.mean(apart, axis=0))
+    np.testing.assert_allclose(both.sum(1), 1, rtol=1e-5)
+
+
+def test_auto_picks_by_what_the_data_offer(data):
+    good, bad = classifier(), classifier(wrong=1)
+    bare = make_data("bare", Unlabelled(data.train.x), data.test, validation=Unlabelled(data.validation.x))
+    more = dataclasses.replace(data, unlabelled=data.train.x[:50])
+    few = dataclasses.replace(data, train=data.train.take(39))
+    enough = dataclasses.replace(data, train=data.train.take(40))
+    cases = [
+        (data, good, good, "distill", "as good (100.00 % against 100.00 % of 100 validation images)"),
+        (data, good, bad, "distill", "100.00 % against 50.00 %"),
+        (data, bad, good, "finetune", "worse than the model received (50.00 % against 100.00 %"),
+        (more, good, good, "distill", "50 images without labels"),
+        (more, bad, good, "distill", "though the teacher is worse"),
+        (bare, bad, good, "distill", "without labels"),
+        (few, good, good, "none", "39 training images are fewer than 10 for each of 4 classes"),
+        (enough, good, good, "distill", "as good"),
+        (dataclasses.replace(few, unlabelled=data.train.x[:1]), good, good, "distill", "as good"),
+    ]
+    for source, teacher, student, method, why in cases:
+        recovery, reason = choose(AUTO, source, [teacher], student)
+        assert (recovery.method, reason.partition(",")[0].partition(":")[0]) == (method, method), reason
+        assert why in reason
+        assert dataclasses.replace(recovery, method="auto") == AUTO, "all else is kept"
+    assert choose(Recovery("auto", epochs=0), data, [good], good)[0].method == "none"
+
+
+def test_the_stage_says_what_auto_has_chosen(data):
+    good, bad = classifier(), classifier(wrong=1)
+    context = Context("", data, good, Recovery(), 0, other_model=lambda name: bad)
+    stage = Stage("prune", Prune(sparsity=0.1), recovery=dataclasses.replace(AUTO, teachers=("bad",)))
+    found = stage.apply(Candidate(good), context).recovered
+    assert found.method == "finetune"
+    assert "worse" in found.why
+    few = dataclasses.replace(context, data=dataclasses.replace(data, train=data.train.take(20)))
+    found = Stage("prune", Prune(sparsity=0.1), recovery=AUTO).apply(Candidate(good), few).recovered
+    assert (found.method, found.teachers) == ("none", ())
+    assert Stage("prune", Prune(sparsity=0.1), recovery=Recovery("none")).apply(Candidate(good), few).recovered is None
+
+
+def test_a_teacher_worse_than_the_model_received_is_warned_of(data):
+    good, bad = classifier(), classifier(wrong=1)
+    context = Context("", data, good, Recovery(), 0, other_model=lambda name: bad)
+    recovery = Recovery("distill", epochs=0.2, batch_size=32, learning_rate=1e-4)
+    taught = dataclasses.replace(recovery, teachers=("bad",))
+    found = Stage("distill", Distill(), recovery=taught).apply(Candidate(good), context).recovered
+    assert (found.teacher_accuracy, found.received_accuracy, found.images) == (50, 100, 100)
+    assert "(bad)" in found.warning
+    assert "50.00 against 100.00 %" in found.warning
+    assert "validation images" in found.warning
+    found = Stage("distill", Distill(), recovery=recovery).apply(Candidate(good), context).recovered
+    assert found.teachers == ("reference",)
+    assert found.warning is None
+
+
+def test_a_student_that_has_clearly_outgrown_its_teacher_is_told_of(data):
+    bad = classifier(wrong=1)
+    context = Context("", data, bad, Recovery(), 0)
+    labels = Recovery("distill", epochs=60, batch_size=32, learning_rate=0.5, label_weight=1.0)
+    stage = Stage("distill", Distill(student="again", soft_weight=0.01), recovery=labels)
+    found = stage.apply(Candidate(bad), context).recovered
+    assert found.received_accuracy == found.teacher_accuracy == 50
+    assert found.student_accuracy > 90
+    assert f"worse than its student: 50.00 against {found.student_accuracy:.2f} %" in found.warning
+
+
+def test_labels_are_asked_for_before_anything_runs(data):
+    bare = make_data("bare", Unlabelled(data.train.x), data.test, validation=Unlabelled(data.validation.x))
+    for strategy, method, refused in (
+        (Prune(), "finetune", True),
+        (Prune(), "distill", False),
+        (Prune(), "auto", False),
+        (Prune(), "none", False),
+        (Finetune(), "distill", True),
+        (Distill(), "finetune", False),
+    ):
+        stages = [Stage("stage", strategy, recovery=Recovery(method, epochs=1))]
+        if refused:
+            with pytest.raises(CompressError) as caught:
+                refuse_without_labels(stages, bare)
+            assert "bare without y_train" in caught.value.received
+        else:
+            refuse_without_labels(stages, bare)
+        refuse_without_labels(stages, data)
+
+
+def test_distillation_does_without_labels(data):
+    bare = make_data("bare", Unlabelled(data.train.x), data.test, validation=Unlabelled(data.validation.x))
+    good = classifier()
+    recovery = Recovery("distill", epochs=60, batch_size=32, learning_rate=0.5)
+    stage = Stage("distill", Distill(student="again"), recovery=recovery)
+    made = stage.apply(Candidate(good), Context("", bare, good, Recovery(), 0))
+    assert accuracy_of([made.model], data.test) > 90
+    assert made.recovered.teacher_accuracy is None, "no labels to judge by"
+
+
+def saturated(name: str) -> tf_keras.Model:
+    """Learned from values from 0 to 1: of larger ones, all are alike to it."""
+    values = tf_keras.Input((CLASSES,), name="pixels")
+    scores = layers.Dense(CLASSES, name="scores")(layers.ReLU(max_value=1.0)(values))
+    model = tf_keras.Model(values, scores, name=name)
+    model.get_layer("scores").set_weights([20 * np.eye(CLASSES, dtype=np.float32), np.zeros(CLASSES, np.float32)])
+    return model
+
+
+def test_models_that_read_different_values_are_refused_with_both(data):
+    raw, unit = classifier(name="raw"), saturated("unit")
+    for teacher, reference in ((unit, raw), (raw, unit)):
+        with pytest.raises(CompressError) as caught:
+            require_same_values(teacher, "the teacher", reference, data, "here")
+        said = {"raw": "the values as they are (100.0 %)", "unit": "values from 0 to 1 (100.0 %, and 25.0 % of"}
+        assert f"{reference.name} reads: {said[reference.name]}" in caught.value.expected
+        assert f"the teacher, which reads {said[teacher.name]}" in caught.value.received
+        assert "Rescaling" in caught.value.fix
+    # A bad teacher is not one that reads other values; two that read alike are each other's.
+    require_same_values(classifier(wrong=1), "bad", raw, data, "here")
+    require_same_values(saturated("other"), "other", unit, data, "here")
+    bare = make_data("bare", data.train, data.test, validation=data.validation)
+    bare = dataclasses.replace(bare, validation=Unlabelled(data.validation.x))
+    require_same_values(unit, "unit", raw, bare, "here")
+
+
+def test_values_from_0_to_1_need_no_scaling(data):
+    """Data that are scaled already: what reads them as they are reads values from 0 to 1."""
+    parts = {}
+    for name in ("train", "validation", "test"):
+        part = getattr(data, name)
+        parts[name] = part.shown(part.x / np.float32(255))
+    scaled = dataclasses.replace(data, pixels=(0.0, 1.0), **parts)
+    require_same_values(saturated("one"), "one", classifier(scale=1.0, name="other"), scaled, "here")
+    values = tf_keras.Input((CLASSES,))
+    x = layers.ReLU(max_value=1.0)(layers.Rescaling(1 / 20, -100 / 20)(values))
+    large = tf_keras.Model(values, layers.Dense(CLASSES, kernel_initializer="identity")(x))
+    with pytest.raises(CompressError, match="values from 0 to 255"):
+        require_same_values(large, "large", saturated("one"), scaled, "here")
+
+
+def test_a_file_that_reads_other_values_is_refused_before_anything_is_trained(data, tmp_path):
+    path = tmp_path / "unit.keras"
+    saturated("unit").save(path)
+    networks = Networks(teachers={"unit.keras": FileModel(path=str(path))})
+    with pytest.raises(CompressError) as caught:
+        networks.refuse_misfits(classifier(name="raw"), data, 0, lambda name: f"strategy.distill.recovery, {name}")
+    assert "strategy.distill.recovery, unit.keras" in caught.value.where
+    assert "raw reads" in caught.value.expected
+
+
+def test_networks_build_students_by_the_seed_and_name_misfits(data):
+    digits = Digits(train_limit=40, test_limit=10).load()
+    reference = Mlp(hidden=(4,), weights="random").build(digits, 0)
+    sources = Networks(students={"mlp": Mlp(hidden=(3,), weights="random"), "lenet5": Lenet5(weights="random")})
+    one, same, other = (sources.student("mlp", reference, digits, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.get_layer("fc1").kernel, same.get_layer("fc1").kernel)
+    assert not np.array_equal(one.get_layer("fc1").kernel, other.get_layer("fc1").kernel)
+    with pytest.raises(CompressError) as caught:
+        sources.refuse_misfits(reference, digits, 0, lambda name: f"strategy.distill, {name}")
+    assert "strategy.distill, lenet5" in caught.value.where
+    assert "(8, 8, 1)" in caught.value.received
