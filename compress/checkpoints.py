@@ -97,12 +97,13 @@ def _step_variables(model: tf_keras.Model, batches: tf.data.Dataset) -> list[tf.
 
 
 @contextmanager
-def draws_by_step(model: tf_keras.Model, seed: int, step: tf.Variable) -> Iterator[None]:
+def draws_by_step(models: Sequence[tf_keras.Model], seed: int, step: tf.Variable) -> Iterator[None]:
     """Have what is traced inside draw its random numbers (dropout, noise) as a function of the seed and the step.
 
     Keras' own draws depend on all the draws before them.
     """
-    drawing = [layer for layer in model.submodules if isinstance(layer, tf_keras.__internal__.layers.BaseRandomLayer)]
+    kind = tf_keras.__internal__.layers.BaseRandomLayer
+    drawing = [layer for model in models for layer in model.submodules if isinstance(layer, kind)]
     before = [layer._random_generator for layer in drawing]
     numbers = itertools.count()
 

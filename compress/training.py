@@ -236,10 +236,12 @@ def train(
     started = time.perf_counter()
     watch = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
     callbacks: list[tf_keras.callbacks.Callback] = [watch]
+    # A term that trains networks of its own names them.
+    drawing = [model, *(network for term in terms for network in getattr(term, "networks", ()))]
     with (
         groups_apart(model),
         _settling_statistics(model, steps),
-        draws_by_step(model, seed, trainee.optimizer.iterations),
+        draws_by_step(drawing, seed, trainee.optimizer.iterations),
     ):
         batches = functools.partial(training_batches, data.train, batch_size, steps, seed, augmentation)
         if checkpoint is not None:

@@ -13,6 +13,7 @@ import tf_keras
 from compress.cache.trainings import Trainings
 from compress.data.source import Augmentation
 from compress.graph.kernels import get_variable, get_weight
+from compress.strategies.distillation.mutual import PeerTerm
 from compress.strategies.pruning.masks import Axes, Masking, Pattern
 from compress.strategies.pruning.schedules import Movement
 from compress.strategies.quantization.trained_ternary import TrainedTernaryQuantizer
@@ -68,12 +69,19 @@ def quantized(model: tf_keras.Model) -> dict[str, Any]:
     return {"recovery": Recovery(epochs=EPOCHS, batch_size=10), "quantizers": quantizers, "terms": [prior]}
 
 
+def together(model: tf_keras.Model) -> dict[str, Any]:
+    """A peer that is trained in the same step, with dropout of its own."""
+    peer = convolutional()
+    peer.layers[-1].kernel.assign(peer.layers[-1].kernel * 0.5)
+    return {"recovery": Recovery(epochs=EPOCHS, batch_size=10), "terms": [PeerTerm([peer], 1.0, 1e-4)]}
+
+
 def trained(kind: Callable, checkpoint: Memory | None) -> tuple[tf_keras.Model, History]:
     model = convolutional()
     return model, train(model, DATA, seed=3, checkpoint=checkpoint, **kind(model))
 
 
-@pytest.mark.parametrize("kind", [drawing, scheduled, quantized], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [drawing, scheduled, quantized, together], ids=lambda kind: kind.__name__)
 def test_a_stopped_training_ends_with_the_same_weights(kind):
     calm, whole = trained(kind, None)
     memory = Memory(stop_at=2)
