@@ -22,7 +22,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from compress.errors import CompressError
-from compress.search.trial import read_outcome
 
 if TYPE_CHECKING:
     from compress.search.study import Choice, Interval, Study, Trial
@@ -133,6 +132,9 @@ _MOST_TRIES = 3
 
 
 def _tell(study: Study, trial: Trial, result: JobReturn) -> None:
+    # Imported here: Hydra imports this module at every start.
+    from compress.search.trial import read_outcome
+
     # Raises what the job has raised, under debug=true.
     accuracy = result.return_value
     assert result.hydra_cfg is not None
