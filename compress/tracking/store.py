@@ -89,6 +89,7 @@ class MlflowRecorder(Recorder):
         self._client = client
         self._run = run
         self._step = 0
+        self._cached = 0
 
     def stage(self, result: StageResult) -> None:
         """Log the stage's numbers as ``<stage>.<number>`` and as a step of the plain ``<number>``."""
@@ -97,11 +98,14 @@ class MlflowRecorder(Recorder):
         log_metrics(self._client, self._run, {**named, f"{result.name}.seconds": result.seconds})
         log_metrics(self._client, self._run, metrics, step=self._step)
         self._step += 1
+        self._cached += result.cached
 
     def finish(self, report: Mapping[str, Any], result: Result, folder: Path) -> None:
         """Log ratios, the files, the picture of the layers, and the model as one that MLflow can serve."""
         ratios = {f"ratio.{key}": value for key, value in report["ratios"].items() if value is not None}
-        log_metrics(self._client, self._run, {**ratios, "seconds": report["seconds"]})
+        # The baseline is one of the stages.
+        counted = {"stages_made": self._step - self._cached, "stages_cached": self._cached}
+        log_metrics(self._client, self._run, {**ratios, **counted, "seconds": report["seconds"]})
         for name in ("report.json", "model.tflite", "model.cmp", "layers.png"):
             self._client.log_artifact(self._run, str(folder / name))
         if "interface" in report:

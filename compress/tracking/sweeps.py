@@ -156,6 +156,7 @@ def _log_fronts(client: MlflowClient, parent: str, runs: Sequence[FinishedRun], 
         client.set_tag(parent, f"hypervolume_scale.{front.name}", json.dumps(told))
     client.set_tag(parent, "mlflow.note.content", note(points, fronts, str(info.experiment_id)))
     counts = {"runs": len(runs), "pareto_runs": sum(len(p.runs) for p in points if p.fronts)}
+    counts |= {key: sum(int(run.metrics.get(key, 0)) for run in runs) for key in ("stages_made", "stages_cached")}
     log_metrics(client, parent, {**counts, **{f"hypervolume.{name}": value for name, value in volumes.items()}})
     return Summary(points, volumes, missing)
 

@@ -171,6 +171,7 @@ def test_a_run_is_found_again(store, tmp_path):
     metrics = child.data.metrics
     assert (metrics["baseline.tflite_bytes"], metrics["prune.tflite_bytes"]) == (4000, 2000)
     assert (metrics["ratio.tflite_bytes"], metrics["prune.seconds"]) == (2.0, 2.5)
+    assert (metrics["stages_made"], metrics["stages_cached"]) == (2, 0)
     history = client.get_metric_history(child.info.run_id, "tflite_bytes")
     assert [(m.step, m.value) for m in history] == [(0, 4000), (1, 2000)]
     files = {item.path for item in client.list_artifacts(child.info.run_id)}
