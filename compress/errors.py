@@ -29,6 +29,10 @@ class CompressError(Exception):
         return (_rebuild, (self.where, self.expected, self.received, self.fix))
 
 
+class GivenUp(Exception):
+    """A pipeline was stopped because a search has no hope for it: neither a mistake nor a defect."""
+
+
 def paragraph(error: CompressError) -> str:
     """Return the error as it is shown to the user."""
     return textwrap.fill(f"Error in {error}", width=110, break_long_words=False, break_on_hyphens=False)

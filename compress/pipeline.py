@@ -20,6 +20,7 @@ import tf_keras
 from compress.boards.board import Board
 from compress.cache.code import code_digest
 from compress.cache.store import Entry, StageCache
+from compress.cache.trainings import Trainings
 from compress.candidate import (
     Artifact,
     Candidate,
@@ -52,6 +53,7 @@ from compress.training import Recovery
 
 _LOG = logging.getLogger("compress")
 _LAYER_CODERS: tuple[Coder, ...] = ("none", "huffman", "ans")
+_WORK = ".stages-"
 _QUANTIZED = ("int8", "int16", "dynamic", "weight_only")
 """Schemes whose files compute something else than the float one."""
 
@@ -183,7 +185,10 @@ class Pipeline:
             refuse_without_labels(self.stages, self.data)
             self.networks.refuse_misfits(model, self.data, self.seed, self._user)
         # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
-        with tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work:
+        for left in folder.glob(f"{_WORK}*"):
+            # By a run that was killed.
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_WORK, dir=folder) as work:
             result = self._run(Path(work))
             final = Artifact(folder / "model.tflite", result.artifact.storage, folder / "model.cmp")
             _move(result.artifact, final)
@@ -248,6 +253,7 @@ class Pipeline:
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(
+                trainings: Trainings,
                 stage: Stage = stage,
                 before: Candidate = candidate,
                 config: dict[str, Any] = config,
@@ -257,7 +263,12 @@ class Pipeline:
                 def remember(name: str, settings: Sequence[Any], measure: Callable[[], Any]) -> Any:
                     return self.cache.remembered(_digest([*start, stage.name, name, *settings]), measure)
 
-                own = dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
+                own = dataclasses.replace(
+                    context,
+                    seed=_stage_seed(self.seed, number, stage.name),
+                    remember=remember,
+                    checkpoint=trainings.next,
+                )
                 return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder, first)
 
             candidate, result, artifact = self._cached(key, make, folder)
@@ -285,8 +296,8 @@ class Pipeline:
             ]
         )
 
-        def make() -> tuple[Candidate, StageResult]:
-            model = make_reference(self.model, self.data, self.seed)
+        def make(trainings: Trainings) -> tuple[Candidate, StageResult]:
+            model = make_reference(self.model, self.data, self.seed, trainings.next())
             data = self.data.fitted_to(model, f"model {model.name}")
             return self._measured("baseline", {}, lambda: Candidate(model), data, folder)
 
@@ -295,15 +306,17 @@ class Pipeline:
         return candidate, result, artifact, key
 
     def _cached(
-        self, key: str, make: Callable[[], tuple[Candidate, StageResult]], folder: Path
+        self, key: str, make: Callable[[Trainings], tuple[Candidate, StageResult]], folder: Path
     ) -> tuple[Candidate, StageResult, Artifact]:
         tflite, packed = folder / "model.tflite", folder / "model.cmp"
         with self.cache.alone(key):
             found = self.cache.load(key)
             if found is None:
-                candidate, result = make()
+                trainings = self.cache.trainings(key)
+                candidate, result = make(trainings)
                 found = Entry(candidate, _result_to_json(result), tflite.read_bytes(), packed.read_bytes())
                 self.cache.store(key, found)
+                trainings.forget()
             else:
                 _LOG.info("%s: taken from the cache", found.result["name"])
                 result = _result_from_json(found.result, cached=True)

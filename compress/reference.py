@@ -6,6 +6,7 @@ import dataclasses
 
 import tf_keras
 
+from compress.checkpoints import Checkpoint
 from compress.data.source import Data
 from compress.graph.rewrite import copy_model
 from compress.models.source import ModelSource, check_finite
@@ -13,8 +14,10 @@ from compress.progress import progress
 from compress.training import Recovery, train
 
 
-def make_reference(source: ModelSource, data: Data, seed: int) -> tf_keras.Model:
+def make_reference(source: ModelSource, data: Data, seed: int, checkpoint: Checkpoint | None = None) -> tf_keras.Model:
     """Return the model of ``source`` with its weights; trained on ``data``, as scheduled, if there are none for it.
+
+    ``checkpoint``: where that training leaves its state.
 
     Raises:
         CompressError: if the model does not fit the data, or its weights are not finite.
@@ -35,6 +38,7 @@ def make_reference(source: ModelSource, data: Data, seed: int) -> tf_keras.Model
                 progress=shown,
                 where=f"model {model.name}, training",
                 rate_key="model.train.learning_rate",
+                checkpoint=checkpoint,
             )
     check_finite(model)
     return model

@@ -6,7 +6,6 @@ python -m compress.run -m strategy=prune,lowrank+prune seed=0,1,2
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from compress.cli.errors import guarded
 from compress.cli.places import conf_dir
 from compress.errors import CompressError
 
-_LOG = logging.getLogger("compress")
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, or 2 after a user's mistake."""
@@ -32,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_command() -> list[CompressError]:
-    """Let Hydra compose and run the job or jobs; return the mistakes that ended single jobs."""
+    """Let Hydra compose and run the job or jobs; return the mistake that ended a single job.
+
+    The failed jobs of a multirun are told, and end the program, in :mod:`compress.cli.sweep`.
+    """
     failures: list[CompressError] = []
 
     def job(config: DictConfig) -> float | None:
@@ -40,18 +40,22 @@ def run_command() -> list[CompressError]:
         from compress.quiet import import_tensorflow
 
         import_tensorflow()
-        from compress.cli.job import run_job
+        from compress.cli.job import run_job, run_one_of_many
+        from compress.cli.threads import limit_threads
 
         hydra_config = HydraConfig.get()
+        limit_threads(hydra_config.launcher)
         folder = Path(hydra_config.runtime.output_dir)
-        sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == RunMode.MULTIRUN else None
+        overrides = [str(text) for text in hydra_config.overrides.task]
+        if hydra_config.mode == RunMode.MULTIRUN:
+            limits = hydra_config.sweeper.get("give_up") or {}
+            sweep = Path(hydra_config.sweep.dir)
+            return run_one_of_many(config, folder, sweep, hydra_config.job.num, overrides, limits)
         try:
-            return run_job(config, folder, sweep)
+            return run_job(config, folder, None, overrides)
         except CompressError as error:
             if config.debug:
                 raise
-            if sweep is not None:
-                _LOG.error("job %s stopped: %s", hydra_config.job.num, error)
             failures.append(error)
             return None
 

@@ -7,6 +7,7 @@ function; so it costs what ``fit`` costs.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.candidate import Guarantee
+from compress.checkpoints import Checkpoint, Resumable, draws_by_step
 from compress.data.source import NO_LABEL, STRICT, Augmentation, Data, Split
 from compress.errors import CompressError
 from compress.graph.grouped import groups_apart
@@ -179,6 +181,7 @@ def train(
     progress: Progress | None = None,
     where: str = "training",
     rate_key: str = "recovery.learning_rate",
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train ``model`` in place on the training part and return what was done.
 
@@ -195,6 +198,8 @@ def train(
         progress: where the progress is shown.
         where: what an error says it happened in.
         rate_key: the configuration key of the learning rate, for the error about a loss that is no number.
+        checkpoint: where the state is left at the ends of epochs; a training that finds its own there goes on from it,
+            and ends with the same weights as one that was not stopped.
 
     Raises:
         CompressError: if the loss becomes NaN or infinite.
@@ -228,16 +233,31 @@ def train(
     )
     # A compiled loss would be added to ours; the loop's loss is `_Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
-    batches = training_batches(data.train, batch_size, steps, seed, augmentation)
     started = time.perf_counter()
-    callback = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
-    with groups_apart(model), _settling_statistics(model, steps):
-        trainee.fit(batches, epochs=1, steps_per_epoch=steps, verbose=0, callbacks=[callback])
+    watch = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
+    callbacks: list[tf_keras.callbacks.Callback] = [watch]
+    # A term that trains networks of its own names them.
+    drawing = [model, *(network for term in terms for network in getattr(term, "networks", ()))]
+    with (
+        groups_apart(model),
+        _settling_statistics(model, steps),
+        draws_by_step(drawing, seed, trainee.optimizer.iterations),
+    ):
+        batches = functools.partial(training_batches, data.train, batch_size, steps, seed, augmentation)
+        if checkpoint is not None:
+            settings = (recovery, seed, data.identity, where)
+            epoch = max(1, round(len(data.train) / batch_size))
+            resumable = Resumable(trainee, batches(), checkpoint, settings, steps=steps, epoch=epoch)
+            watch.start, watch.loss = resumable.done, resumable.loss
+            callbacks.append(resumable)
+        left = steps - watch.start
+        if left:
+            trainee.fit(batches(start=watch.start), epochs=1, steps_per_epoch=left, verbose=0, callbacks=callbacks)
     return History(
         steps=steps,
-        images=steps * batch_size,
+        images=left * batch_size,
         seconds=time.perf_counter() - started,
-        loss=callback.loss,
+        loss=watch.loss,
     )
 
 
@@ -259,13 +279,13 @@ def _settling_statistics(model: tf_keras.Model, steps: int) -> Iterator[None]:
 
 
 def training_batches(
-    split: Split, batch_size: int, steps: int, seed: int, augmentation: Augmentation
+    split: Split, batch_size: int, steps: int, seed: int, augmentation: Augmentation, start: int = 0
 ) -> tf.data.Dataset:
     """Return ``steps`` batches ``(inputs float32 [b, ...], labels [b], indices [b])``, shuffled anew each epoch.
 
     Batches are full: one may hold the end of an epoch and the start of the next. (A batch of a few samples would
     spoil the statistics of batch norms.) A function of the seed alone: samples are gathered a batch at a time, and
-    random numbers are stateless.
+    random numbers are stateless. ``start``: the first so many batches are left out.
     """
     x, y = tf.constant(split.x), tf.constant(split.y)
     count = len(split)
@@ -284,7 +304,7 @@ def training_batches(
 
     epochs = int(np.ceil(steps * batch_size / count))
     indices = tf.data.Dataset.range(epochs).flat_map(indices_of)
-    batches = indices.batch(batch_size, drop_remainder=True).take(steps).enumerate()
+    batches = indices.batch(batch_size, drop_remainder=True).take(steps).enumerate().skip(start)
     return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
 
 
@@ -461,6 +481,8 @@ class _Watch(tf_keras.callbacks.Callback):
         self._where = where
         self._advice = f"Lower the rate: {rate_key}={rate / 10:g}."
         self.loss = float("nan")
+        self.start = 0
+        """Steps that were made before."""
         self._steps = steps
         self._progress = progress
         # Reading the loss waits for the step, so it is done a hundred times in all, not at every step.
@@ -468,15 +490,16 @@ class _Watch(tf_keras.callbacks.Callback):
         self._supports_tf_logs = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if (batch + 1) % self._every and batch + 1 != self._steps:
+        step = self.start + batch + 1
+        if step % self._every and step != self._steps:
             return
         self.loss = float((logs or {}).get("loss", float("nan")))
         if not np.isfinite(self.loss):
             raise CompressError(
                 self._where,
                 expected="a finite loss",
-                received=f"{self.loss} at step {batch + 1} of {self._steps}",
+                received=f"{self.loss} at step {step} of {self._steps}",
                 fix=self._advice,
             )
         if self._progress is not None:
-            self._progress.advance(batch + 1, self._steps, f"loss {self.loss:.4f}")
+            self._progress.advance(step, self._steps, f"loss {self.loss:.4f}")

@@ -11,8 +11,9 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FLOORS = (
-    {"run", "reproduce", "measure", "predict"},
+    {"run", "reproduce", "measure", "predict", "pareto"},
     {"cli"},
+    {"search"},
     {"tracking"},
     {"pipeline"},
     {"networks"},
@@ -20,7 +21,7 @@ FLOORS = (
     {"strategies"},
     {"deploy"},
     {"boards"},
-    {"training"},
+    {"training", "checkpoints"},
     {"metrics"},
     {"models"},
     {"data"},

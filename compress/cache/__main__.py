@@ -38,12 +38,15 @@ def show(folder: Path) -> None:
     Raises:
         CompressError: if there is no such folder.
     """
-    from compress.cache.upkeep import entries
+    from compress.cache.upkeep import entries, unfinished
 
     kept = entries(_existing(folder))
     for entry in kept:
         print(f"{entry.when}  {_size(entry.bytes)}  {entry.folder.name[:12]}  {'+'.join(entry.stages) or 'baseline'}")
     print(f"{len(kept)} finished stages, {_size(sum(entry.bytes for entry in kept)).strip()}, in {folder}")
+    waiting = unfinished(folder)
+    if waiting:
+        print(f"and {len(waiting)} with an unfinished training, which the same command continues")
 
 
 def clear(folder: Path, older_than: float | None) -> None:
@@ -52,14 +55,14 @@ def clear(folder: Path, older_than: float | None) -> None:
     Raises:
         CompressError: if there is no such folder.
     """
-    from compress.cache.upkeep import LOCKS, MEASURED, entries, remove
+    from compress.cache.upkeep import LOCKS, MEASURED, TRAININGS, entries, remove
 
     kept = entries(_existing(folder))
     if older_than is not None:
         kept = [entry for entry in kept if entry.used < time.time() - older_than * 24 * 3600]
     remove(kept)
     if older_than is None:
-        for part in (LOCKS, MEASURED):
+        for part in (LOCKS, MEASURED, TRAININGS):
             shutil.rmtree(folder / part, ignore_errors=True)
     print(f"removed {len(kept)} finished stages, {_size(sum(entry.bytes for entry in kept)).strip()}, from {folder}")
 

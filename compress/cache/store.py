@@ -27,7 +27,8 @@ import numpy as np
 import tf_keras
 from filelock import FileLock, Timeout
 
-from compress.cache.upkeep import LOCKS, MEASURED, PARTIAL, mark_used, trim
+from compress.cache.trainings import Trainings
+from compress.cache.upkeep import LOCKS, MEASURED, PARTIAL, mark_used, remove_tree, trim
 from compress.candidate import Candidate, Guarantee, Skipped, Storage
 from compress.errors import CompressError
 from compress.graph.saved_graph import SavedGraph
@@ -108,6 +109,9 @@ class StageCache:
             _LOG.info("another run is at the same stage: waiting for it")
             lock.acquire(poll_interval=0.5)
         try:
+            # Whoever was at it before is no longer: what it has not finished is nobody's.
+            for partial in (*self.folder.glob(f"{PARTIAL}{key}-*"), *self.folder.glob(f"{MEASURED}/{PARTIAL}{key}-*")):
+                remove_tree(partial)
             yield
         finally:
             lock.release()
@@ -126,7 +130,7 @@ class StageCache:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{PARTIAL}{uuid.uuid4().hex}"
+        partial = self.folder / f"{PARTIAL}{key}-{uuid.uuid4().hex}"
         try:
             write(partial)
             target = self.folder / key
@@ -140,6 +144,10 @@ class StageCache:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         trim(self.folder, self.most_bytes, keep=key)
+
+    def trainings(self, key: str) -> Trainings:
+        """Return where the trainings of the stage ``key`` leave their states."""
+        return Trainings(self.folder, key)
 
     def arrays(self, key: str, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Return the arrays that ``make`` returns; what it returned the last time if that is known.
@@ -184,7 +192,7 @@ class StageCache:
                 _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
             found = make()
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".partial-{uuid.uuid4().hex}")
+            partial = file.with_name(f"{PARTIAL}{key}-{uuid.uuid4().hex}")
             partial.write_text(json.dumps(found))
             partial.replace(file)
             return found

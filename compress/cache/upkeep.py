@@ -16,10 +16,14 @@ from pathlib import Path
 LOCKS = ".locks"
 MEASURED = "measured"
 PARTIAL = ".partial-"
+TRAININGS = ".trainings"
+_REMOVED = f"{PARTIAL}removed-"
 _LOG = logging.getLogger("compress")
 _MANIFEST = "manifest.json"
 _ABANDONED_SECONDS = 24 * 3600
 """Age at which an entry that is being written is one that was never finished."""
+_FORGOTTEN_SECONDS = 7 * 24 * 3600
+"""Age at which nobody is expected to go on with an unfinished training."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,21 @@ def trim(folder: Path, most_bytes: float, keep: str = "") -> None:
         most_bytes: what all entries together may take.
         keep: name of an entry that stays in any case.
     """
+    for removed in folder.glob(f"{_REMOVED}*"):
+        remove_tree(removed)
     for partial in folder.glob(f"{PARTIAL}*"):
         # Another run may finish it, or remove it, at this very moment.
         with contextlib.suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(partial, ignore_errors=True)
+    for training in unfinished(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - training.stat().st_mtime > _FORGOTTEN_SECONDS:
+                shutil.rmtree(training, ignore_errors=True)
     if most_bytes == float("inf"):
         return
     kept = entries(folder)
-    total = sum(entry.bytes for entry in kept)
+    total = sum(entry.bytes for entry in kept) + sum(map(_size, unfinished(folder)))
     for entry in reversed(kept):
         if total <= most_bytes:
             return
@@ -82,15 +92,35 @@ def trim(folder: Path, most_bytes: float, keep: str = "") -> None:
             total -= entry.bytes
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Return the folders with the states of unfinished trainings, one for each stage."""
+    return sorted(folder.glob(f"{TRAININGS}/*"))
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    except OSError:
+        return 0
+
+
 def remove(kept: Sequence[Kept]) -> None:
     """Remove entries. Each is renamed first, so that no reader finds half of one."""
     for entry in kept:
-        gone = entry.folder.with_name(f"{PARTIAL}removed-{entry.folder.name}")
+        gone = entry.folder.with_name(f"{_REMOVED}{entry.folder.name}")
         try:
             entry.folder.replace(gone)
         except OSError:
             continue
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a folder, which another process may be removing, too."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _stages(entry: Path) -> tuple[str, ...]:

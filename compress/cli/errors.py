@@ -6,12 +6,25 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from compress.errors import USER_ERROR, CompressError, did_you_mean, nearest, paragraph
+
+_EXTRAS = {
+    "hydra/launcher": {
+        "joblib": "joblib",
+        "submitit_local": "submitit",
+        "submitit_slurm": "submitit",
+        "ray": "ray",
+        "ray_aws": "ray",
+    },
+    "hydra/sweeper": {"search": "search"},
+}
+"""Choices that need more than the project's own dependencies: group -> choice -> extra."""
 
 
 def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str]) -> int:
@@ -32,6 +45,10 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
         if debug:
             raise
         failures = [translate(error, arguments)]
+    except BrokenExecutor as error:
+        if debug:
+            raise
+        failures = [_worker_gone(error)]
     except ValueError as error:
         # Hydra refuses some overrides, such as strategy=null, with a bare ValueError.
         if debug or not _raised_in_hydra(error):
@@ -40,6 +57,16 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
     for failure in failures:
         print(paragraph(failure), file=sys.stderr)
     return USER_ERROR if failures else 0
+
+
+def _worker_gone(error: Exception) -> CompressError:
+    """Return what it means that a launcher's process did not come back."""
+    return CompressError(
+        "hydra/launcher",
+        expected="processes that end by themselves",
+        received=f"one that was ended from outside, perhaps for its memory ({type(error).__name__})",
+        fix="Run the same command again: what is finished comes from the cache. Fewer at once need less memory.",
+    )
 
 
 def _raised_in_hydra(error: BaseException) -> bool:
@@ -101,6 +128,15 @@ def _missing_choice(error: MissingConfigException) -> CompressError:
         return CompressError(
             "the command line", expected="a config that exists", received=choice, fix=did_you_mean(choice, options)
         )
+    extra = _EXTRAS.get(group, {}).get(choice)
+    if extra is not None:
+        return CompressError(
+            group,
+            expected=f"one that is installed ({', '.join(sorted(options))})",
+            received=f"{choice}, which is not",
+            fix=f"Write pip install 'compress[{extra}]'.",
+        )
+    options += _EXTRAS.get(group, {})
     best = nearest(choice, options)
     return CompressError(
         group,

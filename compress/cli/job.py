@@ -5,31 +5,48 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from omegaconf import DictConfig
 
 from compress.cli.build import make_plan, to_plain
+from compress.cli.errors import translate
+from compress.cli.failures import record_failure
 from compress.deploy.card import make_card
 from compress.deploy.interface import interface_of
 from compress.deploy.verification import verify
+from compress.errors import CompressError, GivenUp
 from compress.metrics.tflite_file import TFLiteFile
 from compress.pipeline import StageResult
+from compress.search.trial import note_given_up, refuse_hopeless
 from compress.tracking.charts import layers_picture, noise_picture
 from compress.tracking.report import make_report, model_name, print_table, write_report
-from compress.tracking.store import Recorder, open_recorder
+from compress.tracking.store import Recorder, metrics_of, open_recorder
 
 _LOG = logging.getLogger("compress")
 
 
-def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
+def run_job(
+    config: DictConfig,
+    folder: Path,
+    sweep: Path | None,
+    overrides: Sequence[str] = (),
+    give_up: Mapping[str, float] = MappingProxyType({}),
+) -> float:
     """Run one pipeline; leave ``report.json``, the models and an MLflow run; return the final accuracy.
 
     Args:
         config: the composed configuration.
         folder: where the files go.
         sweep: the folder of the multirun that the job belongs to, if any.
+        overrides: what the command line changed for this job.
+        give_up: metric -> the limit beyond which, after any stage, there is no hope.
+
+    Raises:
+        GivenUp: if there is none.
     """
     import tf_keras
 
@@ -37,8 +54,8 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     started = time.perf_counter()
     plan = make_plan(config)
     plain = to_plain(config)
-    with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:]) as recorder:
-        pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result))
+    with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:], overrides=overrides) as recorder:
+        pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result, give_up))
         result = pipeline.run(folder)
         keras_file = folder / "model.keras"
         keras_file.unlink(missing_ok=True)
@@ -65,5 +82,36 @@ def run_job(config: DictConfig, folder: Path, sweep: Path | None) -> float:
     return result.final.accuracy
 
 
-def _record(recorder: Recorder, result: StageResult) -> None:
+def run_one_of_many(
+    config: DictConfig,
+    folder: Path,
+    sweep: Path,
+    number: int,
+    overrides: Sequence[str],
+    give_up: Mapping[str, float] = MappingProxyType({}),
+) -> float | None:
+    """Run one job of a multirun and return its accuracy; None if it failed or was given up: the other jobs go on.
+
+    Why is left in the job's folder, and told at the end of the multirun.
+    """
+    note_given_up(folder, None)
+    try:
+        return run_job(config, folder, sweep, overrides, give_up)
+    except GivenUp as reason:
+        note_given_up(folder, str(reason))
+        _LOG.info("job %s given up: %s", number, reason)
+    except Exception as error:
+        if config.debug:
+            raise
+        mistake = translate(error, overrides) if isinstance(error, (CompressError, OSError)) else None
+        record_failure(folder, str(number), overrides, mistake or error)
+        if mistake is not None:
+            _LOG.error("job %s stopped: %s", number, mistake)
+        else:
+            _LOG.exception("job %s crashed", number)
+    return None
+
+
+def _record(recorder: Recorder, result: StageResult, give_up: Mapping[str, float]) -> None:
     recorder.stage(result)
+    refuse_hopeless(result.name, metrics_of(result.numbers), give_up)

@@ -14,6 +14,7 @@ import tf_keras
 from pydantic import ConfigDict
 
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Scheme, Skipped
+from compress.checkpoints import Checkpoint
 from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.selection import Selection
@@ -28,6 +29,10 @@ REFERENCE = "reference"
 """How ``recovery.teachers`` names the model that the pipeline started from."""
 PREVIOUS = "previous"
 """How it names the model that the stage receives: the assistant before this one, or the generation before."""
+
+
+def _not_kept() -> Checkpoint | None:
+    return None
 
 
 def _anew(_name: str, _settings: Sequence[Any], make: Callable[[], Any]) -> Any:
@@ -64,6 +69,8 @@ class Context:
     """Keeps arrays on disk, for runs that would make the same."""
     other_model: Callable[[str], tf_keras.Model] | None = None
     """Returns the trained model that ``recovery.teachers`` names."""
+    checkpoint: Callable[[], Checkpoint | None] = _not_kept
+    """Returns where the stage's next training leaves its state."""
     previous: tf_keras.Model | None = None
     """The model as the stage received it."""
     untrained_model: Callable[[str, int], tf_keras.Model] | None = None
@@ -104,6 +111,7 @@ class Context:
                 progress=shown,
                 where=f"stage {self.stage}, training",
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
+                checkpoint=self.checkpoint(),
             )
         return candidate
 

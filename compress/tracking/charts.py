@@ -1,11 +1,9 @@
-"""Pictures: layers before and after, and the Pareto chart of a multirun."""
+"""Pictures of one run: layers before and after, the noise of an integer file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,21 +11,6 @@ from compress.deploy.noise import Noise
 
 _OFTEN_SATURATED = 0.01
 _LONGEST_NAME = 44
-
-
-@dataclass(frozen=True)
-class Point:
-    """One finished run in the chart. ``pareto``: for each objective, whether the run is on that front."""
-
-    run: str
-    label: str
-    accuracy: float
-    tflite_bytes: float
-    latency_p50: float
-    pareto: Mapping[str, bool]
-
-
-OBJECTIVES = {"tflite_bytes": "bytes of the .tflite", "latency_p50": "latency p50, ms"}
 
 
 def layers_picture(
@@ -77,84 +60,3 @@ def _base_position(name: str, originals: Sequence[str]) -> int:
     """Return the place of the original layer that ``name`` came from."""
     matches = [i for i, original in enumerate(originals) if name == original or name.startswith(f"{original}_")]
     return max(matches, key=lambda i: len(originals[i]), default=len(originals))
-
-
-def pareto_page(points: Sequence[Point], path: Path) -> None:
-    """Write the interactive chart: accuracy against bytes and against latency; hover shows pipeline and numbers."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(1, 2, subplot_titles=[f"accuracy against {text}" for text in OBJECTIVES.values()])
-    for column, (key, text) in enumerate(OBJECTIVES.items(), start=1):
-        front = sorted((p for p in points if p.pareto[key]), key=lambda p: float(getattr(p, key)))
-        for name, chosen, mode, color in (
-            ("dominated", [p for p in points if not p.pareto[key]], "markers", "#9aa5b1"),
-            ("Pareto front", front, "lines+markers", "#d1495b"),
-        ):
-            figure.add_trace(
-                go.Scatter(
-                    x=[getattr(p, key) for p in chosen],
-                    y=[p.accuracy for p in chosen],
-                    mode=mode,
-                    name=name,
-                    legendgroup=name,
-                    showlegend=column == 1,
-                    marker={"size": 11, "color": color},
-                    line={"color": color, "shape": "hv"},
-                    text=[_hover(p) for p in chosen],
-                    hovertemplate="%{text}<extra></extra>",
-                ),
-                row=1,
-                col=column,
-            )
-        figure.update_xaxes(title_text=text, row=1, col=column)
-        figure.update_yaxes(title_text="accuracy of the exported file, %", row=1, col=column)
-    figure.update_layout(template="plotly_white", height=560, title="Pareto fronts of this multirun")
-    # The page carries plotly itself: it opens without a network.
-    figure.write_html(path, include_plotlyjs=True, full_html=True)
-
-
-def pareto_picture(points: Sequence[Point], path: Path) -> None:
-    """Draw the same chart into a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, (key, text) in zip(axes, OBJECTIVES.items(), strict=True):
-        front = sorted((p for p in points if p.pareto[key]), key=lambda p: float(getattr(p, key)))
-        others = [p for p in points if not p.pareto[key]]
-        axis.scatter(
-            [getattr(p, key) for p in others], [p.accuracy for p in others], color="#9aa5b1", label="dominated"
-        )
-        axis.plot(
-            [getattr(p, key) for p in front],
-            [p.accuracy for p in front],
-            color="#d1495b",
-            marker="o",
-            drawstyle="steps-post",
-            label="Pareto front",
-        )
-        for point in points:
-            axis.annotate(
-                point.label,
-                (getattr(point, key), point.accuracy),
-                fontsize=8,
-                xytext=(4, 4),
-                textcoords="offset points",
-            )
-        axis.set_xlabel(text)
-        axis.set_ylabel("accuracy of the exported file, %")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=90)
-
-
-def _hover(point: Point) -> str:
-    lines: list[Any] = [
-        f"<b>{point.label}</b>",
-        f"accuracy {point.accuracy:.2f} %",
-        f".tflite {point.tflite_bytes:,.0f} bytes",
-        f"p50 {point.latency_p50:.3f} ms",
-        f"run {point.run[:8]}",
-    ]
-    return "<br>".join(lines)

@@ -1,4 +1,4 @@
-"""MLflow: one parent run for a command, a child run for each pipeline, the Pareto front of a multirun."""
+"""MLflow: one parent run for a command, a child run for each pipeline."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import re
-import tempfile
 import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import MinLen
 from filelock import FileLock
@@ -21,9 +21,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from compress.deploy.interface import Interface
-from compress.errors import CompressError
-from compress.tracking.charts import OBJECTIVES, Point, pareto_page, pareto_picture
-from compress.tracking.pareto import non_dominated
+from compress.errors import CompressError, GivenUp
+from compress.tracking.pareto import DEFAULT_OBJECTIVES
+from compress.tracking.process import has_ended, process_tags
 from compress.tracking.serving import log_served_model
 
 if TYPE_CHECKING:
@@ -32,9 +32,13 @@ if TYPE_CHECKING:
     from compress.candidate import Numbers
     from compress.pipeline import Result, StageResult
 
+T = TypeVar("T")
 _PARENT_FILE = "mlflow_parent.json"
 _LONGEST_PARAMETER = 500
+_LONGEST_TAG = 4000
 _TABLES_SECONDS = 120.0
+_MOST_RUNNING = 1000
+_LOG = logging.getLogger("compress")
 _EXPERIMENT_TAGS = {
     # MLflow's own tag: opens the experiment under "Model training", where runs have columns of metrics.
     "mlflow.experimentKind": "custom_model_development",
@@ -50,6 +54,10 @@ class TrackingSettings:
     enabled: bool
     uri: str
     experiment: Annotated[str, MinLen(1)]
+    objectives: tuple[str | tuple[str, ...], ...] = DEFAULT_OBJECTIVES
+    """What the runs of a multirun are compared by: metrics (one front), or lists of metrics (a front each)."""
+    reference: dict[str, float] | None = None
+    """Metric -> the value that hypervolumes are counted from; those not named: see the README."""
 
 
 class Recorder(ABC):
@@ -81,19 +89,23 @@ class MlflowRecorder(Recorder):
         self._client = client
         self._run = run
         self._step = 0
+        self._cached = 0
 
     def stage(self, result: StageResult) -> None:
         """Log the stage's numbers as ``<stage>.<number>`` and as a step of the plain ``<number>``."""
         metrics = metrics_of(result.numbers)
         named = {f"{result.name}.{key}": value for key, value in {**metrics, **result.measured}.items()}
-        _log_metrics(self._client, self._run, {**named, f"{result.name}.seconds": result.seconds})
-        _log_metrics(self._client, self._run, metrics, step=self._step)
+        log_metrics(self._client, self._run, {**named, f"{result.name}.seconds": result.seconds})
+        log_metrics(self._client, self._run, metrics, step=self._step)
         self._step += 1
+        self._cached += result.cached
 
     def finish(self, report: Mapping[str, Any], result: Result, folder: Path) -> None:
         """Log ratios, the files, the picture of the layers, and the model as one that MLflow can serve."""
         ratios = {f"ratio.{key}": value for key, value in report["ratios"].items() if value is not None}
-        _log_metrics(self._client, self._run, {**ratios, "seconds": report["seconds"]})
+        # The baseline is one of the stages.
+        counted = {"stages_made": self._step - self._cached, "stages_cached": self._cached}
+        log_metrics(self._client, self._run, {**ratios, **counted, "seconds": report["seconds"]})
         for name in ("report.json", "model.tflite", "model.cmp", "layers.png"):
             self._client.log_artifact(self._run, str(folder / name))
         if "interface" in report:
@@ -125,9 +137,21 @@ def metrics_of(numbers: Numbers) -> dict[str, float]:
 
 @contextmanager
 def open_recorder(
-    tracking: TrackingSettings, config: Mapping[str, Any], sweep: Path | None, *, command: Sequence[str]
+    tracking: TrackingSettings,
+    config: Mapping[str, Any],
+    sweep: Path | None,
+    *,
+    command: Sequence[str],
+    overrides: Sequence[str] = (),
 ) -> Iterator[Recorder]:
     """Open a child run (and, outside a multirun, its parent); close both with the right status.
+
+    Args:
+        tracking: where runs are recorded.
+        config: the whole configuration of the run.
+        sweep: the folder of the multirun that it belongs to, if any.
+        command: the command line, for the parent's tag.
+        overrides: what the command line changed for this run alone.
 
     Raises:
         CompressError: if the store does not answer.
@@ -141,10 +165,13 @@ def open_recorder(
     parent = None if sweep is None else read_parent(sweep)
     own_parent = parent is None
     if parent is None:
+        close_orphans(client, experiment)
         parent = start_parent(client, experiment, f"{name}", command)
-    child = client.create_run(
-        experiment, run_name=name, tags={"mlflow.parentRunId": parent, "strategy": name, "seed": str(config["seed"])}
-    ).info.run_id
+    changed = json.dumps([without_password(text) for text in overrides])
+    tags = {"mlflow.parentRunId": parent, "strategy": name, "seed": str(config["seed"]), **process_tags()}
+    if len(changed) <= _LONGEST_TAG:
+        tags["overrides"] = changed
+    child = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     status = "FAILED"
     try:
         for key, value in flatten(redacted(config)).items():
@@ -152,6 +179,10 @@ def open_recorder(
         client.log_dict(child, redacted(config), "config.yaml")
         yield MlflowRecorder(client, child)
         status = "FINISHED"
+    except GivenUp as reason:
+        client.set_tag(child, "given_up", str(reason))
+        status = "KILLED"
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -167,15 +198,8 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     Raises:
         CompressError: if the store does not answer.
     """
-    # Long enough for a slow server, short enough for a wrong address; a user's own setting wins.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from mlflow.tracking import MlflowClient
 
-    def ask() -> tuple[MlflowClient, str]:
-        client = MlflowClient(tracking_uri=uri)
+    def ask(client: MlflowClient) -> str:
         found = client.get_experiment_by_name(experiment)
         if found is not None and found.lifecycle_stage != "active":
             raise CompressError(
@@ -185,12 +209,43 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
                 fix="Name another one: tracking.experiment=<name>, or restore it (mlflow experiments restore).",
             )
         if found is not None:
-            return client, str(found.experiment_id)
-        return client, str(client.create_experiment(experiment, tags=_EXPERIMENT_TAGS))
+            return str(found.experiment_id)
+        return str(client.create_experiment(experiment, tags=_EXPERIMENT_TAGS))
+
+    return _ask(uri, ask)
+
+
+def connect_to(uri: str) -> MlflowClient:
+    """Return a client of a store that answers, without making anything in it.
+
+    Raises:
+        CompressError: if the store does not answer, or its file is not there.
+    """
+    file = _database_file(uri)
+    if file is not None and not Path(file).is_file():
+        raise CompressError(
+            "uri",
+            expected="an MLflow store",
+            received=f"{uri}, whose file is not there",
+            fix="Go to the folder where the sweeps ran, or write uri=sqlite:////<path>/mlflow.db.",
+        )
+    return _ask(uri, lambda client: client.search_experiments(max_results=1))[0]
+
+
+def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
+    """Return a client, and the store's answer to a first question."""
+    # Long enough for a slow server, short enough for a wrong address; a user's own setting wins.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
 
     try:
         with _alone(uri):
-            return ask()
+            _make_database(uri)
+            client = MlflowClient(tracking_uri=uri)
+            return client, question(client)
     except CompressError:
         raise
     except Exception as error:
@@ -207,22 +262,54 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Keep other runs from a SQLite file meanwhile: two that make its tables at once spoil them for good."""
-    from sqlalchemy.engine import make_url
-
-    database = make_url(uri).database if uri.startswith("sqlite:") else None
-    if not database or database == ":memory:":
+    database = _database_file(uri)
+    if database is None:
         yield
         return
     with FileLock(f"{database}.lock", timeout=_TABLES_SECONDS):
         yield
 
 
+def _make_database(uri: str) -> None:
+    """Make the tables of a new SQLite file under another name: a process killed meanwhile would spoil it for good."""
+    from mlflow.tracking import MlflowClient
+
+    name = _database_file(uri)
+    if name is None or Path(name).exists():
+        return
+    file = Path(name)
+    for left in file.parent.glob(f".{file.name}.*.partial*"):
+        left.unlink(missing_ok=True)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    # A relative name stays one: the current folder may be anywhere.
+    MlflowClient(tracking_uri=uri.replace(name, str(partial))).search_experiments(max_results=1)
+    partial.replace(file)
+
+
+def _database_file(uri: str) -> str | None:
+    """Return the file of a SQLite store, None for any other."""
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database if uri.startswith("sqlite:") else None
+    return None if database == ":memory:" else database or None
+
+
 def start_parent(client: MlflowClient, experiment: str, name: str, command: Sequence[str]) -> str:
     """Create the run that stands for the whole command and return its id."""
-    run = client.create_run(
-        experiment, run_name=name, tags={"command": " ".join(["python -m compress.run", *command])[:4000]}
-    )
+    told = " ".join(["python -m compress.run", *command])[:_LONGEST_TAG]
+    run = client.create_run(experiment, run_name=name, tags={"command": told, **process_tags()})
     return str(run.info.run_id)
+
+
+def close_orphans(client: MlflowClient, experiment: str) -> int:
+    """Close, as KILLED, the runs of processes that were killed on this machine; return how many there were."""
+    running = client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=_MOST_RUNNING)
+    orphans = [run.info.run_id for run in running if has_ended(run.data.tags)]
+    for orphan in orphans:
+        client.set_terminated(orphan, "KILLED")
+    if orphans:
+        _LOG.info("%d runs whose process was killed are closed as KILLED", len(orphans))
+    return len(orphans)
 
 
 def write_parent(sweep: Path, parent: str) -> None:
@@ -235,66 +322,6 @@ def read_parent(sweep: Path) -> str | None:
     """Return the parent run's id, or None if the multirun left none."""
     file = sweep / _PARENT_FILE
     return str(json.loads(file.read_text())["run"]) if file.is_file() else None
-
-
-def finish_sweep(client: MlflowClient, experiment: str, parent: str, *, stopped: bool = False) -> list[Point]:
-    """Tag the Pareto front among the parent's finished children, log the charts, close the parent.
-
-    ``stopped``: the multirun did not come to its end.
-    """
-    children = client.search_runs(
-        [experiment], f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'FINISHED'", max_results=5000
-    )
-    failed = client.search_runs(
-        [experiment], f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status != 'FINISHED'", max_results=1
-    )
-    points = _points([run for run in children if "accuracy" in run.data.metrics])
-    for point in points:
-        client.set_tag(point.run, "pareto", str(any(point.pareto.values())).lower())
-        for key, on_front in point.pareto.items():
-            client.set_tag(point.run, f"pareto.{key}", str(on_front).lower())
-    if points:
-        with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-            page, picture = Path(folder, "pareto.html"), Path(folder, "pareto.png")
-            pareto_page(points, page)
-            pareto_picture(points, picture)
-            for file in (page, picture):
-                client.log_artifact(parent, str(file))
-        client.set_tag(parent, "mlflow.note.content", _summary(points))
-        _log_metrics(client, parent, {"runs": len(points), "pareto_runs": sum(any(p.pareto.values()) for p in points)})
-    client.set_terminated(parent, "KILLED" if stopped else "FAILED" if failed else "FINISHED")
-    return points
-
-
-def _summary(points: Sequence[Point]) -> str:
-    """Return the multirun's runs as a Markdown table, the best accuracy first; shown on the parent run's page."""
-    lines = ["| pipeline | accuracy % | .tflite bytes | p50 ms | on a front |", "|---|---|---|---|---|"]
-    for point in sorted(points, key=lambda p: (-p.accuracy, p.tflite_bytes)):
-        fronts = ", ".join(key for key, on_front in point.pareto.items() if on_front) or "-"
-        lines.append(
-            f"| {point.label} | {point.accuracy:.2f} | {point.tflite_bytes:,.0f} | {point.latency_p50:.3f} | {fronts} |"
-        )
-    return "\n".join(lines)
-
-
-def _points(runs: Sequence[Any]) -> list[Point]:
-    nan = float("nan")
-    values = {key: [run.data.metrics.get(key, nan) for run in runs] for key in ("accuracy", *OBJECTIVES)}
-    import numpy as np
-
-    fronts = {key: non_dominated(np.array(values["accuracy"]), np.array(values[key])) for key in OBJECTIVES}
-    several_seeds = len({run.data.tags.get("seed") for run in runs}) > 1
-    return [
-        Point(
-            run=run.info.run_id,
-            label=run.data.tags.get("strategy", "") + (f" seed {run.data.tags.get('seed')}" if several_seeds else ""),
-            accuracy=values["accuracy"][i],
-            tflite_bytes=values["tflite_bytes"][i],
-            latency_p50=values["latency_p50"][i],
-            pareto={key: bool(front[i]) for key, front in fronts.items()},
-        )
-        for i, run in enumerate(runs)
-    ]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -327,7 +354,8 @@ def without_password(text: str) -> str:
     return re.sub(r"://(?=[^/\s])\S*@", "://***@", text)
 
 
-def _log_metrics(client: MlflowClient, run: str, metrics: Mapping[str, float], step: int = 0) -> None:
+def log_metrics(client: MlflowClient, run: str, metrics: Mapping[str, float], step: int = 0) -> None:
+    """Log metrics, all at once."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)

@@ -19,7 +19,6 @@ from compress.tracking.store import (
     NoRecorder,
     TrackingSettings,
     connect,
-    finish_sweep,
     flatten,
     metrics_of,
     open_recorder,
@@ -172,6 +171,7 @@ def test_a_run_is_found_again(store, tmp_path):
     metrics = child.data.metrics
     assert (metrics["baseline.tflite_bytes"], metrics["prune.tflite_bytes"]) == (4000, 2000)
     assert (metrics["ratio.tflite_bytes"], metrics["prune.seconds"]) == (2.0, 2.5)
+    assert (metrics["stages_made"], metrics["stages_cached"]) == (2, 0)
     history = client.get_metric_history(child.info.run_id, "tflite_bytes")
     assert [(m.step, m.value) for m in history] == [(0, 4000), (1, 2000)]
     files = {item.path for item in client.list_artifacts(child.info.run_id)}
@@ -192,31 +192,19 @@ def test_a_run_that_ends_early_is_closed_as_such(error, status, store):
     assert [run.info.status for run in added] == [status, status]
 
 
-def test_the_front_of_a_multirun_is_tagged(store, tmp_path):
+def test_the_runs_of_a_multirun_hang_under_its_parent(store, tmp_path):
     client, experiment = connect(store.uri, store.experiment)
     sweep = tmp_path / "sweep"
     assert read_parent(sweep) is None
     parent = start_parent(client, experiment, "multirun", ["-m"])
     write_parent(sweep, parent)
     assert read_parent(sweep) == parent
-    # Best; smaller but worse; dominated in bytes, the fastest.
-    for seed, (accuracy, size, p50) in enumerate([(95.0, 4000, 2.0), (90.0, 1000, 2.0), (89.0, 3000, 0.5)]):
-        latency = Latency(p50, p50, p50, p50, 200, 1)
-        _, result = finished(tmp_path / str(seed), accuracy=accuracy, tflite_bytes=size, latency_ms=latency)
-        with open_recorder(store, config_of(store, seed), sweep, command=[]) as recorder:
-            recorder.stage(result.stages[0])
-    with pytest.raises(CompressError), open_recorder(store, config_of(store, 9), sweep, command=[]):
-        raise CompressError("x", expected="", received="", fix="")
-    assert len(finish_sweep(client, experiment, parent)) == 3
-    children = {
-        run.data.tags["seed"]: run.data.tags
-        for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    }
-    on = {seed: (tags.get("pareto.tflite_bytes"), tags.get("pareto.latency_p50")) for seed, tags in children.items()}
-    assert on == {"0": ("true", "true"), "1": ("true", "false"), "2": ("false", "true"), "9": (None, None)}
-    assert client.get_run(parent).info.status == "FAILED", "one of its runs failed"
-    assert {"pareto.html", "pareto.png"} <= {item.path for item in client.list_artifacts(parent)}
-    assert client.get_run(parent).data.metrics["pareto_runs"] == 3
+    overrides = ["strategy=prune", f"hydra.x=https://me:{SECRET}@server"]
+    with open_recorder(store, config_of(store), sweep, command=[], overrides=overrides):
+        assert client.get_run(parent).info.status == "RUNNING"
+    (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert json.loads(child.data.tags["overrides"]) == ["strategy=prune", "hydra.x=https://***@server"]
+    assert client.get_run(parent).info.status == "RUNNING", "the multirun closes it, not the job"
 
 
 def test_nothing_is_recorded_without_tracking(tmp_path):
@@ -241,3 +229,25 @@ def test_two_first_runs_at_once_share_a_store(outside, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: outside("-c", code), range(2)))
     assert [answer.stdout.strip() for answer in answers] == ["there", "there"], answers[0].stderr + answers[1].stderr
+
+
+def test_a_first_run_that_is_killed_leaves_no_half_made_store(tmp_path, monkeypatch):
+    """MLflow refuses a SQLite file for ever in which only some of its tables were made."""
+    from mlflow.store.db import utils
+
+    uri, whole = f"sqlite:///{tmp_path}/runs.db", utils._upgrade_db
+
+    def killed(engine) -> None:
+        whole(engine)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "_upgrade_db", killed)
+    with pytest.raises(KeyboardInterrupt):
+        connect(uri, "tests")
+    assert not (tmp_path / "runs.db").exists()
+    (tmp_path / ".runs.db.0.partial").write_bytes(b"half of a database")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    _, experiment = connect(uri, "tests")
+    assert experiment
+    assert not list(tmp_path.glob(".*partial*"))

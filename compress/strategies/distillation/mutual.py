@@ -82,7 +82,7 @@ class PeerTerm:
     layers: Sequence[str] = ()
 
     def __init__(self, peers: Sequence[tf_keras.Model], weight: float, weight_decay: float) -> None:
-        self._peers = tuple(peers)
+        self._peers = self.networks = tuple(peers)
         self._weight = weight
         self._weight_decay = weight_decay
         self.variables: Sequence[tf.Variable] = [v for peer in peers for v in peer.trainable_variables]

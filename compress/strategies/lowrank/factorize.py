@@ -112,8 +112,10 @@ class LowRank(Strategy):
         units = self._with_errors(units, repair, context)
         choices, measured = self._choose(units, candidate, whole, context, skipped)
         chosen = [(unit, choice) for unit, choice in zip(units, choices, strict=True) if choice is not None]
-        for unit in {unit.name for unit in units} - {unit.name for unit, _ in chosen}:
-            skipped.append(Skipped(unit, "no factorization of it saves under this setting", True))
+        # In the network's order: that of a set is another one in each process.
+        taken = {unit.name for unit, _ in chosen}
+        for name in dict.fromkeys(unit.name for unit in units if unit.name not in taken):
+            skipped.append(Skipped(name, "no factorization of it saves under this setting", True))
         if not chosen and not again:
             raise context.nothing_done("a layer that a factorization makes cheaper", skipped)
         model, chains = self._factorized(units, choices, repair, whole, candidate)

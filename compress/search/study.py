@@ -1,0 +1,244 @@
+"""An Optuna study with several objectives that processes and machines share, and that survives them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, did_you_mean
+from compress.tracking.pareto import Objective
+from compress.tracking.process import has_ended, process_tags
+from compress.tracking.store import without_password
+
+if TYPE_CHECKING:
+    import optuna
+
+_LOG = logging.getLogger("compress")
+_LOCK_SECONDS = 30
+SAMPLERS = ("nsga2", "tpe", "random")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers between two; ``whole``: whole ones, ``log``: drawn evenly by their logarithm."""
+
+    low: float
+    high: float
+    whole: bool = False
+    step: float | None = None
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values, as the command line writes them."""
+
+    values: tuple[str, ...]
+
+
+Space = Mapping[str, Interval | Choice]
+"""Key of the configuration -> what it may be."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting to try."""
+
+    number: int
+    overrides: tuple[str, ...]
+
+
+class Study:
+    """A study in a database.
+
+    Args:
+        storage: a database's URI, as SQLAlchemy writes it.
+        name: of the study; one that is there is continued.
+        objectives: what is optimised.
+        space: what may be tried.
+        sampler: ``nsga2``, ``tpe`` or ``random``.
+        seed: of the sampler.
+        population: size of a generation, for ``nsga2``; what is drawn at random first, for ``tpe``.
+
+    Raises:
+        CompressError: if the database does not answer or is locked, or the study of that name has another space.
+    """
+
+    def __init__(
+        self,
+        storage: str,
+        name: str,
+        objectives: Sequence[Objective],
+        space: Space,
+        *,
+        sampler: str,
+        seed: int,
+        population: int,
+    ) -> None:
+        if sampler not in SAMPLERS:
+            raise CompressError(
+                "hydra.sweeper.sampler",
+                expected=f"one of {', '.join(SAMPLERS)}",
+                received=sampler,
+                fix=did_you_mean(sampler, SAMPLERS),
+            )
+        self._where = without_password(storage)
+        self._space, self._objectives = space, tuple(objectives)
+        with _answering(self._where):
+            optuna = _import_optuna()
+            # Two processes that begin one study at once draw different settings all the same.
+            self._study = optuna.create_study(
+                storage=_storage(optuna, storage),
+                study_name=name,
+                directions=["maximize" if o.maximise else "minimize" for o in objectives],
+                load_if_exists=True,
+            )
+            known = self._study.user_attrs.get("space")
+            mine = _described(space, objectives)
+            if known is None:
+                self._study.set_user_attr("space", mine)
+            elif known != mine:
+                raise CompressError(
+                    "hydra.sweeper.study",
+                    expected=f"the search space and objectives that the study {name} has",
+                    received="others",
+                    fix="Give the new search a name of its own: hydra.sweeper.study=<name>.",
+                )
+            # The seed goes on with the trials that are there: a continued search must not draw the first ones again.
+            drawn = int(hashlib.sha256(f"{seed}:{len(self._study.trials)}".encode()).hexdigest()[:8], 16)
+            self._study.sampler = _sampler(optuna, sampler, drawn, population)
+            self._continue_killed()
+
+    def _continue_killed(self) -> None:
+        """Close the trials of processes that were killed on this machine, and put their settings first in the queue."""
+        from optuna.trial import TrialState
+
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if has_ended(trial.user_attrs.get("process", {})):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                self._study.enqueue_trial(trial.params)
+                _LOG.info("trial %d was killed: its setting is tried again", trial.number)
+
+    @property
+    def finished(self) -> int:
+        """Trials that are done: with values, or given up as hopeless."""
+        from optuna.trial import TrialState
+
+        with _answering(self._where):
+            done = (TrialState.COMPLETE, TrialState.PRUNED)
+            return len(self._study.get_trials(deepcopy=False, states=done))
+
+    def ask(self) -> Trial:
+        """Return the next setting."""
+        with _answering(self._where):
+            trial = self._study.ask(_distributions(self._space))
+            trial.set_user_attr("process", process_tags())
+        return Trial(trial.number, tuple(f"{key}={_text(value)}" for key, value in trial.params.items()))
+
+    def tell(self, trial: Trial, metrics: Mapping[str, float] | None, *, hopeless: bool = False) -> None:
+        """Take down what a trial has come to; None: it failed. ``hopeless``: it was given up.
+
+        Raises:
+            CompressError: if the metrics lack an objective.
+        """
+        from optuna.trial import TrialState
+
+        with _answering(self._where):
+            if metrics is None:
+                self._study.tell(trial.number, state=TrialState.PRUNED if hopeless else TrialState.FAIL)
+                return
+            missing = [o.metric for o in self._objectives if not math.isfinite(metrics.get(o.metric, math.nan))]
+            if missing:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                raise CompressError(
+                    "hydra.sweeper.objectives",
+                    expected="metrics that every run reports",
+                    received=f"{missing[0]}, which trial {trial.number} does not",
+                    fix=did_you_mean(missing[0], metrics),
+                )
+            self._study.tell(trial.number, [metrics[o.metric] for o in self._objectives])
+
+    def best(self) -> list[tuple[int, dict[str, Any], list[float]]]:
+        """Return the non-dominated trials: number, setting, values."""
+        with _answering(self._where):
+            return [(trial.number, trial.params, list(trial.values)) for trial in self._study.best_trials]
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise CompressError(
+            "hydra/sweeper",
+            expected="Optuna, which hydra/sweeper=search stands on",
+            received="a Python without it",
+            fix="Write pip install 'compress[search]'.",
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _storage(optuna: Any, uri: str) -> Any:
+    arguments = {"connect_args": {"timeout": _LOCK_SECONDS}} if uri.startswith("sqlite:") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(uri, engine_kwargs=arguments)
+
+
+def _sampler(optuna: Any, name: str, seed: int, population: int) -> Any:
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=population, multivariate=False)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
+    from optuna import distributions
+
+    def one(values: Interval | Choice) -> optuna.distributions.BaseDistribution:
+        if isinstance(values, Choice):
+            return distributions.CategoricalDistribution(values.values)
+        if values.whole:
+            step = 1 if values.step is None else int(values.step)
+            return distributions.IntDistribution(int(values.low), int(values.high), log=values.log, step=step)
+        return distributions.FloatDistribution(values.low, values.high, log=values.log, step=values.step)
+
+    return {key: one(values) for key, values in space.items()}
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _described(space: Space, objectives: Sequence[Objective]) -> str:
+    return json.dumps([{key: repr(space[key]) for key in sorted(space)}, [repr(o) for o in objectives]])
+
+
+@contextmanager
+def _answering(where: str) -> Iterator[None]:
+    """Say in one paragraph that the database does not answer, or is locked."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        names = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+        if not names & {"optuna", "sqlalchemy", "sqlite3"} and not isinstance(error, ImportError):
+            raise
+        chain = [str(e) for e in (error, error.__cause__, error.__context__) if e is not None]
+        locked = any("locked" in text for text in chain)
+        raise CompressError(
+            f"hydra.sweeper.storage {where}",
+            expected="a database that answers",
+            received=f"one that another process has kept locked for {_LOCK_SECONDS} seconds"
+            if locked
+            else f"{type(error).__name__}: {without_password(' '.join(chain[0].split()))[:200]}",
+            fix="End the process that holds it (a copy, a database browser), or use a database server."
+            if locked
+            else "Correct hydra.sweeper.storage, e.g. sqlite:///search.db, and install the database's driver.",
+        ) from error

@@ -1,0 +1,183 @@
+"""``hydra/sweeper=search``: a Hydra sweeper that lets an Optuna study choose what to try next.
+
+Hydra looks for plugins in the package ``hydra_plugins`` alone; what is searched, and how, is in ``compress.search``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.search.study import Choice, Interval, Study, Trial
+
+_LOG = logging.getLogger("compress")
+
+
+class SearchSweeper(Sweeper):
+    """Asks a study for settings and launches them, until it has had ``trials`` of them.
+
+    The fields are those of ``conf/hydra/sweeper/search.yaml``.
+    """
+
+    def __init__(
+        self,
+        trials: int,
+        at_once: int,
+        objectives: Sequence[str],
+        sampler: str,
+        population: int,
+        seed: int,
+        storage: str,
+        study: str | None,
+        params: Mapping[str, Any] | None,
+        give_up: Mapping[str, float] | None,
+    ) -> None:
+        for name, value in (("trials", trials), ("at_once", at_once), ("population", population)):
+            if not isinstance(value, int) or value < 1:
+                raise CompressError(
+                    f"hydra.sweeper.{name}",
+                    expected="a whole number from 1",
+                    received=str(value),
+                    fix=f"Write hydra.sweeper.{name}=10.",
+                )
+        self._trials, self._at_once = trials, at_once
+        self._objectives, self._sampler, self._population = list(objectives), sampler, population
+        self._seed, self._storage, self._name = seed, storage, study
+        self._params = dict(params or {})
+        self._launcher: Launcher | None = None
+        self._config: DictConfig | None = None
+        self._context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take the configuration and make the launcher."""
+        self._config, self._context = config, hydra_context
+        self._launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Search; leave what was found in ``search.json`` in the sweep's folder."""
+        from compress.search.study import Study
+        from compress.tracking.pareto import read_fronts
+
+        assert self._config is not None
+        assert self._launcher is not None
+        assert self._context is not None
+        (front,) = read_fronts(self._objectives, "hydra.sweeper.objectives")
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        declared = parser.parse_overrides([f"{key}={_written(value)}" for key, value in self._params.items()])
+        given = parser.parse_overrides(arguments)
+        # What the command line says of a key wins over what the file declares.
+        by_key = {override.get_key_element(): override for override in [*declared, *given]}
+        space = {key: found for key, override in by_key.items() if (found := _values(override)) is not None}
+        fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in by_key.items() if key not in space]
+        if not space:
+            raise CompressError(
+                "hydra.sweeper.params",
+                expected="something to search over",
+                received="no key with several values",
+                fix="Write for example 'strategy.prune.sparsity=interval(0.3,0.9)' or strategy=prune,lowrank+prune.",
+            )
+        sweep = Path(self._config.hydra.sweep.dir)
+        sweep.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self._config, sweep / "multirun.yaml")
+        study = Study(
+            self._storage,
+            self._name or _name_of(sorted(fixed), space, self._objectives, self._sampler, self._seed),
+            front.objectives,
+            space,
+            sampler=self._sampler,
+            seed=self._seed,
+            population=self._population,
+        )
+        _LOG.info("search: %d of %d trials were made before", study.finished, self._trials)
+        number = 0
+        while (left := self._trials - study.finished) > 0:
+            trials = [study.ask() for _ in range(min(self._at_once, left))]
+            jobs = [[*fixed, *trial.overrides] for trial in trials]
+            results = self._launcher.launch(jobs, initial_job_idx=number)
+            number += len(jobs)
+            for trial, result in zip(trials, results, strict=True):
+                _tell(study, trial, result)
+            if number >= _MOST_TRIES * self._trials:
+                raise CompressError(
+                    "hydra.sweeper.params",
+                    expected="a search space in which pipelines work",
+                    received=f"{study.finished} finished trials of {number}; the log says why",
+                    fix="Narrow the space to what the strategies accept.",
+                )
+        best = [{"trial": trial, "setting": setting, "values": values} for trial, setting, values in study.best()]
+        (sweep / "search.json").write_text(json.dumps({"objectives": self._objectives, "best": best}, indent=1))
+        _LOG.info("search: %d trials, %d of them not beaten: %s", study.finished, len(best), sweep / "search.json")
+
+
+_MOST_TRIES = 3
+"""Jobs for each trial that is wanted, at most: those that fail are replaced."""
+
+
+def _tell(study: Study, trial: Trial, result: JobReturn) -> None:
+    # Imported here: Hydra imports this module at every start.
+    from compress.search.trial import read_outcome
+
+    # Raises what the job has raised, under debug=true.
+    accuracy = result.return_value
+    assert result.hydra_cfg is not None
+    metrics, hopeless = read_outcome(Path(result.hydra_cfg.hydra.runtime.output_dir))
+    study.tell(trial, None if accuracy is None else metrics, hopeless=hopeless)
+
+
+def _written(value: Any) -> str:
+    """Return a declared value as the command line writes it."""
+    if OmegaConf.is_config(value) or isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+def _values(override: Override) -> Interval | Choice | None:
+    """Return what the key may be; None if it is fixed."""
+    from compress.search.study import Choice, Interval
+
+    value = override.value()
+    if not override.is_sweep_override():
+        return None
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None
+        assert value.end is not None
+        # interval(1,4) holds floats, int(interval(1,4)) whole numbers.
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        return Interval(value.start, value.end, whole=whole, log="log" in value.tags)
+    if isinstance(value, RangeSweep) and isinstance(value.start, int) and isinstance(value.stop, int):
+        step = value.step
+        if isinstance(step, int) and step > 0 and value.start < value.stop:
+            # As Python's range, without its end.
+            last = value.start + (value.stop - 1 - value.start) // step * step
+            return Interval(value.start, last, whole=True, step=step)
+    if isinstance(value, (ChoiceSweep, RangeSweep)):
+        return Choice(tuple(override.sweep_string_iterator()))
+    raise CompressError(
+        override.get_key_element(),
+        expected="choice(...), range(...), interval(...), or values with commas between them",
+        received=override.get_value_element_as_str(),
+        fix="Write for example interval(0.3,0.9).",
+    )
+
+
+def _name_of(*parts: Any) -> str:
+    """Return the name of the study that these decide, so that the same command continues its own search."""
+    return "search-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

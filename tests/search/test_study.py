@@ -1,0 +1,160 @@
+"""The study behind ``hydra/sweeper=search``: what it asks, that it goes on, what it says when the database does not."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from compress.errors import CompressError, GivenUp
+from compress.search import study as module
+from compress.search.study import Choice, Interval, Study, Trial
+from compress.search.trial import metrics_of_report, note_given_up, read_outcome, refuse_hopeless
+from compress.tracking.pareto import Objective
+
+pytest.importorskip("optuna")
+OBJECTIVES = (Objective("accuracy", True), Objective("packed_bytes", False))
+SPACE = {
+    "strategy.prune.sparsity": Interval(0.3, 0.9),
+    "strategy.share.clusters": Interval(2, 16, whole=True),
+    "recovery.learning_rate": Interval(1e-4, 1e-1, log=True),
+    "strategy": Choice(("prune", "lowrank+prune")),
+}
+
+
+def study_in(folder: Path, *, name: str = "s", seed: int = 0, space=SPACE, sampler: str = "nsga2") -> Study:
+    storage = f"sqlite:///{folder}/search.db"
+    return Study(storage, name, OBJECTIVES, space, sampler=sampler, seed=seed, population=4)
+
+
+def values_of(trial: Trial) -> dict[str, str]:
+    return dict(text.split("=") for text in trial.overrides)
+
+
+def numbers_of(trial: Trial) -> dict[str, float]:
+    """More sparsity costs accuracy and saves bytes; fewer clusters only save bytes."""
+    values = values_of(trial)
+    sparsity, clusters = float(values["strategy.prune.sparsity"]), int(values["strategy.share.clusters"])
+    return {"accuracy": 100 - 50 * sparsity**2, "packed_bytes": 1000 * (1 - sparsity) + clusters}
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_settings_lie_in_the_space_and_the_front_is_found(sampler, tmp_path):
+    study = study_in(tmp_path, sampler=sampler)
+    numbers = []
+    for _ in range(12):
+        trial = study.ask()
+        values = values_of(trial)
+        assert 0.3 <= float(values["strategy.prune.sparsity"]) <= 0.9
+        assert 2 <= int(values["strategy.share.clusters"]) <= 16
+        assert 1e-4 <= float(values["recovery.learning_rate"]) <= 1e-1
+        assert values["strategy"] in ("prune", "lowrank+prune")
+        numbers.append(numbers_of(trial))
+        study.tell(trial, numbers[-1])
+    assert study.finished == 12
+
+    def beaten(one: dict[str, float]) -> bool:
+        return any(
+            o["accuracy"] >= one["accuracy"] and o["packed_bytes"] <= one["packed_bytes"] and o != one for o in numbers
+        )
+
+    expected = {(n["accuracy"], n["packed_bytes"]) for n in numbers if not beaten(n)}
+    assert {tuple(values) for _, _, values in study.best()} == expected
+
+
+def test_a_study_goes_on_and_does_not_repeat_its_draws(tmp_path):
+    first = [study_in(tmp_path).ask() for _ in range(1)]
+    study = study_in(tmp_path)
+    trial = study.ask()
+    assert trial.number == 1
+    assert trial.overrides != first[0].overrides
+    study.tell(trial, numbers_of(trial))
+    study.tell(first[0], None)
+    assert study_in(tmp_path).finished == 1, "a failed trial is replaced"
+
+
+def test_given_up_trials_count_and_are_on_no_front(tmp_path):
+    study = study_in(tmp_path)
+    study.tell(study.ask(), None, hopeless=True)
+    assert study.finished == 1
+    assert study.best() == []
+
+
+def test_the_setting_of_a_killed_trial_is_tried_again(tmp_path, monkeypatch):
+    killed = study_in(tmp_path).ask()
+    monkeypatch.setattr(module, "has_ended", lambda tags: True)
+    again = study_in(tmp_path).ask()
+    assert again.number == 1
+    assert again.overrides == killed.overrides
+
+
+def test_a_trial_that_is_at_work_elsewhere_is_left_alone(tmp_path):
+    running = study_in(tmp_path).ask()
+    assert study_in(tmp_path).ask().overrides != running.overrides
+
+
+def test_another_space_needs_another_name(tmp_path):
+    study_in(tmp_path)
+    with pytest.raises(CompressError) as caught:
+        study_in(tmp_path, space={"strategy.prune.sparsity": Interval(0.3, 0.8)})
+    assert "hydra.sweeper.study" in str(caught.value)
+    study_in(tmp_path, name="other", space={"strategy.prune.sparsity": Interval(0.3, 0.8)})
+
+
+def test_an_objective_that_a_trial_does_not_report(tmp_path):
+    study = study_in(tmp_path)
+    with pytest.raises(CompressError) as caught:
+        study.tell(study.ask(), {"accuracy": 1.0, "packed_byte": 2.0})
+    assert "packed_bytes" in str(caught.value)
+
+
+def test_a_locked_database_is_one_paragraph(tmp_path, monkeypatch):
+    study_in(tmp_path)
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+    holder = sqlite3.connect(tmp_path / "search.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(CompressError) as caught:
+            study_in(tmp_path).ask()
+    finally:
+        holder.rollback()
+        holder.close()
+    assert "hydra.sweeper.storage" in str(caught.value)
+    assert "locked" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "storage", ["sqlite:////nowhere/at/all/search.db", "no uri", "postgresql://me:secret@x.invalid/s"]
+)
+def test_a_database_that_does_not_answer(storage):
+    with pytest.raises(CompressError) as caught:
+        Study(storage, "s", OBJECTIVES, SPACE, sampler="tpe", seed=0, population=4)
+    assert "hydra.sweeper.storage" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_unknown_sampler_names_the_nearest(tmp_path):
+    with pytest.raises(CompressError, match="nsga2"):
+        study_in(tmp_path, sampler="nsga")
+
+
+def test_hopeless_is_beyond_a_limit_on_the_worse_side():
+    metrics = {"accuracy": 60.0, "packed_bytes": 500.0}
+    refuse_hopeless("prune", metrics, {"accuracy": 50, "packed_bytes": 600, "unknown": 1})
+    with pytest.raises(GivenUp, match="accuracy is 60 after prune"):
+        refuse_hopeless("prune", metrics, {"accuracy": 70})
+    with pytest.raises(GivenUp, match="packed_bytes"):
+        refuse_hopeless("prune", metrics, {"packed_bytes": 400})
+
+
+def test_what_a_job_leaves_for_its_search(tmp_path):
+    assert read_outcome(tmp_path) == (None, False)
+    report = '{"final": {"accuracy": 90.0, "packed_bytes": null, "latency_ms": {"p50": 2.0}}, "ratios": {"macs": 3.0}}'
+    (tmp_path / "report.json").write_text(report)
+    assert read_outcome(tmp_path) == ({"accuracy": 90.0, "latency_p50": 2.0, "ratio.macs": 3.0}, False)
+    note_given_up(tmp_path, "no hope")
+    assert read_outcome(tmp_path) == (None, True)
+    note_given_up(tmp_path, None)
+    assert read_outcome(tmp_path)[0] is not None
+    assert metrics_of_report({"final": {"x": True, "y": "z"}, "ratios": {}}) == {}

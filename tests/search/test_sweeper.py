@@ -1,0 +1,59 @@
+"""``hydra/sweeper=search`` from the command line: a short search, continued, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+SEARCH = ("-m", "hydra/sweeper=search", "hydra.sweeper.population=2", "hydra.sweep.dir=sweep", "recovery=none")
+SPACE = ("strategy=prune,share", "strategy.prune.sparsity=interval(0.3,0.9)")
+QUICK = ("board.runs=100", "board.warmup=1", "board.precision=null")
+
+
+def reports(folder: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("sweep/*/report.json"))]
+
+
+def test_a_search_is_made_continued_and_drawn(cli, tmp_path):
+    space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)")
+    store = f"tracking.uri=sqlite:///{tmp_path}/runs.db"
+    code, _, error = cli(*SEARCH, *space, *QUICK, store, "hydra.sweeper.trials=2", "hydra.sweeper.at_once=2")
+    assert code == 0, error
+    assert len(reports(tmp_path)) == 2
+    found = json.loads((tmp_path / "sweep" / "search.json").read_text())
+    assert found["objectives"] == ["accuracy", "packed_bytes"]
+    numbers = [(r["final"]["accuracy"], r["final"]["packed_bytes"]) for r in reports(tmp_path)]
+    front = {n for n in numbers if not any(o[0] >= n[0] and o[1] <= n[1] and o != n for o in numbers)}
+    assert {tuple(best["values"]) for best in found["best"]} == front
+    first = {(tmp_path / "sweep" / str(job) / "report.json").read_text() for job in range(2)}
+
+    # Three in all: one more. A limit that nothing keeps gives it up.
+    code, _, error = cli(
+        *SEARCH, *space, *QUICK, store, "hydra.sweeper.trials=3", "hydra.sweeper.give_up={packed_bytes: 1}"
+    )
+    assert code == 0, error
+    assert (tmp_path / "sweep" / "0" / "given_up.txt").read_text().startswith("packed_bytes")
+    assert json.loads((tmp_path / "sweep" / "search.json").read_text()) == found
+    assert first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["strategy=prune"], ["hydra.sweeper.params", "interval(0.3,0.9)"]),
+        ([*SPACE, "hydra.sweeper.sampler=nsga"], ["hydra.sweeper.sampler", "nsga2"]),
+        ([*SPACE, "hydra.sweeper.trials=0"], ["hydra.sweeper.trials"]),
+        ([*SPACE, "hydra.sweeper.objectives=[accuracy]"], ["hydra.sweeper.objectives", "two or more"]),
+        ([*SPACE, "hydra.sweeper.storage=sqlite:////nowhere/x.db"], ["hydra.sweeper.storage"]),
+    ],
+    ids=lambda value: str(value[-1]) if isinstance(value, list) else "",
+)
+def test_mistakes_of_a_search(cli, arguments, parts):
+    code, _, error = cli(*SEARCH, *arguments, "tracking=none")
+    assert code == 2, error
+    assert "Traceback" not in error
+    said = " ".join(error[error.index("Error in ") :].split())
+    assert all(part in said for part in parts), said
