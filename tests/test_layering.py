@@ -11,8 +11,9 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FLOORS = (
-    {"run", "reproduce", "measure", "predict"},
+    {"run", "reproduce", "measure", "predict", "sensitivity"},
     {"cli"},
+    {"search"},
     {"tracking"},
     {"pipeline"},
     {"networks"},
