@@ -19,8 +19,7 @@ from tests.search.toys import Memory, context_of, measure, small_data, small_net
 
 STANDARD = {
     "prune_channels": {"channels": [0.75, 0.5], "ranking": "layer"},
-    "lowrank": {"ranks": [0.5]},
-    "prune": {"sparsity": [0.5, 0.75]},
+    "prune": {"sparsity": [0.75]},
     "share": {"clusters": [16]},
     "quantize": {"bits": [8, 4], "rounding": "second_order", "rounding_images": 64, "trained": "qat"},
 }
