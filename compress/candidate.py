@@ -232,6 +232,20 @@ class Recovered:
 
 
 @dataclass(frozen=True)
+class Allocated:
+    """What a search has chosen for a layer: techniques with their levels, and what it expects of it."""
+
+    layer: str
+    chosen: tuple[str, ...]
+    divergence: float
+    """Of the outputs from the reference's, in nats, by this layer alone."""
+    bytes: int
+    """Of its kernels in the packed file."""
+    milliseconds: float | None
+    """None if latency was no budget."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A model on its way through the pipeline, with all that must be remembered about it. Immutable."""
 
@@ -252,6 +266,8 @@ class Candidate:
     """What the latest stage has measured of its own work, for the report."""
     recovered: Recovered | None = None
     """How the latest stage has won accuracy back; None if it trained nothing and nobody asked."""
+    allocation: tuple[Allocated, ...] = ()
+    """What the latest stage has chosen for each layer, if it is a search."""
 
     def evolve(self, **changes: Any) -> Candidate:
         """Return a copy with some fields changed."""

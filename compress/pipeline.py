@@ -22,6 +22,7 @@ from compress.cache.code import code_digest
 from compress.cache.store import Entry, StageCache
 from compress.cache.trainings import Trainings
 from compress.candidate import (
+    Allocated,
     Artifact,
     Candidate,
     Coder,
@@ -79,7 +80,7 @@ class Stage(Strategy):
             candidate = candidate.evolve(storage=Storage(), samples=None)
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
         recovering = Recovering(inner, candidate.model)
-        candidate = candidate.evolve(measured={}, recovered=None)
+        candidate = candidate.evolve(measured={}, allocation=(), recovered=None)
         for turn in range(self.repeat):
             inner = recovering.context(candidate.model, turn, self.strategy)
             candidate = self.strategy.apply(candidate, inner)
@@ -117,6 +118,8 @@ class StageResult:
     cached: bool = False
     measured: dict[str, float] = field(default_factory=dict)
     """What the stage has measured of its own work."""
+    allocation: tuple[Allocated, ...] = ()
+    """What a search has chosen for each layer."""
     noise: tuple[Noise, ...] = ()
     """What each tensor of an integer file has lost against the float one."""
     agreement: Agreement | None = None
@@ -224,28 +227,14 @@ class Pipeline:
     def _run(self, folder: Path) -> Result:
         reference, baseline, artifact, key = self._reference(folder)
         data = self.data.fitted_to(reference.model, f"model {reference.model.name}")
-        context = Context(
-            stage="",
-            data=data,
-            reference=reference.model,
-            recovery=Recovery(),
-            seed=self.seed,
-            strict=self.strict,
-            measure=self.board.measure,
-            channel_multiple=self.board.channel_multiple,
-            keep=self.cache.arrays,
-            other_model=functools.cache(
-                lambda name: self.networks.teacher(name, reference.model, self.data, self.seed)
-            ),
-            untrained_model=lambda name, seed: self.networks.student(name, reference.model, data, seed),
-        )
+        context = self._context(reference.model, data)
         candidate, results = reference, []
         # Stages export over the artifact's file; this one stays, to be measured beside each of them.
         first = dataclasses.replace(artifact, path=folder / "baseline.tflite", packed=None)
         shutil.copyfile(artifact.path, first.path)
         for number, stage in enumerate(self.stages, start=1):
             code = code_digest(type(stage.strategy))
-            start = [key, code, self.seed, number]
+            own = self._of_stage(context, stage, number, key)
             others = [
                 _identity(source) for source in self.networks.of(stage.recovery.teachers, stage.strategy.models())
             ]
@@ -257,18 +246,9 @@ class Pipeline:
                 stage: Stage = stage,
                 before: Candidate = candidate,
                 config: dict[str, Any] = config,
-                number: int = number,
-                start: Sequence[Any] = start,
+                own: Context = own,
             ) -> tuple[Candidate, StageResult]:
-                def remember(name: str, settings: Sequence[Any], measure: Callable[[], Any]) -> Any:
-                    return self.cache.remembered(_digest([*start, stage.name, name, *settings]), measure)
-
-                own = dataclasses.replace(
-                    context,
-                    seed=_stage_seed(self.seed, number, stage.name),
-                    remember=remember,
-                    checkpoint=trainings.next,
-                )
+                own = dataclasses.replace(own, checkpoint=trainings.next)
                 return self._measured(stage.name, config, lambda: stage.apply(before, own), data, folder, first)
 
             candidate, result, artifact = self._cached(key, make, folder)
@@ -282,6 +262,47 @@ class Pipeline:
             if name in stage.strategy.models():
                 return f"strategy.{stage.name}, {name}"
         return f"recovery.teachers, {name}"
+
+    def before_first(self, stage: Stage, folder: Path) -> tuple[Candidate, StageResult, Context]:
+        """Return what ``stage`` would be given as the only one: the reference, its numbers, and the stage's context.
+
+        What the context remembers, a run of that stage finds again.
+
+        Args:
+            stage: it is not applied.
+            folder: where the reference's files go.
+        """
+        self.cache.open()
+        reference, baseline, _, key = self._reference(folder)
+        data = self.data.fitted_to(reference.model, f"model {reference.model.name}")
+        context = self._of_stage(self._context(reference.model, data), stage, 1, key)
+        own = context.for_stage(stage.name, selection=stage.selection, recovery=stage.recovery)
+        return reference, baseline, own
+
+    def _context(self, reference: tf_keras.Model, data: Data) -> Context:
+        """Return what all stages have in common."""
+        return Context(
+            stage="",
+            data=data,
+            reference=reference,
+            recovery=Recovery(),
+            seed=self.seed,
+            strict=self.strict,
+            measure=self.board.measure,
+            channel_multiple=self.board.channel_multiple,
+            keep=self.cache.arrays,
+            other_model=functools.cache(lambda name: self.networks.teacher(name, reference, self.data, self.seed)),
+            untrained_model=lambda name, seed: self.networks.student(name, reference, data, seed),
+        )
+
+    def _of_stage(self, context: Context, stage: Stage, number: int, before: str) -> Context:
+        """Return the context with the seed and the memory of the ``number``-th stage, given the key of what it gets."""
+        start = [before, code_digest(type(stage.strategy)), self.seed, number]
+
+        def remember(name: str, settings: Sequence[Any], measure: Callable[[], Any]) -> Any:
+            return self.cache.remembered(_digest([*start, stage.name, name, *settings]), measure)
+
+        return dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
 
     def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
         origin = self.model.origin()
@@ -361,6 +382,7 @@ class Pipeline:
             candidate.released,
             layers,
             measured=dict(candidate.measured),
+            allocation=candidate.allocation,
             noise=noise,
             agreement=agreement,
             recovered=candidate.recovered,
@@ -553,6 +575,7 @@ def _result_from_json(value: dict[str, Any], *, cached: bool) -> StageResult:
             "skipped": tuple(Skipped(**item) for item in value["skipped"]),
             "guarantees": tuple(value["guarantees"]),
             "released": tuple(value["released"]),
+            "allocation": tuple(Allocated(**{**row, "chosen": tuple(row["chosen"])}) for row in value["allocation"]),
             "noise": tuple(Noise(**item) for item in value["noise"]),
             "agreement": None if value["agreement"] is None else Agreement(**value["agreement"]),
             "recovered": Recovered.from_json(value["recovered"]) if value.get("recovered") else None,

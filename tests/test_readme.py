@@ -47,7 +47,9 @@ def test_measure_commands_name_boards(command):
     )
 
 
-@pytest.mark.parametrize("group", ["strategy", "model", "data", "recovery", "board", "tracking", "cache"])
+@pytest.mark.parametrize(
+    "group", ["strategy", "model", "data", "recovery", "board", "tracking", "cache", "techniques", "budget"]
+)
 def test_every_choice_is_named(group):
     for file in (conf_dir() / group).glob("*.yaml"):
         # The table writes resnet20/32/44/56/110.

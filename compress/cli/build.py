@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import ArgsKwargs, ErrorDetails
 
 from compress.boards.board import Board
+from compress.cache.code import code_digest
 from compress.cache.store import StageCache
 from compress.cli.places import conf_dir
 from compress.data.source import STRICT, DataSource
@@ -24,6 +25,7 @@ from compress.models.file import FileModel
 from compress.models.source import RANDOM, ModelSource, TrainableSource
 from compress.networks import Networks
 from compress.pipeline import Pipeline, Stage
+from compress.search.technique import Technique
 from compress.strategies.distillation.student import AGAIN
 from compress.strategies.distillation.terms import chosen_losses
 from compress.strategies.strategy import PREVIOUS, REFERENCE, Strategy
@@ -32,7 +34,7 @@ from compress.training import Recovery
 
 T = TypeVar("T")
 Seed = Annotated[int, Ge(0), Lt(2**31)]
-_GROUPS = ("strategy", "model", "data", "board", "recovery", "tracking", "cache")
+_GROUPS = ("strategy", "model", "data", "board", "recovery", "tracking", "cache", "techniques", "budget")
 _VALUES = ("seed", "strict", "debug")
 _WRAPPERS = ("only", "skip", "repeat", "release", "recovery")
 
@@ -177,6 +179,8 @@ def _stage(name: str, values: Any) -> Stage:
     wrappers = {key: values[key] for key in _WRAPPERS}
     fields = {key: value for key, value in values.items() if key not in _WRAPPERS}
     known = _field_names(_find_class(Strategy, fields.get("_target_"), where))
+    if "techniques" in known:
+        fields["techniques"] = make_techniques(fields.get("techniques"), "techniques")
     for key in fields:
         if key != "_target_" and key not in known:
             raise _unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
@@ -185,13 +189,84 @@ def _stage(name: str, values: Any) -> Stage:
     return Stage(
         name=name,
         strategy=construct(Strategy, fields, where),
-        selection=Selection(
-            only=_rules(wrappers["only"], f"{where}.only"), skip=_rules(wrappers["skip"], f"{where}.skip"), where=where
-        ),
+        selection=make_selection(wrappers["only"], wrappers["skip"], f"{where}."),
         recovery=_recovery(recovery, f"{where}.recovery"),
         repeat=_positive(wrappers["repeat"], f"{where}.repeat"),
         release=tuple(check(list[str], [release] if isinstance(release, str) else release or [], f"{where}.release")),
     )
+
+
+def make_selection(only: Any, skip: Any, prefix: str) -> Selection:
+    """Return the layers that ``only`` and ``skip`` choose; ``prefix``: of these two keys.
+
+    Raises:
+        CompressError: if one of them is no list of rules.
+    """
+    where = prefix.removesuffix(".")
+    return Selection(_rules(only, f"{prefix}only"), _rules(skip, f"{prefix}skip"), where=where)
+
+
+def make_techniques(values: Any, where: str) -> tuple[Technique, ...]:
+    """Return the techniques that ``values`` describe: strategy -> its fields, one of which is a list of levels.
+
+    Raises:
+        CompressError: if there is no such strategy, field or level.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise CompressError(
+            where,
+            expected="strategies with a list of levels for one field of each",
+            received=repr(values)[:100],
+            fix=f"Write for example '{where}={{quantize: {{bits: [8, 4]}}}}', or {where}=standard.",
+        )
+    return tuple(_technique(str(name), fields, f"{where}.{name}") for name, fields in values.items())
+
+
+def _technique(name: str, given: Any, where: str) -> Technique:
+    fields = dict(given) if isinstance(given, Mapping) else {}
+    trained = fields.pop("trained", None)
+    defaults, code = _strategy_fields(name, where)
+    levels = [key for key, value in fields.items() if isinstance(value, list) and not _is_list(defaults.get(key))]
+    if len(levels) != 1 or not fields[levels[0]]:
+        raise CompressError(
+            where,
+            expected="one field with a list of levels",
+            received=f"{given!r}"[:120] if not levels else f"lists for {', '.join(levels)}",
+            fix=f"Write for example {where}.<field>=[0.5,0.25].",
+        )
+    (field,) = levels
+    values = fields.pop(field)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CompressError(f"{where}.{field}", expected="numbers", received=repr(value), fix="Correct it.")
+    if len(set(values)) < len(values):
+        raise CompressError(f"{where}.{field}", expected="different levels", received=str(values), fix="Correct it.")
+
+    def strategies(base: Mapping[str, Any], others: Mapping[str, Any]) -> dict[Any, Strategy]:
+        return {value: construct(Strategy, {**base, **others, field: value}, where) for value in values}
+
+    found = strategies(defaults, fields)
+    learnt: dict[Any, Strategy] = {}
+    if trained is not None:
+        base, more = _strategy_fields(str(trained), f"{where}.trained")
+        learnt, code = strategies(base, {}), code + more
+    return Technique(name, field, found, learnt, code)
+
+
+def _strategy_fields(name: str, where: str) -> tuple[dict[str, Any], str]:
+    """Return the fields of a strategy of ``conf/strategy``, and the digest of its code."""
+    choices = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+    if name not in choices:
+        raise CompressError(where, expected="a strategy", received=name, fix=did_you_mean(name, choices))
+    values = cast(DictConfig, OmegaConf.load(conf_dir() / "strategy" / f"{name}.yaml"))
+    kind = _find_class(Strategy, values.get("_target_"), where)
+    if "techniques" in _field_names(kind):
+        raise CompressError(where, expected="a strategy that is no search itself", received=name, fix="Leave it out.")
+    return to_plain(values), code_digest(kind)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = True) -> ModelSource:

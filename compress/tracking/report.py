@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -307,10 +307,27 @@ def print_table(report: Mapping[str, Any]) -> None:
     # A file or a pipe has no width; the table must not be cut to 80 columns there.
     (console if console.is_terminal else Console(width=140)).print(table)
     for stage in report["stages"]:
+        if stage["allocation"]:
+            wide = console if console.is_terminal else Console(width=140)
+            wide.print(_allocation_table(stage["name"], stage["allocation"]))
         for item in stage["skipped"]:
             print(f"{stage['name']} skipped {item['layer']}: {item['reason']}")
     for note in report["notes"]:
         print(note)
+
+
+def _allocation_table(stage: str, rows: Sequence[Mapping[str, Any]]) -> object:
+    """Return what a search has chosen, layer by layer, as a table for the console."""
+    from rich.table import Table
+
+    table = Table(title=f"{stage}: what each layer got, and what was expected of it")
+    for heading in ("layer", "chosen", "divergence", "bytes", "ms"):
+        table.add_column(heading, justify="left" if heading in ("layer", "chosen") else "right")
+    for row in rows:
+        ms = "" if row["milliseconds"] is None else f"{row['milliseconds']:.4f}"
+        chosen = ", ".join(row["chosen"]) or "as it is"
+        table.add_row(row["layer"], chosen, f"{row['divergence']:.2e}", f"{row['bytes']:,}", ms)
+    return table
 
 
 def _times(value: float | None) -> str:
@@ -328,6 +345,7 @@ def _stage(stage: StageResult) -> dict[str, Any]:
         "guarantees": list(stage.guarantees),
         "released": list(stage.released),
         "measured": dict(stage.measured),
+        "allocation": [asdict(item) for item in stage.allocation],
         "noise": [asdict(item) for item in stage.noise],
         "recovered": None if stage.recovered is None else asdict(stage.recovered),
     }

@@ -115,6 +115,11 @@ class MlflowRecorder(Recorder):
             self._client.set_tag(
                 self._run, "serve", f"mlflow models serve -m runs:/{self._run}/model --env-manager local"
             )
+        for stage in result.stages:
+            if stage.allocation:
+                chosen = [{**asdict(item), "chosen": ", ".join(item.chosen)} for item in stage.allocation]
+                columns = {key: [row[key] for row in chosen] for key in chosen[0]}
+                self._client.log_table(self._run, columns, f"allocation_{stage.name}.json")
         if result.last.noise:
             self._client.log_artifact(self._run, str(folder / "noise.png"))
             rows = [asdict(item) for item in result.last.noise]
@@ -190,6 +195,35 @@ def open_recorder(
         client.set_terminated(child, status)
         if own_parent:
             client.set_terminated(parent, status)
+
+
+def log_survey(
+    tracking: TrackingSettings,
+    config: Mapping[str, Any],
+    folder: Path,
+    command: Sequence[str],
+    metrics: Mapping[str, float],
+) -> None:
+    """Log a sensitivity pass as one run: its settings, the table and the heat map.
+
+    Raises:
+        CompressError: if the store does not answer.
+    """
+    if not tracking.enabled:
+        return
+    client, experiment = connect(tracking.uri, tracking.experiment)
+    tags = {"command": " ".join(["python -m compress.sensitivity", *command])[:4000], "seed": str(config["seed"])}
+    run = client.create_run(experiment, run_name="sensitivity", tags=tags).info.run_id
+    status = "FAILED"
+    try:
+        for key, value in flatten(redacted(config)).items():
+            client.log_param(run, key, str(value)[:_LONGEST_PARAMETER])
+        log_metrics(client, run, metrics)
+        for suffix in ("md", "json", "png"):
+            client.log_artifact(run, str(folder / f"sensitivity.{suffix}"))
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run, status)
 
 
 def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:

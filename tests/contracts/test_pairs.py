@@ -31,7 +31,7 @@ REFUSED = {
     *((first, second) for first in ("prune", "share") for second in ("lowrank", "compact")),
     *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", "block_circulant")),
     ("prune", "product_quantization"),
-    *(("share", second) for second in OTHERS if second not in ("qat", "pack")),
+    *(("share", second) for second in OTHERS if second not in ("qat", "pack", "auto")),
 }
 NO_BOARD = "board=roofline"
 """Times are not looked at here, and an estimate starts no process."""
@@ -44,6 +44,7 @@ SETTINGS = {
     "rate_distortion": "images=64",
     "hashed": "images=100",
     "product_quantization": "images=64",
+    "auto": "bytes=70000 images=32 techniques={prune:{sparsity:[0.75]},quantize:{bits:[8]}}",
 }
 SETTINGS_AFTER = {("prune", "mixed_precision"): "bytes=0.4"}
 """Of the second stage: the float file of a pruned model leaves its zeros out, and is not far above the integer one."""
@@ -51,6 +52,10 @@ RATES = {("lowrank", "trained_ternary"): 0.003, ("lowrank", "hashed"): 0.001}
 """Learning rates of the second stage: where two ternary or hashed factors follow each other, 0.01 diverges."""
 LEAST = {"xnor": 30}
 """Accuracies after the short training; binary inputs take longer."""
+
+
+def settings_of(strategy: str, stage: str) -> list[str]:
+    return [f"strategy.{stage}.{setting}" for setting in SETTINGS.get(strategy, "").split()]
 
 
 def weights_in(file: Path) -> list[np.ndarray]:
@@ -95,9 +100,9 @@ def operators_in(file: Path) -> list[str]:
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_pair(first, second, pipeline, tmp_path):
     second_stage = second if second != first else f"{second}2"
-    settings = [f"strategy.{name}.{SETTINGS[name]}" for name in {first, second} if name in SETTINGS]
-    if first == second and first in SETTINGS:
-        settings.append(f"strategy.{second_stage}.{SETTINGS[first]}")
+    settings = [setting for name in sorted({first, second}) for setting in settings_of(name, name)]
+    if first == second:
+        settings += settings_of(first, second_stage)
     if (first, second) in SETTINGS_AFTER:
         settings.append(f"strategy.{second}.{SETTINGS_AFTER[first, second]}")
     if (first, second) in RATES:
@@ -160,7 +165,7 @@ def test_pair(first, second, pipeline, tmp_path):
 @pytest.mark.parametrize("others", [("prune", "share"), ("share", "prune")], ids="-".join)
 def test_zeros_clusters_and_integers_live_together(others, position, last, pipeline, tmp_path):
     order = [*others[:position], last, *others[position:]]
-    built = pipeline(f"strategy={'+'.join(order)}", *(f"strategy.{k}.{SETTINGS[k]}" for k in others), NO_BOARD)
+    built = pipeline(f"strategy={'+'.join(order)}", *(s for k in others for s in settings_of(k, k)), NO_BOARD)
     if last == "qat" and order.index("qat") < order.index("share"):
         with pytest.raises(CompressError, match="share after stage qat"):
             built.run(tmp_path)

@@ -207,3 +207,22 @@ def test_tfmot_s_scheme_is_refused_where_it_would_break_something(context):
     assert "prune" in caught.value.received
     with pytest.raises(ValueError, match="bits=4 only beside scheme=own"):
         QuantizeAware(scheme="tfmot", bits=4)
+
+
+@pytest.mark.parametrize("kind", [Quantize, QuantizeAware])
+def test_single_layers_have_bits_of_their_own_in_the_file(kind, context, data, tmp_path):
+    wanted = {"conv1": 8, "conv2": 3, "conv3": 3, "fc1": 2, "logits": 4}
+    strategy = kind(bits=8, layer_bits={"logits": 4, "conv[23]": 3, "fc1": 2})
+    candidate = strategy.apply(Candidate(context.reference), context.for_stage("qat", recovery=Recovery(epochs=0.2)))
+    export(candidate, data, tmp_path / "model.tflite")
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    for layer, bits in wanted.items():
+        stored = file.kernel_of(layer, candidate.model.get_layer(layer).kernel.shape)
+        most = 2 ** (bits - 1) - 1
+        assert np.abs(stored.astype(int)).max() <= most
+        assert len(np.unique(stored)) > most, f"{layer}: the levels of {bits} bits are used"
+
+
+def test_a_rule_for_bits_that_fits_no_layer_is_refused(context):
+    with pytest.raises(CompressError, match=r"layer_bits.*logits"):
+        Quantize(layer_bits={"logit": 4}).apply(Candidate(context.reference), context)

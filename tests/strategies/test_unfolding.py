@@ -59,7 +59,7 @@ def test_unfolded_it_computes_the_same(model):
 
 def test_there_and_back(model):
     changed, grids = rounded(model)
-    folded, found = fold_grids(*unfold(model, changed, grids), BITS)
+    folded, found = fold_grids(*(unfolded := unfold(model, changed, grids)), dict.fromkeys(unfolded[1], BITS))
     for name in KERNELS:
         np.testing.assert_allclose(get_weight(folded, name), get_weight(changed, name), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(found[name].steps, grids[name].steps, rtol=1e-4)

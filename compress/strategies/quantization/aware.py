@@ -5,7 +5,7 @@ Sources: Jacob et al. (arXiv 1712.05877, section 3); Esser et al., learned step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
 from compress.strategies.quantization.grid import OnGrid
+from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
 from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored, float_only
@@ -43,6 +44,7 @@ class QuantizeAware(Strategy):
 
     Args:
         bits: of a weight; one step for each output. 4 and fewer are packed in the file where LiteRT reads them so.
+        layer_bits: those of single layers, by name or regular expression.
         activation_bits: of what layers compute; the file has 8 in any case.
         learned_steps: train the steps with the weights (LSQ), instead of having the largest weight be the outermost
             level.
@@ -53,7 +55,8 @@ class QuantizeAware(Strategy):
         ranges: where the ranges of activations start, on ``calibration_images`` training images; they are trained, too.
     """
 
-    bits: Annotated[int, Ge(2), Le(8)] = 8
+    bits: Bits = 8
+    layer_bits: LayerBits | None = None
     activation_bits: Annotated[int, Ge(2), Le(8)] = 8
     learned_steps: bool = False
     rounding_images: Annotated[int, Ge(0), Le(1_000_000)] = 500
@@ -67,9 +70,14 @@ class QuantizeAware(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse fields that TFMOT's scheme does not have."""
-        own = ("bits", "activation_bits", "learned_steps", "rounding_images", "ranges")
-        rules = [(self.scheme == "own", own, "scheme=own"), (self.bits < 8, ("rounding_images",), "bits below 8")]
+        own = ("bits", "layer_bits", "activation_bits", "learned_steps", "rounding_images", "ranges")
+        rules = [(self.scheme == "own", own, "scheme=own"), (self._low, ("rounding_images",), "bits below 8")]
         refuse_without_effect(self, rules)
+
+    @property
+    def _low(self) -> bool:
+        """Whether some weights have fewer than 8 bits."""
+        return min(self.bits, *(self.layer_bits or {}).values(), 8) < 8
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Insert the rounding, train, take the rounding out again, fold."""
@@ -95,7 +103,8 @@ class QuantizeAware(Strategy):
             raise context.nothing_done("a layer with a kernel to quantize", skipped)
         left_alone = context.skip(skipped)
         one_scale = _one_scale(candidate)
-        quantizers = {k.name: self._quantizer(k, steps, whole=k.name in one_scale) for k in wanted}
+        bits = self._bits(wanted, context)
+        quantizers = {k.name: self._quantizer(k, bits[k.name], steps, whole=k.name in one_scale) for k in wanted}
         calibration = Calibration(self.calibration_images, self.ranges)
         points, ranges = calibrated_points(candidate.evolve(model=model), context.data, calibration)
         rounding = with_fake_quantization(model, ranges, points.tied, self.activation_bits)
@@ -107,7 +116,7 @@ class QuantizeAware(Strategy):
             for name, quantizer in quantizers.items()
         }
         storage_ranges = folded_ranges(model, trained_ranges(trained))
-        model, grids = fold_grids(model, found, self.bits)
+        model, grids = fold_grids(model, found, bits)
         on_grid = OnGrid.of(context.stage, model, grids)
         floats = tuple(k.layer.name for k in kernels(model) if k.layer.name not in chosen)
         storage = Storage("int8", calibration, floats, storage_ranges)
@@ -142,23 +151,30 @@ class QuantizeAware(Strategy):
         # One step for a whole kernel does not survive the folding.
         bound = frozenset(name.rpartition("/")[0] for name in _one_scale(candidate))
         start = fold_batch_norm(fold_layer_norm(candidate.model, valued_layers(candidate.guarantees)), bound)
-        if self.bits == 8 or not self.rounding_images:
+        if not self._low or not self.rounding_images:
             return start, {}
         samples = context.calibration_samples(self.rounding_images)
         repair = Repair(start, samples, context.seed, candidate.guarantees)
-        names = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
-        return unfold(start, *round_layers(repair, names))
+        rounded = [kernel for kernel in kernels(repair.folded) if kernel.layer.name in chosen]
+        widths = {name.rpartition("/")[0]: width for name, width in self._bits(rounded, context).items()}
+        return unfold(start, *round_layers(repair, widths))
+
+    def _bits(self, wanted: Sequence[Kernel], context: Context) -> dict[str, int]:
+        """Return the bits of each kernel by name."""
+        where = f"strategy.{context.stage}.layer_bits"
+        of_layer = bits_of_layers((k.layer.name for k in wanted), self.bits, self.layer_bits, where)
+        return {kernel.name: of_layer[kernel.layer.name] for kernel in wanted}
 
     def _quantizer(
-        self, kernel: Kernel, known: Mapping[str, np.ndarray], *, whole: bool
+        self, kernel: Kernel, bits: int, known: Mapping[str, np.ndarray], *, whole: bool
     ) -> UniformQuantizer | StepQuantizer:
-        plain = UniformQuantizer(self.bits, () if whole else kernel.output_axes, kernel.value.ndim)
+        plain = UniformQuantizer(bits, () if whole else kernel.output_axes, kernel.value.ndim)
         steps = None if whole else known.get(kernel.name)
         if steps is None and not self.learned_steps:
             return plain
         if steps is None:
             steps = plain.steps(tf.constant(kernel.value)).numpy()
-        return StepQuantizer(self.bits, steps, kernel.size, trained=self.learned_steps)
+        return StepQuantizer(bits, steps, kernel.size, trained=self.learned_steps)
 
 
 def _one_scale(candidate: Candidate) -> frozenset[str]:

@@ -28,6 +28,7 @@ from compress.strategies.quantization.data_free import synthetic_samples
 from compress.strategies.quantization.equalisation import equalise, valued_layers
 from compress.strategies.quantization.fallback import keep_floats
 from compress.strategies.quantization.grid import OnGrid
+from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored, float_only, stays_float
 from compress.strategies.repair import Repair
@@ -57,6 +58,7 @@ class Quantize(Strategy):
             weights, activations quantized as they come; ``weight_only``: int8 weights, expanded before use;
             ``float16``: half-precision weights.
         bits: of a weight under ``int8`` and ``weight_only``; 4 and fewer are packed where LiteRT reads them so.
+        layer_bits: those of single layers, by name or regular expression.
         rounding: ``nearest`` level, or ``second_order``: each layer's weights make up for one another's rounding, on
             ``rounding_images`` unlabelled images. Fewer than 8 bits are always rounded so.
         ranges: how the ranges of 8-bit activations are chosen, on ``calibration_images`` training images: from the
@@ -71,7 +73,8 @@ class Quantize(Strategy):
     """
 
     scheme: Literal["int8", "int16", "dynamic", "weight_only", "float16"] = "int8"
-    bits: Annotated[int, Ge(2), Le(8)] = 8
+    bits: Bits = 8
+    layer_bits: LayerBits | None = None
     rounding: Literal["nearest", "second_order"] = "nearest"
     rounding_images: Annotated[int, Ge(16), Le(1_000_000)] = 500
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
@@ -102,7 +105,7 @@ class Quantize(Strategy):
         refuse_without_effect(
             self,
             (
-                (self.scheme in _ON_GRIDS, ("bits", "rounding"), f"scheme={' or '.join(_ON_GRIDS)}"),
+                (self.scheme in _ON_GRIDS, ("bits", "layer_bits", "rounding"), f"scheme={' or '.join(_ON_GRIDS)}"),
                 (self.scheme == "int8", ("ranges", "percentile", "float_fallback"), "scheme=int8"),
                 (self.ranges == "percentile", ("percentile",), "ranges=percentile"),
                 (self._reads_samples, ("rounding_images",), "bits below 8, second_order rounding or bias_correction"),
@@ -122,7 +125,7 @@ class Quantize(Strategy):
 
     @property
     def _on_grids(self) -> bool:
-        return self.bits < 8 or self.rounding == "second_order"
+        return min(self.bits, *(self.layer_bits or {}).values(), 8) < 8 or self.rounding == "second_order"
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Round the weights where that is asked for, and set the candidate's storage."""
@@ -196,7 +199,8 @@ class Quantize(Strategy):
         samples = self._rounding_samples(candidate.samples, context)
         model = fold_layer_norm(candidate.model, valued_layers(candidate.guarantees))
         repair = Repair(model, samples, context.seed, candidate.guarantees)
-        wanted = {kernel.layer.name: self.bits for kernel in kernels(repair.folded) if kernel.layer.name in chosen}
+        names = (kernel.layer.name for kernel in kernels(repair.folded) if kernel.layer.name in chosen)
+        wanted = bits_of_layers(names, self.bits, self.layer_bits, f"strategy.{context.stage}.layer_bits")
         model, grids = round_layers(repair, wanted)
         skipped = [
             Skipped(name, "its weights are rounded to the nearest of 8 bits: it is no Dense or Conv2D called once")

@@ -86,7 +86,7 @@ def unwrap(
         if kernel.name in steps:
             step = steps[kernel.name]
             getattr(kernel.layer, kernel.attribute).assign(np.clip(np.rint(kernel.value / step), -127, 127) * step)
-    return (*fold_grids(trained, steps, 8), ranges)
+    return (*fold_grids(trained, steps, dict.fromkeys(steps, 8)), ranges)
 
 
 def _last(weight: Any) -> str:

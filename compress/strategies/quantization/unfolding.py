@@ -54,12 +54,12 @@ def unfold(
 
 
 def fold_grids(
-    model: tf_keras.Model, steps: Mapping[str, np.ndarray], bits: int
+    model: tf_keras.Model, steps: Mapping[str, np.ndarray], bits: Mapping[str, int]
 ) -> tuple[tf_keras.Model, dict[str, Grid]]:
-    """Return ``model``, folded, and the grids of its kernels, whose ``steps`` by weight name are those before."""
+    """Return ``model``, folded, and the grids of its kernels; ``steps`` (those before) and ``bits``: by weight name."""
     gains = folding_gains(model)
     grids = {
-        name: Grid(np.asarray(step * np.abs(gains.get(name.rpartition("/")[0], np.float32(1))), np.float32), bits)
+        name: Grid(np.asarray(step * np.abs(gains.get(name.rpartition("/")[0], np.float32(1))), np.float32), bits[name])
         for name, step in steps.items()
     }
     return fold_batch_norm(model), grids

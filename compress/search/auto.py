@@ -1,0 +1,251 @@
+"""Allocation over all techniques and layers under a budget, from one sensitivity table."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, InstanceOf
+from pydantic.dataclasses import dataclass
+
+from compress.candidate import Candidate, Effect, Guarantee
+from compress.deploy.tflite import export
+from compress.errors import CompressError
+from compress.metrics.accuracy import file_accuracy
+from compress.search.allocation import Allocation, Allocator, Limits
+from compress.search.realise import realise, table
+from compress.search.sensitivity import measure_sensitivity
+from compress.search.stored import measure_files
+from compress.search.technique import Technique
+from compress.search.ways import measure_ways
+from compress.strategies.strategy import Context, Strategy
+
+_LOG = logging.getLogger("compress")
+_ROUNDS = 4
+_STEP = 1.005
+"""How much more than measured is expected next where a file was too large or too slow."""
+_NEAR = 0.97
+"""A file that takes this part of a budget has used it."""
+_TRAINING_MARGIN = 0.97
+"""Part of the budget of bytes that is aimed at where training follows: it changes how well levels can be coded."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Auto(Strategy):
+    """Choose for every layer what is done to it, so that the file keeps to a budget and its outputs change least.
+
+    The sensitivity of each layer to each level of each technique is measured once (see
+    :func:`~compress.search.sensitivity.measure_sensitivity`); what several changes do together is taken for the
+    sum. The choice is made by integer programming, built, and measured: bytes of the packed file, latency on the board.
+    Where these are not what was expected, the expectation is corrected and the choice made again, a few times. Training
+    comes after that, once: the recovery's epochs are those of the whole stage.
+
+    A layer gets at most one technique that changes its structure, one that makes zeros, and one that binds values.
+
+    Attributes:
+        latency_ms: milliseconds of one sample on the board, at most.
+        bytes: of the packed file, at most.
+        accuracy_drop: points that the file may lose at most against the reference's, on the test part. It decides
+            nothing, and is looked at once, in the end: more is an error, as for any budget that is not met. Null: not
+            looked at.
+        techniques: what may be done.
+        images: of the validation part, for the sensitivities.
+    """
+
+    latency_ms: Annotated[float, Gt(0), Lt(float("inf"))] | None = None
+    bytes: Annotated[int, Gt(0)] | None = None
+    accuracy_drop: Annotated[float, Ge(0), Le(100)] | None = None
+    techniques: tuple[InstanceOf[Technique], ...] = ()
+    images: Annotated[int, Ge(1), Le(1_000_000)] = 512
+
+    def __post_init__(self) -> None:
+        """Refuse a search without a budget.
+
+        Raises:
+            CompressError: if there is none, or nothing that may be done.
+        """
+        if self.latency_ms is None and self.bytes is None:
+            raise CompressError(
+                "budget",
+                expected="budget.bytes (of the packed file) or budget.latency_ms (of one sample on the board), or both",
+                received="neither" if self.accuracy_drop is None else "budget.accuracy_drop alone",
+                fix="Write for example budget.bytes=50000.",
+            )
+        if not self.techniques:
+            raise CompressError(
+                "techniques", expected="at least one", received="none", fix="Write techniques=standard."
+            )
+
+    @property
+    def effects(self) -> frozenset[Effect]:  # type: ignore[override]
+        """All that its techniques do."""
+        return frozenset({Effect.TRAIN}).union(*(technique.strategy.effects for technique in self.techniques))
+
+    @property
+    def establishes(self) -> type[Guarantee]:  # type: ignore[override]
+        """A property that is broken by whatever breaks that of one of its techniques."""
+        kinds = [t.strategy.establishes for t in self.techniques if t.strategy.establishes is not None]
+        broken: frozenset[Effect] = reduce(frozenset.union, (kind.broken_by for kind in kinds), frozenset())
+        return type("Allocated", (Guarantee,), {"broken_by": broken})
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Measure, choose, build, measure again; train; check."""
+        limits = Limits(self.bytes, self.latency_ms)
+        aim = limits
+        if context.recovery.trains and self.bytes is not None:
+            aim = Limits(self.bytes * _TRAINING_MARGIN, self.latency_ms)
+        sensitivity = measure_sensitivity(candidate, self.techniques, context, self.images)
+        if all(probe.refused is not None for probe in sensitivity.probes):
+            reasons = dict.fromkeys(f"{p.technique}: {p.refused}" for p in sensitivity.probes)
+            raise CompressError(
+                f"stage {context.stage}",
+                expected="a layer that a technique can change",
+                received=f"none ({'; '.join(list(reasons)[:3])})",
+                fix="Add techniques, or leave the stage out.",
+            )
+        ways = measure_ways(candidate, sensitivity, self.techniques, context, limits)
+        allocators = [Allocator(sensitivity.layers, sensitivity.probes, self.techniques, way) for way in ways]
+        found, allocator, result = self._within(candidate, allocators, aim, context)
+        if context.recovery.trains:
+            result = realise(candidate, found, self.techniques, context, trains=True)
+        self._check(result, context)
+        expected = dict(zip(_units(limits), found.costs, strict=True))
+        return result.evolve(
+            allocation=table(found, allocator),
+            measured={"expected_divergence": found.divergence, **{f"expected_{k}": v for k, v in expected.items()}},
+        )
+
+    def _within(
+        self, candidate: Candidate, allocators: Sequence[Allocator], limits: Limits, context: Context
+    ) -> tuple[Allocation, Allocator, Candidate]:
+        """Return the best allocation whose file, as built without training, keeps to the limits.
+
+        Raises:
+            CompressError: if there is none, saying what the least is.
+        """
+        corrections = {allocator.way.name: [1.0] * len(limits.given) for allocator in allocators}
+        best: _Built | None = None
+        tried: list[Allocation] = []
+        for _ in range(_ROUNDS):
+            choices = [(a.best(_scaled(limits, corrections[a.way.name])), a) for a in allocators]
+            possible = [(found, allocator) for found, allocator in choices if found is not None]
+            if not possible:
+                break
+            found, allocator = min(possible, key=lambda item: item[0].divergence)
+            if any(found.way is other.way and found.chosen == other.chosen for other in tried):
+                break
+            tried.append(found)
+            built = self._built(candidate, found, allocator, limits, context)
+            if built.share <= 1 and (best is None or found.divergence < best.allocation.divergence):
+                best = built
+            if _NEAR <= built.share <= 1 or (built.share <= 1 and not found.divergence):
+                break
+            again = [value / cost for value, cost in zip(built.costs, found.costs, strict=True)]
+            corrections[allocator.way.name] = [
+                value if cost <= limit else value * _STEP
+                for value, cost, limit in zip(again, built.costs, limits.given, strict=True)
+            ]
+        if best is None:
+            # Expectations may be too dark: what takes least is built before it is refused.
+            least = [(a.cheapest(limits), a) for a in allocators]
+            found, allocator = min(least, key=lambda item: max(_shares(item[0].costs, limits)))
+            best = self._built(candidate, found, allocator, limits, context)
+            if best.share > 1:
+                raise self._out_of_reach(best, limits)
+        return best.allocation, best.allocator, best.candidate
+
+    def _built(
+        self, candidate: Candidate, found: Allocation, allocator: Allocator, limits: Limits, context: Context
+    ) -> _Built:
+        """Build an allocation without training, and measure its file."""
+        made = realise(candidate, found, self.techniques, context, trains=False)
+        size, time = measure_files(made, context, latency=limits.milliseconds is not None)
+        costs = tuple(v for v, limit in ((size, limits.bytes), (time, limits.milliseconds)) if limit and v is not None)
+        _LOG.info("%s: %s", context.stage, _said(limits, costs, found))
+        return _Built(found, allocator, made, costs, max(_shares(costs, limits)))
+
+    def _out_of_reach(self, least: _Built, limits: Limits) -> CompressError:
+        units = _units(limits)
+        reached = [f"{unit}={_number(cost, unit)}" for unit, cost in zip(units, least.costs, strict=True)]
+        given = [f"{unit}={_number(limit, unit)}" for unit, limit in zip(units, limits.given, strict=True)]
+        room = " (with room for the training)" if limits.bytes is not None and limits.bytes != self.bytes else ""
+        return CompressError(
+            "budget",
+            expected=f"at least {', '.join(reached)}, the file with every layer at its cheapest level, as measured",
+            received=f"{', '.join(given)}{room}",
+            fix=f"Allow more, or add levels or techniques, e.g. techniques.lowrank.ranks=[0.5,0.25,0.125] "
+            f"(now: {', '.join(technique.name for technique in self.techniques)}).",
+        )
+
+    def _check(self, result: Candidate, context: Context) -> None:
+        """Refuse a file that is too large after the training, or has lost too much."""
+        if self.bytes is not None and context.recovery.trains:
+            size, _ = measure_files(result, context, latency=False)
+            if size > self.bytes:
+                raise CompressError(
+                    "budget.bytes",
+                    expected=f"at most {self.bytes:,} bytes after the training, too",
+                    received=f"{size:,}: its weights cannot be coded as well as those before it",
+                    fix=f"Aim lower, budget.bytes={int(self.bytes * self.bytes / size * 0.99)}, and the file will be "
+                    f"near {self.bytes:,}.",
+                )
+        if self.accuracy_drop is None:
+            return
+        with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
+            data = context.data
+            before = file_accuracy(export(Candidate(context.reference), data, Path(folder, "a.tflite")).path, data.test)
+            after = file_accuracy(export(result, data, Path(folder, "b.tflite")).path, data.test)
+        if before - after > self.accuracy_drop:
+            raise CompressError(
+                "budget.accuracy_drop",
+                expected=f"at most {self.accuracy_drop:g} points below the {before:.2f} % of the baseline's file",
+                received=f"{after:.2f} %, {before - after:.2f} points below",
+                fix="Allow more bytes or milliseconds, or more epochs (strategy.auto.recovery.epochs), or write "
+                "budget.accuracy_drop=null to have the file as it is.",
+            )
+
+
+@plain_dataclass(frozen=True)
+class _Built:
+    """An allocation, what was built of it, what that costs, and the largest share of a limit that this is."""
+
+    allocation: Allocation
+    allocator: Allocator
+    candidate: Candidate
+    costs: tuple[float, ...]
+    share: float
+
+
+def _shares(costs: Sequence[float], limits: Limits) -> list[float]:
+    return [cost / limit for cost, limit in zip(costs, limits.given, strict=True)]
+
+
+def _units(limits: Limits) -> list[str]:
+    pairs = (("bytes", limits.bytes), ("latency_ms", limits.milliseconds))
+    return [name for name, limit in pairs if limit is not None]
+
+
+def _scaled(limits: Limits, corrections: Sequence[float]) -> Limits:
+    factors = dict(zip(_units(limits), corrections, strict=True))
+    return Limits(
+        None if limits.bytes is None else limits.bytes / factors["bytes"],
+        None if limits.milliseconds is None else limits.milliseconds / factors["latency_ms"],
+    )
+
+
+def _said(limits: Limits, real: Sequence[float], found: Allocation) -> str:
+    parts = [
+        f"{unit} {_number(value, unit)} of {_number(limit, unit)}"
+        for unit, value, limit in zip(_units(limits), real, limits.given, strict=True)
+    ]
+    return f"{', '.join(parts)}; written as {found.way.name}, divergence {found.divergence:.2e}"
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.0f}" if unit == "bytes" else f"{value:.4g}"

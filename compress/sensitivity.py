@@ -1,0 +1,54 @@
+"""``python -m compress.sensitivity``: what each layer loses under each technique, and what that saves.
+
+python -m compress.sensitivity model=resnet20 data=cifar10
+python -m compress.sensitivity techniques.prune.sparsity=[0.5,0.9] '~techniques.share'
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from compress.cli import config_source
+from compress.cli.errors import guarded
+from compress.cli.places import conf_dir
+from compress.errors import CompressError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, or 2 after a user's mistake."""
+    if arguments is not None:
+        sys.argv[1:] = list(arguments)
+    sys.exit(guarded(run_command, sys.argv[1:]))
+
+
+def run_command() -> list[CompressError]:
+    """Let Hydra compose and run the job; mistakes are raised."""
+
+    def job(config: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise CompressError(
+                "--multirun", expected="one model at a time", received="-m", fix="Call the command once for each."
+            )
+        # Imported here, so that --help, --cfg and completion answer without TensorFlow and MLflow.
+        from compress.quiet import import_tensorflow
+
+        import_tensorflow()
+        from compress.cli.survey import run_survey
+
+        run_survey(config, Path(hydra_config.runtime.output_dir))
+
+    config_source.register()
+    hydra.main(config_path=str(conf_dir()), config_name="sensitivity", version_base="1.3")(job)()
+    return []
+
+
+if __name__ == "__main__":
+    main()

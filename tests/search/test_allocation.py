@@ -1,0 +1,115 @@
+"""The integer program against trying everything."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.search.allocation import Allocator, Limits, Option, Way, choose
+from compress.search.sensitivity import Cost, Probe
+from compress.search.technique import Technique
+from compress.strategies.pruning.channels import PruneChannels
+from compress.strategies.pruning.prune import Prune
+from compress.strategies.quantization.post_training import Quantize
+from compress.strategies.sharing.kmeans import Share
+
+TECHNIQUES = (
+    Technique("prune_channels", "channels", {0.5: PruneChannels(channels=0.5)}, {}, ""),
+    Technique("prune", "sparsity", {0.5: Prune(sparsity=0.5)}, {}, ""),
+    Technique("share", "clusters", {8: Share(clusters=8)}, {}, ""),
+    Technique("quantize", "bits", {b: Quantize(bits=b, rounding="second_order") for b in (8, 4)}, {}, ""),
+)
+FLOATS = Way(None, 100.0, 2.0, {})
+
+
+@given(seed=st.integers(0, 10_000), layers=st.integers(1, 4), budgets=st.integers(0, 2), share=st.floats(0, 1.1))
+@settings(deadline=None, max_examples=60)
+def test_the_choice_is_the_best_one_that_fits(seed, layers, budgets, share):
+    rng = np.random.default_rng(seed)
+    options = [
+        [Option(float(rng.exponential(1e-3)), tuple(rng.uniform(0, 100, budgets))) for _ in range(rng.integers(1, 5))]
+        for _ in range(layers)
+    ]
+    every = list(itertools.product(*(range(len(own)) for own in options)))
+    errors = np.array([sum(options[i][j].error for i, j in enumerate(pick)) for pick in every])
+    costs = np.array([[sum(options[i][j].costs[b] for i, j in enumerate(p)) for b in range(budgets)] for p in every])
+    limits = costs.min(0, initial=np.inf) + share * np.ptp(costs, axis=0) if budgets else np.zeros(0)
+    found = choose(options, list(limits))
+    surely = (costs <= limits * (1 - 1e-6)).all(1)
+    perhaps = (costs <= limits * (1 + 1e-6)).all(1)
+    if found is None:
+        assert not surely.any()
+        return
+    place = every.index(tuple(found))
+    assert perhaps[place]
+    assert errors[place] <= errors[surely].min(initial=np.inf) * (1 + 1e-4)
+
+
+def probes(rng: np.random.Generator, layers: list[str], *, coupled: bool) -> list[Probe]:
+    found = []
+    for number, name in enumerate(layers):
+        for technique, field, value, kept in (
+            ("prune", "sparsity", 0.5, 0.6),
+            ("share", "clusters", 8, 0.15),
+            ("quantize", "bits", 8, 0.25),
+            ("quantize", "bits", 4, 0.12),
+        ):
+            error = float(rng.exponential(0.01))
+            found.append(Probe(name, technique, field, value, divergence=error, bytes_kept={name: kept}))
+        if number + 1 < len(layers):
+            shares = {name: 0.5} | ({layers[number + 1]: 0.5} if coupled else {})
+            error = float(rng.exponential(0.01))
+            found.append(
+                Probe(
+                    name, "prune_channels", "channels", 0.5, None, error, 0.0, 0, 0, macs_kept=shares, bytes_kept=shares
+                )
+            )
+    return found
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0.1, 1.0), coupled=st.booleans(), integer=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled, integer):
+    rng = np.random.default_rng(seed)
+    layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abc"}
+    way = Way(TECHNIQUES[-1], 50.0, 1.0, {"prune_channels": 0.8}) if integer else FLOATS
+    allocator = Allocator(layers, probes(rng, list(layers), coupled=coupled), TECHNIQUES, way)
+    both = Limits(1e9, 1e9)
+    low, high = np.array(allocator.cheapest(both).costs), np.array(allocator.costs_of({}, both))
+    limits = Limits(*(float(v) for v in low + share * (high - low)))
+    found = allocator.best(limits)
+    assert found is not None
+    assert all(cost <= limit * (1 + 1e-6) for cost, limit in zip(found.costs, limits.given, strict=True))
+    assert found.costs == pytest.approx(allocator.costs_of(found.chosen, limits))
+    if integer:
+        assert all(any(p.technique == "quantize" for p in own) for own in found.chosen.values())
+    for own in found.chosen.values():
+        kinds = [probe.technique for probe in own]
+        assert len(set(kinds)) == len(kinds)
+        assert not {"share", "quantize"} <= set(kinds)
+    best = min(
+        sum(p.divergence for own in pick for p in own)
+        for pick in itertools.product(*(allocator._combinations[name] for name in layers))
+        if all(
+            cost <= limit
+            for cost, limit in zip(
+                allocator.costs_of(dict(zip(layers, pick, strict=True)), limits), limits.given, strict=True
+            )
+        )
+    )
+    # What is saved in other layers is not linear: near enough is good enough there.
+    assert found.divergence <= best * (1.6 if coupled else 1 + 1e-4) + (0.02 if coupled else 1e-9)
+
+
+def test_what_cannot_be_reached_is_none_and_the_cheapest_says_how_far_it_goes():
+    layers = {name: Cost(100, 1000) for name in "ab"}
+    allocator = Allocator(layers, probes(np.random.default_rng(0), list("ab"), coupled=False), TECHNIQUES, FLOATS)
+    # Half of the channels of a, zeros, and few clusters in both.
+    least = 100 + 1000 * 0.5 * 0.6 * 0.15 + 1000 * 0.6 * 0.15
+    assert allocator.cheapest(Limits(1.0, None)).costs == pytest.approx((least,))
+    assert allocator.best(Limits(least - 1, None)) is None
+    assert allocator.best(Limits(least + 1, None)) is not None

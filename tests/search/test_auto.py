@@ -1,0 +1,169 @@
+"""strategy=auto: budgets are met by the built file, the choice is shown, and what cannot be is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from compress.candidate import Candidate
+from compress.deploy.tflite import export
+from compress.errors import CompressError
+from compress.metrics.tflite_file import TFLiteFile
+from compress.search.auto import Auto
+from compress.search.stored import measure_files
+from compress.search.technique import origin_of
+from tests.search.toys import Memory, context_of, measure, small_data, small_net, techniques
+
+STANDARD = {
+    "prune_channels": {"channels": [0.75, 0.5], "ranking": "layer"},
+    "prune": {"sparsity": [0.75]},
+    "share": {"clusters": [16]},
+    "quantize": {"bits": [8, 4], "rounding": "second_order", "rounding_images": 64, "trained": "qat"},
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return small_data()
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return small_net(data)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Memory:
+    """The sensitivity table is measured once for all tests."""
+    return Memory()
+
+
+@pytest.fixture(scope="module")
+def context(model, data, memory):
+    return context_of(model, data, memory)
+
+
+@pytest.fixture(scope="module")
+def whole(model, context) -> int:
+    """Bytes of the packed file of the model as it is."""
+    return size_of(Candidate(model), context)
+
+
+def search(chosen=STANDARD, **fields) -> Auto:
+    return Auto(techniques=techniques(**chosen), images=60, **fields)
+
+
+def size_of(candidate, context) -> int:
+    return measure_files(candidate, context, latency=False)[0]
+
+
+def test_the_packed_file_keeps_to_its_bytes_and_the_choice_is_shown(model, context, memory, whole):
+    found, made = {}, []
+    for share in (0.4, 0.12):
+        result = search(bytes=int(share * whole)).apply(Candidate(model), context)
+        assert size_of(result, context) <= share * whole
+        assert [row.layer for row in result.allocation] == ["conv1", "conv2", "fc1", "logits"]
+        assert result.measured["expected_bytes"] == pytest.approx(size_of(result, context), rel=0.25)
+        assert result.measured["expected_divergence"] == pytest.approx(sum(r.divergence for r in result.allocation))
+        for guarantee in result.guarantees:
+            assert guarantee.stage == "auto"
+            assert guarantee.check(result.model) == []
+        found[share] = result.measured["expected_divergence"]
+        made.append(memory.made)
+    assert found[0.12] > found[0.4], "a tighter budget costs more"
+    assert made[0] == made[1], "another budget finds the table"
+
+
+def test_the_file_holds_what_the_choice_says(model, context, data, tmp_path, whole):
+    result = search(bytes=int(0.15 * whole)).apply(Candidate(model), context)
+    export(result, data, tmp_path / "model.tflite")
+    file = TFLiteFile.read(tmp_path / "model.tflite")
+    names = [row.layer for row in result.allocation]
+    seen = set()
+    for row in result.allocation:
+        for layer in (layer for layer in result.model.layers if origin_of(layer.name, names) == row.layer):
+            if not hasattr(layer, "kernel"):
+                continue
+            stored = file.kernel_of(layer.name, tuple(layer.kernel.shape))
+            for choice in row.chosen:
+                technique, level = choice.split()[0], float(choice.partition("=")[2])
+                seen.add(technique)
+                if technique == "quantize":
+                    assert stored.dtype == np.int8
+                    assert np.abs(stored.astype(int)).max() <= 2 ** (level - 1) - 1
+                elif technique == "share":
+                    assert len(np.unique(stored)) <= level
+                elif technique == "prune":
+                    assert np.mean(stored == 0) >= level - 1 / stored.size
+    assert seen
+
+
+def test_a_latency_is_met_as_measured(model, context, data, tmp_path):
+    before = measure(export(Candidate(model), data, tmp_path / "whole.tflite")).cost_ms
+    result = search(latency_ms=0.4 * before).apply(Candidate(model), context)
+    assert measure(export(result, data, tmp_path / "model.tflite")).cost_ms <= 0.4 * before
+    assert all(row.milliseconds is not None for row in result.allocation)
+
+
+def test_training_is_bounded_and_kept_within_the_budget(model, data, memory, monkeypatch, whole):
+    from compress.strategies import strategy
+
+    context = context_of(model, data, memory, epochs=2.0)
+    epochs = []
+    inner = strategy.train
+
+    def counted(*args, **kwargs):
+        epochs.append(args[2].epochs)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(strategy, "train", counted)
+    weights = [w.copy() for w in model.get_weights()]
+    result = search(bytes=int(0.13 * whole)).apply(Candidate(model), context)
+    assert size_of(result, context) <= 0.13 * whole
+    assert sum(epochs) == pytest.approx(2.0)
+    assert all(np.array_equal(a, b) for a, b in itertools.zip_longest(weights, model.get_weights()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"accuracy_drop": 1.0}])
+def test_no_budget_is_refused(fields):
+    with pytest.raises(CompressError, match=r"budget.bytes .*or budget.latency_ms"):
+        search(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bytes": -5}, {"bytes": 0}, {"latency_ms": -1.0}, {"bytes": 9, "accuracy_drop": -1}]
+)
+def test_what_is_no_budget_is_refused(fields):
+    with pytest.raises(ValueError, match="greater than"):
+        search(**fields)
+
+
+def test_a_budget_out_of_reach_says_what_is_in_reach(model, context, whole):
+    with pytest.raises(CompressError) as caught:
+        search(bytes=100).apply(Candidate(model), context)
+    least = int(caught.value.expected.partition("bytes=")[2].partition(",")[0])
+    assert caught.value.where == "budget"
+    assert 100 < least < 0.2 * whole
+    assert size_of(search(bytes=int(least * 1.05)).apply(Candidate(model), context), context) <= 1.05 * least
+
+
+def test_a_drop_that_is_exceeded_is_an_error_with_both_numbers(model, context, whole):
+    few = {"prune": {"sparsity": [0.97]}}
+    with pytest.raises(CompressError, match=r"at most 1 points below .* points below") as caught:
+        search(few, bytes=int(0.3 * whole), accuracy_drop=1.0).apply(Candidate(model), context)
+    assert caught.value.where == "budget.accuracy_drop"
+    assert search(few, bytes=int(0.3 * whole)).apply(Candidate(model), context).allocation
+
+
+def test_a_model_with_nothing_to_change_is_said_so(context):
+    import tf_keras
+
+    image = tf_keras.Input((8, 8, 1))
+    plain = tf_keras.Model(image, tf_keras.layers.Dense(10, name="logits")(tf_keras.layers.Flatten()(image)))
+    with pytest.raises(CompressError, match="a layer that a technique can change"):
+        search({"prune_channels": {"channels": [0.5]}}, bytes=1000).apply(
+            Candidate(plain), dataclasses.replace(context, reference=plain)
+        )
