@@ -113,7 +113,7 @@ def test_a_teacher_worse_than_the_model_received_is_warned_of(data):
     found = Stage("distill", Distill(), recovery=taught).apply(Candidate(good), context).recovered
     assert (found.teacher_accuracy, found.received_accuracy, found.images) == (50, 100, 100)
     assert "(bad)" in found.warning
-    assert "50.00 against 100.00 %" in found.warning
+    assert "worse than the model that the stage received: 50.00 against 100.00 %" in found.warning
     assert "validation images" in found.warning
     found = Stage("distill", Distill(), recovery=recovery).apply(Candidate(good), context).recovered
     assert found.teachers == ("reference",)
