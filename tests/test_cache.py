@@ -402,7 +402,7 @@ def test_strategies_of_different_families_have_different_digests():
         "deploy/tflite.py",
         "metrics/interpreter_worker.py",
         "strategies/strategy.py",
-        "strategies/distillation/soft_targets.py",
+        "strategies/distillation/losses/soft_targets.py",
         "boards/host_worker.py",
     ],
 )

@@ -13,7 +13,8 @@ from compress.cache.store import StageCache
 from compress.candidate import Candidate, Storage
 from compress.data.source import Split
 from compress.errors import CompressError
-from compress.pipeline import Stage, refuse_clashes
+from compress.pipeline.refusals import refuse_clashes
+from compress.pipeline.stage import Stage
 from compress.strategies.distillation.finetune import Finetune
 from compress.strategies.quantization.stored import Stored
 from compress.strategies.strategy import Context, Strategy

@@ -10,7 +10,7 @@ import pytest
 from compress.cli.boards import load_boards
 from compress.cli.compose import compose_config
 from compress.cli.places import conf_dir
-from compress.reproduce import ANALYTIC, names
+from compress.reproduce import ANALYTIC, CONTINUE, names
 from compress.strategies.distillation.losses import losses
 
 from .conftest import REPOSITORY
@@ -31,7 +31,7 @@ def test_run_commands_compose(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.reproduce")])
 def test_reproduce_commands_name_experiments(command):
-    assert set(shlex.split(command)[3:]) <= {ANALYTIC, *names()}
+    assert set(shlex.split(command)[3:]) <= {ANALYTIC, CONTINUE, *names()}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.measure")])

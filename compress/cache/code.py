@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tf_keras
 
-_SHARED_CODE = ("boards", "deploy", "metrics", "pipeline.py", "reference.py", "strategies/strategy.py")
+_SHARED_CODE = ("boards", "deploy", "metrics", "pipeline", "reference.py", "strategies/strategy.py")
 """What every stage's result depends on besides the strategy's own family, and all that these import."""
 
 

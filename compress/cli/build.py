@@ -24,7 +24,8 @@ from compress.graph.selection import Position, Rule, Selection
 from compress.models.file import FileModel
 from compress.models.source import RANDOM, ModelSource, TrainableSource
 from compress.networks import Networks
-from compress.pipeline import Pipeline, Stage
+from compress.pipeline.pipeline import Pipeline
+from compress.pipeline.stage import Stage
 from compress.search.technique import Technique
 from compress.strategies.distillation.student import AGAIN
 from compress.strategies.distillation.terms import chosen_losses

@@ -20,7 +20,7 @@ from compress.deploy.interface import interface_of
 from compress.deploy.verification import verify
 from compress.errors import CompressError, GivenUp
 from compress.metrics.tflite_file import TFLiteFile
-from compress.pipeline import StageResult
+from compress.pipeline.stage import StageResult
 from compress.search.trial import note_given_up, refuse_hopeless
 from compress.tracking.charts import layers_picture, noise_picture
 from compress.tracking.report import make_report, model_name, print_table, write_report

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from compress.cli.build import check, make_plan, make_selection, make_techniques, to_plain
 from compress.errors import CompressError
-from compress.pipeline import Stage
+from compress.pipeline.stage import Stage
 from compress.search.sensitivity import Sensitivity, Survey, measure_sensitivity
 from compress.search.table import heat_map, markdown, print_table
 from compress.search.technique import UNTRAINED

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from compress.candidate import Allocated, Candidate, Effect, Skipped
 from compress.graph.rewrite import copy_model
-from compress.pipeline import Stage, require_kept
+from compress.pipeline.stage import Stage, require_kept
 from compress.search.allocation import Allocation, Allocator
 from compress.search.sensitivity import inner_context
 from compress.search.technique import Kind, Technique, Value, kernels_by_origin

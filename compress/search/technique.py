@@ -15,7 +15,7 @@ import tf_keras
 from compress.candidate import Effect
 from compress.graph.kernels import Kernel, kernels
 from compress.graph.selection import Rule, Selection
-from compress.pipeline import Stage
+from compress.pipeline.stage import Stage
 from compress.strategies.strategy import Strategy
 from compress.training import Recovery
 

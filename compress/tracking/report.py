@@ -16,7 +16,8 @@ from compress.candidate import Numbers
 from compress.deploy.interface import Interface
 from compress.deploy.verification import Verification, complaints
 from compress.graph.macs import uncounted
-from compress.pipeline import Result, StageResult
+from compress.pipeline.pipeline import Result
+from compress.pipeline.stage import StageResult
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 ACCURACY_GAP_LIMIT = 0.5

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from compress.candidate import Numbers
-    from compress.pipeline import Result, StageResult
+    from compress.pipeline.pipeline import Result
+    from compress.pipeline.stage import StageResult
 
 T = TypeVar("T")
 _PARENT_FILE = "mlflow_parent.json"

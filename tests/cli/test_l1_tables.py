@@ -15,7 +15,7 @@ from compress.cli.experiment import load_experiment, render
 from compress.cli.places import experiments_dir
 from compress.data.source import Augmentation, Data, Split
 from compress.metrics.counts import count_macs
-from compress.pipeline import layer_table
+from compress.pipeline.layers import layer_table
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 

@@ -14,7 +14,7 @@ from compress.candidate import Candidate
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
 from compress.graph.selection import Rule, Selection
-from compress.pipeline import _digest
+from compress.pipeline.pipeline import digest_of
 from compress.search import sensitivity
 from compress.search.sensitivity import Sensitivity, measure_sensitivity
 from compress.search.stored import measure_files
@@ -114,7 +114,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(model, data, tmp_path, mon
     cache = StageCache(tmp_path / "cache")
 
     def remember(name, settings, make):
-        return cache.remembered(_digest([name, *settings]), make)
+        return cache.remembered(digest_of([name, *settings]), make)
 
     measured = []
     inner = sensitivity._Bench.loss

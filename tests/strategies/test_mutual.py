@@ -10,7 +10,8 @@ import tf_keras
 from compress.candidate import Candidate
 from compress.data.source import Data, Split, Unlabelled, make_data
 from compress.errors import CompressError
-from compress.pipeline import Stage, refuse_without_labels
+from compress.pipeline.refusals import refuse_without_labels
+from compress.pipeline.stage import Stage
 from compress.strategies.distillation.mutual import Mutual, PeerTerm
 from compress.strategies.strategy import Context
 from compress.training import Batch, Recovery

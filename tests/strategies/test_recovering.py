@@ -16,7 +16,8 @@ from compress.models.file import FileModel
 from compress.models.mlp import Mlp
 from compress.models.small import Lenet5
 from compress.networks import Networks
-from compress.pipeline import Stage, refuse_without_labels
+from compress.pipeline.refusals import refuse_without_labels
+from compress.pipeline.stage import Stage
 from compress.strategies.distillation.automatic import choose
 from compress.strategies.distillation.distill import Distill
 from compress.strategies.distillation.finetune import Finetune

@@ -16,7 +16,8 @@ from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
 from compress.graph.scaling import narrower, with_fresh_weights
 from compress.graph.selection import Rule, Selection
-from compress.pipeline import Stage, refuse_clashes
+from compress.pipeline.refusals import refuse_clashes
+from compress.pipeline.stage import Stage
 from compress.strategies.distillation.distill import Distill, _offset
 from compress.strategies.distillation.judging import accuracy_of, probabilities
 from compress.strategies.pruning.prune import Prune

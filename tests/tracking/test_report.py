@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.candidate import Artifact, Candidate, Latency, Numbers, Skipped, Storage
-from compress.pipeline import Result, StageResult
+from compress.pipeline.pipeline import Result
+from compress.pipeline.stage import StageResult
 from compress.strategies.compact.separable_form import SeparableForm
 from compress.strategies.lowrank.rank import Rank
 from compress.strategies.quantization.stored import Stored

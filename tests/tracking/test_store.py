@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from compress.candidate import Artifact, Candidate, Latency, Numbers, Storage
 from compress.errors import CompressError
-from compress.pipeline import Result, StageResult
+from compress.pipeline.pipeline import Result
+from compress.pipeline.stage import StageResult
 from compress.tracking.report import make_report, write_report
 from compress.tracking.store import (
     NoRecorder,

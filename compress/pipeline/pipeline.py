@@ -21,111 +21,28 @@ from compress.boards.board import Board
 from compress.cache.code import code_digest
 from compress.cache.store import Entry, StageCache
 from compress.cache.trainings import Trainings
-from compress.candidate import (
-    Allocated,
-    Artifact,
-    Candidate,
-    Coder,
-    Effect,
-    Guarantee,
-    Numbers,
-    Recovered,
-    Skipped,
-    Storage,
-    Violation,
-)
+from compress.candidate import Artifact, Candidate, Numbers, Storage
 from compress.data.source import Data
 from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
-from compress.deploy.packing import packed_bytes, write_cmp
+from compress.deploy.packing import write_cmp
 from compress.deploy.tflite import export
-from compress.deploy.verification import Agreement
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
-from compress.graph.selection import Selection
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
 from compress.networks import Networks
+from compress.pipeline.layers import layer_table, whole_table
+from compress.pipeline.refusals import refuse_clashes, refuse_without_labels, refuse_without_layers
+from compress.pipeline.stage import Stage, StageResult, require_kept, result_from_json, result_to_json
 from compress.reference import make_reference
-from compress.strategies.distillation.recovering import Recovering
-from compress.strategies.quantization.stored import Stored
-from compress.strategies.strategy import Context, Strategy, require_labels
+from compress.strategies.strategy import Context
 from compress.training import Recovery
 
 _LOG = logging.getLogger("compress")
-_LAYER_CODERS: tuple[Coder, ...] = ("none", "huffman", "ans")
 _WORK = ".stages-"
 _QUANTIZED = ("int8", "int16", "dynamic", "weight_only")
 """Schemes whose files compute something else than the float one."""
-
-
-@dataclass(frozen=True)
-class Stage(Strategy):
-    """A strategy in a pipeline, with the wrappers around it: which layers, how often, what recovery."""
-
-    name: str
-    strategy: Strategy
-    selection: Selection = field(default_factory=Selection)
-    recovery: Recovery = field(default_factory=Recovery)
-    repeat: int = 1
-    release: tuple[str, ...] = ()
-
-    def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        """Apply the strategy ``repeat`` times to the selected layers, and check every guarantee afterwards."""
-        gone = [guarantee for guarantee in candidate.guarantees if guarantee.stage in self.release]
-        left = tuple(guarantee for guarantee in candidate.guarantees if guarantee.stage not in self.release)
-        notes = (f"{guarantee.stage}: {guarantee.describe()} (released by {self.name})" for guarantee in gone)
-        candidate = candidate.evolve(guarantees=left, released=(*candidate.released, *notes))
-        if any(isinstance(g, Stored) for g in gone) and not any(isinstance(g, Stored) for g in left):
-            candidate = candidate.evolve(storage=Storage(), samples=None)
-        inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
-        recovering = Recovering(inner, candidate.model)
-        candidate = candidate.evolve(measured={}, allocation=(), recovered=None)
-        for turn in range(self.repeat):
-            inner = recovering.context(candidate.model, turn, self.strategy)
-            candidate = self.strategy.apply(candidate, inner)
-        for guarantee in candidate.guarantees:
-            require_kept(guarantee, guarantee.check(candidate.model), self.name, "the model")
-        recovered = recovering.done(candidate.model)
-        return candidate.evolve(lineage=(*candidate.lineage, self.name), recovered=recovered)
-
-    def config(self) -> dict[str, Any]:
-        """Return everything that decides what the stage does, as plain values."""
-        return {
-            "strategy": f"{type(self.strategy).__module__}.{type(self.strategy).__qualname__}",
-            **dataclasses.asdict(self.strategy),  # type: ignore[call-overload]
-            "only": [_plain(rule) for rule in self.selection.only],
-            "skip": [_plain(rule) for rule in self.selection.skip],
-            "recovery": dataclasses.asdict(self.recovery),
-            "repeat": self.repeat,
-            "release": list(self.release),
-        }
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """A finished stage: its numbers, measured on the exported file, and what is to be said about it."""
-
-    name: str
-    config: dict[str, Any]
-    numbers: Numbers
-    seconds: float
-    skipped: tuple[Skipped, ...]
-    guarantees: tuple[str, ...]
-    released: tuple[str, ...]
-    layers: dict[str, dict[str, int]]
-    """The :func:`layer_table` of the stage's model."""
-    cached: bool = False
-    measured: dict[str, float] = field(default_factory=dict)
-    """What the stage has measured of its own work."""
-    allocation: tuple[Allocated, ...] = ()
-    """What a search has chosen for each layer."""
-    noise: tuple[Noise, ...] = ()
-    """What each tensor of an integer file has lost against the float one."""
-    agreement: Agreement | None = None
-    """How the exported file's outputs agree with those of its Keras model."""
-    recovered: Recovered | None = None
-    """How the stage has won accuracy back."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +137,7 @@ class Pipeline:
             shutil.copyfile(path, partial)
             partial.replace(final)
         seconds = time.perf_counter() - started
-        baseline = StageResult("baseline", {}, numbers, seconds, (), (), (), _whole(path.stem, numbers))
+        baseline = StageResult("baseline", {}, numbers, seconds, (), (), (), whole_table(path.stem, numbers))
         self.on_stage(baseline)
         return Result(baseline, (), None, Artifact(final, Storage(), packed))
 
@@ -238,7 +155,7 @@ class Pipeline:
             others = [
                 _identity(source) for source in self.networks.of(stage.recovery.teachers, stage.strategy.models())
             ]
-            key = _digest([key, stage.name, stage.config(), others, code, self.seed, self.strict])
+            key = digest_of([key, stage.name, stage.config(), others, code, self.seed, self.strict])
             config = {k: v for k, v in stage.config().items() if k != "strategy"}
 
             def make(
@@ -300,13 +217,13 @@ class Pipeline:
         start = [before, code_digest(type(stage.strategy)), self.seed, number]
 
         def remember(name: str, settings: Sequence[Any], measure: Callable[[], Any]) -> Any:
-            return self.cache.remembered(_digest([*start, stage.name, name, *settings]), measure)
+            return self.cache.remembered(digest_of([*start, stage.name, name, *settings]), measure)
 
         return dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
 
     def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
         origin = self.model.origin()
-        key = _digest(
+        key = digest_of(
             [
                 "reference",
                 *_identity(self.model),
@@ -335,12 +252,12 @@ class Pipeline:
             if found is None:
                 trainings = self.cache.trainings(key)
                 candidate, result = make(trainings)
-                found = Entry(candidate, _result_to_json(result), tflite.read_bytes(), packed.read_bytes())
+                found = Entry(candidate, result_to_json(result), tflite.read_bytes(), packed.read_bytes())
                 self.cache.store(key, found)
                 trainings.forget()
             else:
                 _LOG.info("%s: taken from the cache", found.result["name"])
-                result = _result_from_json(found.result, cached=True)
+                result = result_from_json(found.result, cached=True)
                 tflite.write_bytes(found.tflite)
                 packed.write_bytes(found.packed)
         return found.candidate, result, Artifact(tflite, found.candidate.storage, packed)
@@ -369,7 +286,7 @@ class Pipeline:
         if candidate.storage.scheme in _QUANTIZED:
             noise = quantization_noise(candidate, data, artifact.path)
         whole = not has_layers(candidate.model)
-        layers = _whole(candidate.model.name, numbers) if whole else layer_table(candidate.model)
+        layers = whole_table(candidate.model.name, numbers) if whole else layer_table(candidate.model)
         seconds = time.perf_counter() - started
         _LOG.info("%s: accuracy %.2f %%, %d bytes, %.1f s", name, numbers.accuracy, numbers.tflite_bytes, seconds)
         return candidate, StageResult(
@@ -410,145 +327,8 @@ def _move(artifact: Artifact, target: Artifact) -> None:
         artifact.packed.replace(target.packed)
 
 
-def refuse_without_layers(stages: Sequence[Stage], model: tf_keras.Model) -> None:
-    """Refuse stages that change layers or weights of a model that came as a graph without Keras layers.
-
-    Raises:
-        CompressError: naming the first such stage.
-    """
-    for stage in stages:
-        changes = sorted(effect.value for effect in stage.strategy.effects - {Effect.STORE})
-        if changes and not has_layers(model):
-            raise CompressError(
-                f"stage {stage.name}",
-                expected=f"a model with Keras layers (of each, {stage.name} {' and '.join(changes)})",
-                received=f"the SavedModel {model.name}, a graph without Keras layers",
-                fix="Save the model with model.save('model.keras') and bring that file. A SavedModel can be quantized "
-                "(strategy=quantize) and measured (strategy=none).",
-            )
-
-
-def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
-    """Refuse a pipeline in which a stage cannot keep what an earlier one establishes, before anything runs.
-
-    Raises:
-        CompressError: naming both stages.
-    """
-    for index, later in enumerate(stages):
-        unknown = set(later.release) - {stage.name for stage in stages[:index]}
-        if unknown:
-            raise CompressError(
-                f"strategy.{later.name}.release",
-                expected=f"stages before it ({', '.join(s.name for s in stages[:index]) or 'there is none'})",
-                received=", ".join(sorted(unknown)),
-                fix="Name a stage as it appears under strategy in the configuration.",
-            )
-        released = {name for stage in stages[: index + 1] for name in stage.release}
-        kept = [earlier for earlier in stages[:index] if earlier.name not in released]
-        for earlier in kept:
-            _refuse_another_scheme(later, earlier)
-        try:
-            targets = later.strategy.targets(model, later.selection)
-        except CompressError:
-            # Its rules may mean layers that an earlier stage will make; if not, the stage itself refuses them.
-            if not any(Effect.REPLACE in earlier.strategy.effects for earlier in stages[:index]):
-                raise
-            continue
-        for earlier in kept:
-            reason = later.strategy.clashes_with(earlier.strategy)
-            both = targets & earlier.strategy.targets(model, earlier.selection)
-            if reason is not None and both:
-                raise CompressError(
-                    f"stage {later.name} after stage {earlier.name}",
-                    expected=f"a strategy that keeps what {earlier.name} establishes on {_few(both)}",
-                    received=f"{later.name}, which cannot: {reason}",
-                    fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
-                    f"or write strategy.{later.name}.release=[{earlier.name}].",
-                )
-
-
-def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:
-    """Refuse stages that learn from labels where the training images have none.
-
-    Raises:
-        CompressError: naming the first such stage.
-    """
-    for stage in stages:
-        if stage.strategy.needs_labels:
-            require_labels(data, stage.name, f"{stage.name} learns from them")
-        trains = Effect.TRAIN in stage.strategy.effects and not stage.strategy.own_recovery and stage.recovery.trains
-        if trains and stage.recovery.method == "finetune":
-            require_labels(data, stage.name, "recovery.method=finetune learns from nothing else")
-
-
-def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:
-    """Refuse a stage that would write the file otherwise than an earlier one says, on whatever layers."""
-    before, after = earlier.strategy.stores, later.strategy.stores
-    if before is not None and after is not None and before != after:
-        raise CompressError(
-            f"stage {later.name} after stage {earlier.name}",
-            expected=f"one way to store the weights: {before}, which {earlier.name} establishes",
-            received=f"{later.name}, which would store them as {after}",
-            fix=f"Leave one of the two stages out, or write strategy.{later.name}.release=[{earlier.name}].",
-        )
-
-
-def require_kept(guarantee: Guarantee, violations: Sequence[Violation], stage: str, where: str) -> None:
-    """Raise if a guarantee does not hold.
-
-    Raises:
-        CompressError: naming the stage that broke it and the one that established it.
-    """
-    if violations:
-        first = violations[0]
-        raise CompressError(
-            f"stage {stage}, {first.layer}",
-            expected=f"what stage {guarantee.stage} established ({guarantee.describe()}), in {where}",
-            received=f"{first.found}" + (f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""),
-            fix=f"Leave the layer out with strategy.{stage}.skip."
-            if guarantee.stage == stage
-            else f"Skip the layer in one of the two stages, or write strategy.{stage}.release=[{guarantee.stage}].",
-        )
-
-
-def layer_table(model: tf_keras.Model) -> dict[str, dict[str, int]]:
-    """Return for every layer with kernels: output channels, weights (no biases), non-zero weights, multiply-adds.
-
-    And about how many bytes its kernels take in a packed file of float weights, by coder.
-    """
-    from compress.graph.kernels import kernel_attributes, kernels
-    from compress.graph.rewrite import positions
-
-    channels = {
-        layer.name: int(shapes[0][-1] or 0) for layer, _, shapes in positions(model) if kernel_attributes(layer)
-    }
-    table: dict[str, dict[str, int]] = {}
-    for kernel in kernels(model):
-        name = kernel.layer.name
-        row = table.setdefault(name, {"channels": channels[name], "params": 0, "nonzero": 0, "macs": 0})
-        row["params"] += kernel.size
-        row["nonzero"] += int((kernel.value != 0).sum())
-        row["macs"] += kernel.macs
-        for coder in _LAYER_CODERS:
-            key = f"packed_{coder}"
-            row[key] = row.get(key, 0) + packed_bytes(kernel.value, coder)
-    return table
-
-
-def _whole(name: str, numbers: Numbers) -> dict[str, dict[str, int]]:
-    return {name: {"params": numbers.params, "nonzero": numbers.nonzero_params, "macs": numbers.macs}}
-
-
-def _few(names: frozenset[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more layers" if len(listed) > 3 else "")
-
-
-def _plain(rule: Any) -> Any:
-    return rule if isinstance(rule, str) else dataclasses.asdict(rule)
-
-
-def _digest(parts: Any) -> str:
+def digest_of(parts: Any) -> str:
+    """Return the key of the cache for what these parts decide."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -561,24 +341,3 @@ def _identity(source: ModelSource) -> list[Any]:
 def _stage_seed(seed: int, number: int, name: str) -> int:
     """Return a seed for one stage: of its own, and the same whether or not the stages before it were cached."""
     return int(hashlib.sha256(f"{seed}:{number}:{name}".encode()).hexdigest()[:7], 16)
-
-
-def _result_to_json(result: StageResult) -> dict[str, Any]:
-    return dataclasses.asdict(result)
-
-
-def _result_from_json(value: dict[str, Any], *, cached: bool) -> StageResult:
-    return StageResult(
-        **{
-            **value,
-            "numbers": Numbers.from_json(value["numbers"]),
-            "skipped": tuple(Skipped(**item) for item in value["skipped"]),
-            "guarantees": tuple(value["guarantees"]),
-            "released": tuple(value["released"]),
-            "allocation": tuple(Allocated(**{**row, "chosen": tuple(row["chosen"])}) for row in value["allocation"]),
-            "noise": tuple(Noise(**item) for item in value["noise"]),
-            "agreement": None if value["agreement"] is None else Agreement(**value["agreement"]),
-            "recovered": Recovered.from_json(value["recovered"]) if value.get("recovered") else None,
-            "cached": cached,
-        }
-    )

@@ -1,0 +1,1 @@
+"""Strategies in order: guarantees checked before and after, every stage measured on its exported file."""

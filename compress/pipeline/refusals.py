@@ -1,0 +1,102 @@
+"""Pipelines that cannot work, refused before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tf_keras
+
+from compress.candidate import Effect
+from compress.data.source import Data
+from compress.errors import CompressError
+from compress.graph.saved_graph import has_layers
+from compress.pipeline.stage import Stage
+from compress.strategies.strategy import require_labels
+
+
+def refuse_without_layers(stages: Sequence[Stage], model: tf_keras.Model) -> None:
+    """Refuse stages that change layers or weights of a model that came as a graph without Keras layers.
+
+    Raises:
+        CompressError: naming the first such stage.
+    """
+    for stage in stages:
+        changes = sorted(effect.value for effect in stage.strategy.effects - {Effect.STORE})
+        if changes and not has_layers(model):
+            raise CompressError(
+                f"stage {stage.name}",
+                expected=f"a model with Keras layers (of each, {stage.name} {' and '.join(changes)})",
+                received=f"the SavedModel {model.name}, a graph without Keras layers",
+                fix="Save the model with model.save('model.keras') and bring that file. A SavedModel can be quantized "
+                "(strategy=quantize) and measured (strategy=none).",
+            )
+
+
+def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
+    """Refuse a pipeline in which a stage cannot keep what an earlier one establishes, before anything runs.
+
+    Raises:
+        CompressError: naming both stages.
+    """
+    for index, later in enumerate(stages):
+        unknown = set(later.release) - {stage.name for stage in stages[:index]}
+        if unknown:
+            raise CompressError(
+                f"strategy.{later.name}.release",
+                expected=f"stages before it ({', '.join(s.name for s in stages[:index]) or 'there is none'})",
+                received=", ".join(sorted(unknown)),
+                fix="Name a stage as it appears under strategy in the configuration.",
+            )
+        released = {name for stage in stages[: index + 1] for name in stage.release}
+        kept = [earlier for earlier in stages[:index] if earlier.name not in released]
+        for earlier in kept:
+            _refuse_another_scheme(later, earlier)
+        try:
+            targets = later.strategy.targets(model, later.selection)
+        except CompressError:
+            # Its rules may mean layers that an earlier stage will make; if not, the stage itself refuses them.
+            if not any(Effect.REPLACE in earlier.strategy.effects for earlier in stages[:index]):
+                raise
+            continue
+        for earlier in kept:
+            reason = later.strategy.clashes_with(earlier.strategy)
+            both = targets & earlier.strategy.targets(model, earlier.selection)
+            if reason is not None and both:
+                raise CompressError(
+                    f"stage {later.name} after stage {earlier.name}",
+                    expected=f"a strategy that keeps what {earlier.name} establishes on {_few(both)}",
+                    received=f"{later.name}, which cannot: {reason}",
+                    fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
+                    f"or write strategy.{later.name}.release=[{earlier.name}].",
+                )
+
+
+def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:
+    """Refuse stages that learn from labels where the training images have none.
+
+    Raises:
+        CompressError: naming the first such stage.
+    """
+    for stage in stages:
+        if stage.strategy.needs_labels:
+            require_labels(data, stage.name, f"{stage.name} learns from them")
+        trains = Effect.TRAIN in stage.strategy.effects and not stage.strategy.own_recovery and stage.recovery.trains
+        if trains and stage.recovery.method == "finetune":
+            require_labels(data, stage.name, "recovery.method=finetune learns from nothing else")
+
+
+def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:
+    """Refuse a stage that would write the file otherwise than an earlier one says, on whatever layers."""
+    before, after = earlier.strategy.stores, later.strategy.stores
+    if before is not None and after is not None and before != after:
+        raise CompressError(
+            f"stage {later.name} after stage {earlier.name}",
+            expected=f"one way to store the weights: {before}, which {earlier.name} establishes",
+            received=f"{later.name}, which would store them as {after}",
+            fix=f"Leave one of the two stages out, or write strategy.{later.name}.release=[{earlier.name}].",
+        )
+
+
+def _few(names: frozenset[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more layers" if len(listed) > 3 else "")
