@@ -54,7 +54,7 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         ),
         (
             ["strategy=block_circulant", "strategy.block_circulant.block=7"],
-            ["fc1: 256 inputs and 128 outputs are not both multiples of block=7", "Leave the stage out"],
+            ["fc1: 256 inputs and 128 outputs are not both multiples of block=7", "leave the stage out"],
         ),
         (
             ["strategy=block_toeplitz", "strategy.block_toeplitz.block=100"],
