@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.errors import guarded
-from compress.errors import CompressError, did_you_mean
+from compress.cli.words import key_values
+from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.tracking.pareto import FinishedRun
@@ -100,17 +101,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     """
     from compress.tracking.pareto import DEFAULT_OBJECTIVES
 
-    values: dict[str, str] = {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key not in _KEYS:
-            raise CompressError(
-                argument,
-                expected=f"words of the form key=value; the keys are {', '.join(_KEYS[:-1])}",
-                received=key,
-                fix=did_you_mean(key, _KEYS[:-1]),
-            )
-        values[key] = value
+    values = key_values(arguments, _KEYS[:-1], _KEYS[-1:])
     runs, names = (tuple(filter(None, values.get(key, "").strip("[]").split(","))) for key in ("runs", "names"))
     if not runs:
         raise CompressError(

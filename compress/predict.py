@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.cli.errors import guarded
-from compress.errors import CompressError, did_you_mean
+from compress.cli.words import key_values
+from compress.errors import CompressError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,17 +82,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     Raises:
         CompressError: if a key is unknown or missing, or a value is none.
     """
-    values: dict[str, str] = {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key not in _KEYS:
-            raise CompressError(
-                argument,
-                expected=f"words of the form key=value; the keys are {', '.join(_KEYS[:-1])}",
-                received=key,
-                fix=did_you_mean(key, _KEYS[:-1]),
-            )
-        values[key] = value
+    values = key_values(arguments, _KEYS[:-1], _KEYS[-1:])
     for key in ("model", "input"):
         if not values.get(key):
             raise CompressError(
