@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FLOORS = (
-    {"run", "reproduce", "measure", "predict", "pareto", "sensitivity"},
+    {"run", "reproduce", "measure", "predict", "pareto", "sensitivity", "deliver"},
     {"cli"},
     {"search"},
     {"tracking"},

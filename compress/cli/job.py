@@ -23,8 +23,8 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.pipeline.stage import StageResult
 from compress.search.trial import note_given_up, refuse_hopeless
 from compress.tracking.charts import layers_picture, noise_picture
+from compress.tracking.recorder import Recorder, metrics_of, open_recorder
 from compress.tracking.report import make_report, model_name, print_table, write_report
-from compress.tracking.store import Recorder, metrics_of, open_recorder
 
 _LOG = logging.getLogger("compress")
 

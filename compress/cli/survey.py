@@ -18,7 +18,7 @@ from compress.pipeline.stage import Stage
 from compress.search.sensitivity import Sensitivity, Survey, measure_sensitivity
 from compress.search.table import heat_map, markdown, print_table
 from compress.search.technique import UNTRAINED
-from compress.tracking.store import log_survey
+from compress.tracking.recorder import log_survey
 
 _LOG = logging.getLogger("compress")
 _OWN = ("images", "only", "skip")

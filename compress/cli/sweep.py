@@ -26,36 +26,40 @@ _LOG = logging.getLogger("compress")
 class SweepCallback(Callback):
     """Hydra callback of the multirun."""
 
-    _close: Callable[[], object]
-    _settings: TrackingSettings
+    _close: Callable[..., Summary | None]
+    _stop: Callable[[], object]
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run; refuse a store that does not answer before any job starts."""
         clear_failures(Path(config.hydra.sweep.dir))
         if not config.tracking.enabled:
             return
+        from compress.tracking.delivery import deliver, end_sweep
         from compress.tracking.pareto import read_fronts
-        from compress.tracking.store import close_orphans, connect, start_parent, write_parent
-        from compress.tracking.sweeps import OBJECTIVES_KEY, finish_sweep
+        from compress.tracking.store import Store, close_orphans, start_parent, write_parent
+        from compress.tracking.sweeps import OBJECTIVES_KEY
 
         try:
-            self._settings = _read_settings(config)
-            read_fronts(self._settings.objectives, OBJECTIVES_KEY)
-            client, experiment = connect(self._settings.uri, self._settings.experiment)
+            settings = _read_settings(config)
+            read_fronts(settings.objectives, OBJECTIVES_KEY)
+            store = Store(settings.uri, settings.experiment)
+            store.reach()
+            deliver(Path(settings.unsent), store)
+            store.ask(close_orphans)
+            parent = start_parent(store, "multirun", sys.argv[1:])
         except CompressError as error:
             # Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
             print(paragraph(error), file=sys.stderr)
             sys.exit(USER_ERROR)
-        close_orphans(client, experiment)
-        parent = start_parent(client, experiment, "multirun", sys.argv[1:])
         write_parent(Path(config.hydra.sweep.dir), parent)
+        self._close = partial(end_sweep, store, parent, settings)
         # Hydra does not call on_multirun_end after a mistake in a later job's overrides, or Ctrl-C.
-        self._close = partial(finish_sweep, client, experiment, parent, self._settings, stopped=True)
-        atexit.register(self._close)
+        self._stop = partial(self._close, stopped=True)
+        atexit.register(self._stop)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compute and log the Pareto fronts, close the parent run; say which jobs failed, and exit if some did."""
-        missing = self._finish(config) if config.tracking.enabled else None
+        missing = self._finish() if config.tracking.enabled else None
         failures = read_failures(Path(config.hydra.sweep.dir))
         print_failures(failures)
         if missing is not None:
@@ -64,16 +68,14 @@ class SweepCallback(Callback):
         if code:
             sys.exit(code)
 
-    def _finish(self, config: DictConfig) -> CompressError | None:
-        from compress.tracking.store import connect, read_parent
-        from compress.tracking.sweeps import finish_sweep
-
-        parent = read_parent(Path(config.hydra.sweep.dir))
-        if parent is None:
+    def _finish(self) -> CompressError | None:
+        atexit.unregister(self._stop)
+        try:
+            summary = self._close(stopped=False)
+        except CompressError as error:
+            return error
+        if summary is None:
             return None
-        atexit.unregister(self._close)
-        client, experiment = connect(self._settings.uri, self._settings.experiment)
-        summary = finish_sweep(client, experiment, parent, self._settings)
         _log_summary(summary)
         return summary.missing
 

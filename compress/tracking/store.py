@@ -1,4 +1,4 @@
-"""MLflow: one parent run for a command, a child run for each pipeline."""
+"""The MLflow store: how it is reached, and what is common to all that is written into it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import os
 import re
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -20,25 +18,21 @@ from filelock import FileLock
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from compress.deploy.interface import Interface
-from compress.errors import CompressError, GivenUp
+from compress.errors import CompressError
 from compress.tracking.pareto import DEFAULT_OBJECTIVES
 from compress.tracking.process import has_ended, process_tags
-from compress.tracking.serving import log_served_model
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-    from compress.candidate import Numbers
-    from compress.pipeline.pipeline import Result
-    from compress.pipeline.stage import StageResult
-
 T = TypeVar("T")
 _PARENT_FILE = "mlflow_parent.json"
-_LONGEST_PARAMETER = 500
-_LONGEST_TAG = 4000
+LONGEST_TAG = 4000
 _TABLES_SECONDS = 120.0
 _MOST_RUNNING = 1000
+_PAUSE_SECONDS = 30.0
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+"""MLflow's codes for what would be refused again."""
 _LOG = logging.getLogger("compress")
 _EXPERIMENT_TAGS = {
     # MLflow's own tag: opens the experiment under "Model training", where runs have columns of metrics.
@@ -59,172 +53,108 @@ class TrackingSettings:
     """What the runs of a multirun are compared by: metrics (one front), or lists of metrics (a front each)."""
     reference: dict[str, float] | None = None
     """Metric -> the value that hypervolumes are counted from; those not named: see the README."""
+    unsent: str = ".compress_unsent"
+    """Folder where what a store has not taken yet is kept."""
 
 
-class Recorder(ABC):
-    """Takes down what a pipeline does."""
-
-    @abstractmethod
-    def stage(self, result: StageResult) -> None:
-        """Take down a finished stage (the baseline first)."""
-
-    @abstractmethod
-    def finish(self, report: Mapping[str, Any], result: Result, folder: Path) -> None:
-        """Take down the finished pipeline and its files."""
+class StoreAway(CompressError):
+    """The store does not answer: later it may."""
 
 
-class NoRecorder(Recorder):
-    """Takes nothing down (``tracking=none``)."""
-
-    def stage(self, result: StageResult) -> None:
-        """Do nothing."""
-
-    def finish(self, report: Mapping[str, Any], result: Result, folder: Path) -> None:
-        """Do nothing."""
-
-
-class MlflowRecorder(Recorder):
-    """Writes into one child run."""
-
-    def __init__(self, client: MlflowClient, run: str) -> None:
-        self._client = client
-        self._run = run
-        self._step = 0
-        self._cached = 0
-
-    def stage(self, result: StageResult) -> None:
-        """Log the stage's numbers as ``<stage>.<number>`` and as a step of the plain ``<number>``."""
-        metrics = metrics_of(result.numbers)
-        named = {f"{result.name}.{key}": value for key, value in {**metrics, **result.measured}.items()}
-        log_metrics(self._client, self._run, {**named, f"{result.name}.seconds": result.seconds})
-        log_metrics(self._client, self._run, metrics, step=self._step)
-        self._step += 1
-        self._cached += result.cached
-
-    def finish(self, report: Mapping[str, Any], result: Result, folder: Path) -> None:
-        """Log ratios, the files, the picture of the layers, and the model as one that MLflow can serve."""
-        ratios = {f"ratio.{key}": value for key, value in report["ratios"].items() if value is not None}
-        # The baseline is one of the stages.
-        counted = {"stages_made": self._step - self._cached, "stages_cached": self._cached}
-        log_metrics(self._client, self._run, {**ratios, **counted, "seconds": report["seconds"]})
-        for name in ("report.json", "model.tflite", "model.cmp", "layers.png"):
-            self._client.log_artifact(self._run, str(folder / name))
-        if "interface" in report:
-            self._client.log_artifact(self._run, str(folder / report["artifacts"]["card"]))
-            interface = Interface.from_json(report["interface"])
-            log_served_model(self._client, self._run, folder / report["artifacts"]["tflite"], interface)
-            self._client.set_tag(
-                self._run, "serve", f"mlflow models serve -m runs:/{self._run}/model --env-manager local"
-            )
-        for stage in result.stages:
-            if stage.allocation:
-                chosen = [{**asdict(item), "chosen": ", ".join(item.chosen)} for item in stage.allocation]
-                columns = {key: [row[key] for row in chosen] for key in chosen[0]}
-                self._client.log_table(self._run, columns, f"allocation_{stage.name}.json")
-        if result.last.noise:
-            self._client.log_artifact(self._run, str(folder / "noise.png"))
-            rows = [asdict(item) for item in result.last.noise]
-            self._client.log_table(self._run, {key: [row[key] for row in rows] for key in rows[0]}, "noise.json")
-
-
-def metrics_of(numbers: Numbers) -> dict[str, float]:
-    """Return the numbers as MLflow metrics; the latency as ``latency_p50`` and so on."""
-    plain = asdict(numbers)
-    plain.pop("latency_failure")
-    latency = plain.pop("latency_ms") or {}
-    on_board = plain.pop("on_board")
-    metrics = {key: float(value) for key, value in plain.items() if value is not None}
-    metrics.update({f"board_{key}": float(value) for key, value in on_board.items()})
-    metrics.update({f"latency_{key}": float(latency[key]) for key in ("p50", "p90", "p99", "mean") if latency.get(key)})
-    if "accuracy_keras" in metrics:
-        metrics["accuracy_gap"] = metrics["accuracy"] - metrics["accuracy_keras"]
-    return metrics
-
-
-@contextmanager
-def open_recorder(
-    tracking: TrackingSettings,
-    config: Mapping[str, Any],
-    sweep: Path | None,
-    *,
-    command: Sequence[str],
-    overrides: Sequence[str] = (),
-) -> Iterator[Recorder]:
-    """Open a child run (and, outside a multirun, its parent); close both with the right status.
+class Store:
+    """An MLflow store that may be away for a while.
 
     Args:
-        tracking: where runs are recorded.
-        config: the whole configuration of the run.
-        sweep: the folder of the multirun that it belongs to, if any.
-        command: the command line, for the parent's tag.
-        overrides: what the command line changed for this run alone.
-
-    Raises:
-        CompressError: if the store does not answer.
+        uri: where it is.
+        experiment: the experiment's name in it; it is made where there is none.
     """
-    if not tracking.enabled:
-        yield NoRecorder()
-        return
-    client, experiment = connect(tracking.uri, tracking.experiment)
-    stages = config.get("strategy") or {}
-    name = "+".join(stages) or "none"
-    parent = None if sweep is None else read_parent(sweep)
-    own_parent = parent is None
-    if parent is None:
-        close_orphans(client, experiment)
-        parent = start_parent(client, experiment, f"{name}", command)
-    changed = json.dumps([without_password(text) for text in overrides])
-    tags = {"mlflow.parentRunId": parent, "strategy": name, "seed": str(config["seed"]), **process_tags()}
-    if len(changed) <= _LONGEST_TAG:
-        tags["overrides"] = changed
-    child = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    status = "FAILED"
-    try:
-        for key, value in flatten(redacted(config)).items():
-            client.log_param(child, key, str(value)[:_LONGEST_PARAMETER])
-        client.log_dict(child, redacted(config), "config.yaml")
-        yield MlflowRecorder(client, child)
-        status = "FINISHED"
-    except GivenUp as reason:
-        client.set_tag(child, "given_up", str(reason))
-        status = "KILLED"
-        raise
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        client.set_terminated(child, status)
-        if own_parent:
-            client.set_terminated(parent, status)
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self._connection: tuple[MlflowClient, str] | None = None
+        self._not_before = 0.0
+        self._away = False
+
+    @property
+    def name(self) -> str:
+        """The URI without a password."""
+        return without_password(self.uri)
+
+    def reach(self) -> tuple[MlflowClient, str]:
+        """Return a client and the experiment's id.
+
+        Raises:
+            CompressError: as :func:`connect` does.
+        """
+        if self._connection is None:
+            self._connection = connect(self.uri, self.experiment)
+        return self._connection
+
+    def ask(self, question: Callable[[MlflowClient, str], T]) -> T:
+        """Return the answer to a question that is asked with a client and the experiment's id.
+
+        Raises:
+            StoreAway: if the store does not answer.
+            CompressError: if it answers that it never will take this.
+        """
+        try:
+            return question(*self.reach())
+        except CompressError:
+            self._leave()
+            raise
+        except Exception as error:
+            self._leave()
+            raise _as_mistake(error, self.uri) from error
+
+    def try_to(self, tell: Callable[[MlflowClient, str], None], *, at_once: bool = False) -> bool:
+        """Tell it something, and say whether it was there to be told.
+
+        A store that was away is left alone for a while, so that work does not wait for it again and again.
+
+        Args:
+            tell: what is done with a client and the experiment's id.
+            at_once: ask even if it was away a moment ago.
+
+        Raises:
+            CompressError: with ``at_once``, if it answers that it never will take this.
+        """
+        if not at_once and time.monotonic() < self._not_before:
+            return False
+        try:
+            self.ask(tell)
+        except CompressError as error:
+            if at_once and not isinstance(error, StoreAway):
+                raise
+            _LOG.log(logging.DEBUG if self._away else logging.WARNING, "%s What is reported is kept meanwhile.", error)
+            self._away = True
+            return False
+        if self._away:
+            _LOG.info("%s answers again", self.name)
+        self._away = False
+        return True
+
+    def _leave(self) -> None:
+        self._connection = None
+        self._not_before = time.monotonic() + _PAUSE_SECONDS
 
 
-def log_survey(
-    tracking: TrackingSettings,
-    config: Mapping[str, Any],
-    folder: Path,
-    command: Sequence[str],
-    metrics: Mapping[str, float],
-) -> None:
-    """Log a sensitivity pass as one run: its settings, the table and the heat map.
-
-    Raises:
-        CompressError: if the store does not answer.
-    """
-    if not tracking.enabled:
-        return
-    client, experiment = connect(tracking.uri, tracking.experiment)
-    tags = {"command": " ".join(["python -m compress.sensitivity", *command])[:4000], "seed": str(config["seed"])}
-    run = client.create_run(experiment, run_name="sensitivity", tags=tags).info.run_id
-    status = "FAILED"
-    try:
-        for key, value in flatten(redacted(config)).items():
-            client.log_param(run, key, str(value)[:_LONGEST_PARAMETER])
-        log_metrics(client, run, metrics)
-        for suffix in ("md", "json", "png"):
-            client.log_artifact(run, str(folder / f"sensitivity.{suffix}"))
-        status = "FINISHED"
-    finally:
-        client.set_terminated(run, status)
+def _as_mistake(error: Exception, uri: str) -> CompressError:
+    """Return what a store's exception means; each kind of store raises its own types: requests, SQLAlchemy, MLflow."""
+    reason = f"{type(error).__name__}: {without_password(' '.join(str(error).split()))[:160]}"
+    if getattr(error, "error_code", None) in _REFUSALS:
+        return CompressError(
+            "tracking.uri",
+            expected=f"an MLflow store that takes what is reported ({without_password(uri)})",
+            received=reason,
+            fix="See whether the run or the experiment was deleted meanwhile; tracking=none goes without MLflow.",
+        )
+    return StoreAway(
+        "tracking.uri",
+        expected="an MLflow store that answers",
+        received=f"{without_password(uri)} ({reason})",
+        fix="Start the server, correct tracking.uri, or write tracking=none.",
+    )
 
 
 def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
@@ -272,8 +202,10 @@ def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient,
     # Long enough for a slow server, short enough for a wrong address; a user's own setting wins.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # That a server does not answer is told once, by us.
+    for noisy, level in (("alembic", logging.WARNING), ("mlflow", logging.WARNING), ("urllib3", logging.ERROR)):
+        logging.getLogger(noisy).setLevel(level)
     from mlflow.tracking import MlflowClient
 
     try:
@@ -284,14 +216,7 @@ def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient,
     except CompressError:
         raise
     except Exception as error:
-        # Each kind of store raises its own types: requests, SQLAlchemy, MLflow.
-        reason = " ".join(str(error).split())
-        raise CompressError(
-            "tracking.uri",
-            expected="an MLflow store that answers",
-            received=f"{without_password(uri)} ({type(error).__name__}: {without_password(reason)[:160]})",
-            fix="Start the server, correct tracking.uri, or write tracking=none.",
-        ) from error
+        raise _as_mistake(error, uri) from error
 
 
 @contextmanager
@@ -329,11 +254,17 @@ def _database_file(uri: str) -> str | None:
     return None if database == ":memory:" else database or None
 
 
-def start_parent(client: MlflowClient, experiment: str, name: str, command: Sequence[str]) -> str:
-    """Create the run that stands for the whole command and return its id."""
-    told = " ".join(["python -m compress.run", *command])[:_LONGEST_TAG]
-    run = client.create_run(experiment, run_name=name, tags={"command": told, **process_tags()})
-    return str(run.info.run_id)
+def start_parent(store: Store, name: str, command: Sequence[str]) -> str:
+    """Create the run that stands for the whole command and return its id.
+
+    Raises:
+        CompressError: if the store does not answer.
+    """
+    told = " ".join(["python -m compress.run", *command])[:LONGEST_TAG]
+    tags = {"command": told, **process_tags()}
+    return store.ask(
+        lambda client, experiment: str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+    )
 
 
 def close_orphans(client: MlflowClient, experiment: str) -> int:
@@ -389,9 +320,16 @@ def without_password(text: str) -> str:
     return re.sub(r"://(?=[^/\s])\S*@", "://***@", text)
 
 
-def log_metrics(client: MlflowClient, run: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    """Log metrics, all at once."""
+def log_metrics(
+    client: MlflowClient, run: str, metrics: Mapping[str, float], step: int = 0, when: int | None = None
+) -> None:
+    """Log metrics, all at once; ``when``: milliseconds since 1970 (None: now)."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    client.log_batch(run, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+    when = now() if when is None else when
+    client.log_batch(run, metrics=[Metric(key, float(value), when, step) for key, value in metrics.items()])
+
+
+def now() -> int:
+    """Return the time as MLflow counts it: milliseconds since 1970."""
+    return int(time.time() * 1000)

@@ -15,6 +15,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.tracking.pareto import (
+    DEFAULT_OBJECTIVES,
     FinishedRun,
     Front,
     Point,
@@ -29,13 +30,14 @@ from compress.tracking.pareto import (
 )
 from compress.tracking.pareto_chart import Sweep, pareto_page, pareto_picture
 from compress.tracking.process import has_ended
-from compress.tracking.store import TrackingSettings, log_metrics
+from compress.tracking.store import log_metrics, now
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _LOG = logging.getLogger("compress")
 OBJECTIVES_KEY = "tracking.objectives"
+Objectives = Sequence[str | Sequence[str]]
 _PAGE = 1000
 _LONGEST_NOTE = 4900
 """Characters of a tag that every version of MLflow takes."""
@@ -53,20 +55,34 @@ class Summary:
 
 
 def finish_sweep(
-    client: MlflowClient, experiment: str, parent: str, settings: TrackingSettings, *, stopped: bool = False
+    client: MlflowClient,
+    parent: str,
+    objectives: Objectives = DEFAULT_OBJECTIVES,
+    reference: Mapping[str, float] | None = None,
+    *,
+    stopped: bool = False,
+    when: int | None = None,
 ) -> Summary:
     """Tag the Pareto fronts among the parent's finished children, log the charts, close the parent.
 
-    ``stopped``: the multirun did not come to its end.
+    Args:
+        client: of the store.
+        parent: the id of the run that stands for the multirun.
+        objectives: what is compared: metrics (one front), or lists of metrics (a front each).
+        reference: metric -> the value that hypervolumes are counted from; the baseline's for those not named.
+        stopped: the multirun did not come to its end.
+        when: milliseconds since 1970 that it ended at; None: now.
     """
+    when = now() if when is None else when
+    experiment = str(client.get_run(parent).info.experiment_id)
     runs, failed = read_runs(client, experiment, parent)
     for run in _search(client, experiment, f"{_children(parent)} and attributes.status = 'RUNNING'"):
         # Where all jobs have come back, one that still counts as running has died without a word.
         if not stopped or has_ended(run.data.tags):
             client.set_terminated(run.info.run_id, "FAILED")
-    summary = _log_fronts(client, parent, runs, settings) if runs else Summary()
+    summary = _log_fronts(client, parent, runs, objectives, reference or {}, when) if runs else Summary()
     failed = failed or summary.missing is not None
-    client.set_terminated(parent, "KILLED" if stopped else "FAILED" if failed else "FINISHED")
+    client.set_terminated(parent, "KILLED" if stopped else "FAILED" if failed else "FINISHED", when)
     return summary
 
 
@@ -122,8 +138,15 @@ def compare(
     return points, {front.name: make_scale(front, every, reference) for front in fronts}
 
 
-def _log_fronts(client: MlflowClient, parent: str, runs: Sequence[FinishedRun], settings: TrackingSettings) -> Summary:
-    fronts = read_fronts(settings.objectives, OBJECTIVES_KEY)
+def _log_fronts(
+    client: MlflowClient,
+    parent: str,
+    runs: Sequence[FinishedRun],
+    objectives: Objectives,
+    reference: Mapping[str, float],
+    when: int,
+) -> Summary:
+    fronts = read_fronts(objectives, OBJECTIVES_KEY)
     missing = None
     try:
         require_reported(fronts, runs, OBJECTIVES_KEY)
@@ -134,7 +157,7 @@ def _log_fronts(client: MlflowClient, parent: str, runs: Sequence[FinishedRun], 
         fronts = tuple(front for front in fronts if all(o.metric in reported for o in front.objectives))
     if not fronts:
         return Summary(missing=missing)
-    by_sweep, scales = compare({"": runs}, fronts, settings.reference or {})
+    by_sweep, scales = compare({"": runs}, fronts, reference)
     points = by_sweep[""]
     for point in points:
         for run in point.runs:
@@ -157,7 +180,8 @@ def _log_fronts(client: MlflowClient, parent: str, runs: Sequence[FinishedRun], 
     client.set_tag(parent, "mlflow.note.content", note(points, fronts, str(info.experiment_id)))
     counts = {"runs": len(runs), "pareto_runs": sum(len(p.runs) for p in points if p.fronts)}
     counts |= {key: sum(int(run.metrics.get(key, 0)) for run in runs) for key in ("stages_made", "stages_cached")}
-    log_metrics(client, parent, {**counts, **{f"hypervolume.{name}": value for name, value in volumes.items()}})
+    volume_metrics = {f"hypervolume.{name}": value for name, value in volumes.items()}
+    log_metrics(client, parent, {**counts, **volume_metrics}, when=when)
     return Summary(points, volumes, missing)
 
 

@@ -7,30 +7,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import tf_keras
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.candidate import Artifact, Candidate, Latency, Numbers, Storage
+from compress.candidate import Numbers
 from compress.errors import CompressError
-from compress.pipeline.pipeline import Result
-from compress.pipeline.stage import StageResult
-from compress.tracking.report import make_report, write_report
+from compress.tracking.recorder import NoRecorder, metrics_of, open_recorder
 from compress.tracking.store import (
-    NoRecorder,
+    Store,
     TrackingSettings,
     connect,
     flatten,
-    metrics_of,
-    open_recorder,
     read_parent,
     redacted,
     start_parent,
     without_password,
     write_parent,
 )
+from tests.tracking.runs import NUMBERS, SECRET, config_of, finished
 
-SECRET = "hunter2"
 KEYS = st.text("abcxyz_0", min_size=1, max_size=4)
 LEAVES = st.integers() | st.text("ab.", max_size=3) | st.none() | st.lists(st.integers(), max_size=2) | st.just({})
 TREES = st.dictionaries(KEYS, st.recursive(LEAVES, lambda inner: st.dictionaries(KEYS, inner, max_size=3)), max_size=4)
@@ -92,20 +87,6 @@ def test_passwords_are_blanked_wherever_they_stand_and_nothing_else_changes():
     assert json.dumps(config) == before
 
 
-NUMBERS = Numbers(
-    accuracy=91.0,
-    accuracy_keras=91.5,
-    params=100,
-    nonzero_params=50,
-    macs=1000,
-    tflite_bytes=4000,
-    gzip_bytes=3000,
-    packed_bytes=None,
-    peak_memory_bytes=64,
-    latency_ms=Latency(1.0, 2.0, 3.0, 1.5, 200, 1),
-)
-
-
 def test_numbers_as_metrics():
     metrics = metrics_of(NUMBERS)
     assert metrics["accuracy_gap"] == pytest.approx(-0.5)
@@ -127,29 +108,6 @@ def store(tmp_path_factory) -> TrackingSettings:
 def in_own_folder(tmp_path, monkeypatch):
     # MLflow puts the artifacts of a SQLite store beside the current folder.
     monkeypatch.chdir(tmp_path)
-
-
-def finished(folder: Path, **changes) -> tuple[dict, Result]:
-    values = tf_keras.Input((2,))
-    numbers = Numbers(**{**vars(NUMBERS), **changes})
-    layers = {"dense": {"channels": 2, "params": 4, "nonzero": 2, "macs": 8}}
-    baseline = StageResult("baseline", {}, NUMBERS, 1.0, (), (), (), layers)
-    last = StageResult("prune", {}, numbers, 2.5, (), (), (), layers)
-    candidate = Candidate(tf_keras.Model(values, values, name="tiny"))
-    result = Result(baseline, (last,), candidate, Artifact(folder / "model.tflite", Storage()))
-    config = {"data": {"_target_": "a.Digits"}, "board": {"_target_": "b.Host"}, "seed": 0}
-    report = make_report(result, config, seconds=3.0)
-    folder.mkdir(exist_ok=True)
-    write_report(report, folder / "report.json")
-    (folder / "model.tflite").write_bytes(b"file")
-    (folder / "model.cmp").write_bytes(b"packed")
-    (folder / "layers.png").write_bytes(b"picture")
-    return report, result
-
-
-def config_of(store: TrackingSettings, seed: int = 0) -> dict:
-    secret = {"enabled": True, "experiment": store.experiment, "uri": f"https://me:{SECRET}@mlflow.example"}
-    return {"seed": seed, "strategy": {"prune": {"sparsity": 0.5}}, "tracking": secret, "long": "x" * 2000}
 
 
 def test_a_run_is_found_again(store, tmp_path):
@@ -197,7 +155,7 @@ def test_the_runs_of_a_multirun_hang_under_its_parent(store, tmp_path):
     client, experiment = connect(store.uri, store.experiment)
     sweep = tmp_path / "sweep"
     assert read_parent(sweep) is None
-    parent = start_parent(client, experiment, "multirun", ["-m"])
+    parent = start_parent(Store(store.uri, store.experiment), "multirun", ["-m"])
     write_parent(sweep, parent)
     assert read_parent(sweep) == parent
     overrides = ["strategy=prune", f"hydra.x=https://me:{SECRET}@server"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,20 +15,20 @@ from compress.cli.compose import compose_config
 from compress.pareto import main as pareto_command
 from compress.tracking.pareto import Estimate, Point, read_fronts
 from compress.tracking.process import process_tags
-from compress.tracking.store import TrackingSettings, connect, start_parent
+from compress.tracking.store import Store, TrackingSettings, connect, start_parent
 from compress.tracking.sweeps import finish_sweep, note
 
 BASELINE = {"baseline.accuracy": 100.0, "baseline.tflite_bytes": 4000.0, "baseline.latency_p50": 2.0}
 
 
 @dataclass(frozen=True)
-class Store:
+class Sweeps:
     settings: TrackingSettings
     client: MlflowClient
     experiment: str
 
     def parent(self) -> str:
-        return start_parent(self.client, self.experiment, "multirun", ["-m"])
+        return start_parent(Store(self.settings.uri, self.settings.experiment), "multirun", ["-m"])
 
     def child(self, parent: str, name: str, seed: int, status: str = "FINISHED", **metrics: float) -> str:
         tags = {"mlflow.parentRunId": parent, "strategy": name, "seed": str(seed), "overrides": "[]"}
@@ -48,12 +48,12 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
+def store(tmp_path_factory) -> Sweeps:
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri)
     client.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
-    return Store(TrackingSettings(True, uri, "tests"), *connect(uri, "tests"))
+    return Sweeps(TrackingSettings(True, uri, "tests"), *connect(uri, "tests"))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def sweep(store) -> Finished:
         dominated=store.child(parent, "dominated", 0, accuracy=80.0, tflite_bytes=3500, latency_p50=1.5),
         broken=store.child(parent, "broken", 0, "FAILED"),
     )
-    summary = finish_sweep(store.client, store.experiment, parent, store.settings)
+    summary = finish_sweep(store.client, parent)
     assert len(summary.points) == 4
     assert summary.missing is None
     return made
@@ -125,8 +125,7 @@ def test_the_parent_has_charts_counts_and_hypervolumes(store, sweep):
 def test_an_objective_that_no_run_reports_is_told_and_the_rest_is_done(store):
     parent = store.parent()
     only = store.child(parent, "only", 0, accuracy=90.0, tflite_bytes=1000, latency_p50=1.0)
-    settings = replace(store.settings, objectives=(("accuracy", "tflite_bytes"), ("accuracy", "tflite_bites")))
-    summary = finish_sweep(store.client, store.experiment, parent, settings)
+    summary = finish_sweep(store.client, parent, (("accuracy", "tflite_bytes"), ("accuracy", "tflite_bites")))
     assert summary.missing is not None
     assert "tflite_bites" in str(summary.missing)
     assert "tflite_bytes" in str(summary.missing)
@@ -138,9 +137,9 @@ def test_a_job_that_died_without_a_word_is_closed_as_failed(store):
     parent = store.parent()
     tags = {"mlflow.parentRunId": parent}
     silent = store.client.create_run(store.experiment, tags={**tags, **process_tags()}).info.run_id
-    finish_sweep(store.client, store.experiment, parent, store.settings, stopped=True)
+    finish_sweep(store.client, parent, stopped=True)
     assert store.client.get_run(silent).info.status == "RUNNING", "a job of a stopped sweep may still be at work"
-    finish_sweep(store.client, store.experiment, parent, store.settings)
+    finish_sweep(store.client, parent)
     assert store.client.get_run(silent).info.status == "FAILED"
     assert store.client.get_run(parent).info.status == "FAILED"
 
@@ -148,7 +147,7 @@ def test_a_job_that_died_without_a_word_is_closed_as_failed(store):
 def test_a_sweep_without_a_finished_run_is_closed(store):
     parent = store.parent()
     store.child(parent, "broken", 0, "FAILED")
-    assert finish_sweep(store.client, store.experiment, parent, store.settings, stopped=True).points == []
+    assert finish_sweep(store.client, parent, stopped=True).points == []
     assert store.client.get_run(parent).info.status == "KILLED"
 
 

@@ -1,0 +1,277 @@
+"""A store that goes away in the middle: what it has not taken is kept, and sent later, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+
+from compress import deliver as command
+from compress.errors import CompressError
+from compress.tracking import store as store_module
+from compress.tracking.delivery import deliver, end_sweep
+from compress.tracking.entries import Metrics, RunEnded
+from compress.tracking.journal import Journal
+from compress.tracking.recorder import open_recorder
+from compress.tracking.store import Store, TrackingSettings, connect, start_parent, write_parent
+from tests.tracking.runs import SECRET, config_of, finished
+
+BEFORE, AFTER = "before", "after"
+UNSENT = Path(".compress_unsent")
+
+
+class Line:
+    """What stands between a client and its store: calls fail as the plan says, before or after they are done."""
+
+    def __init__(self, plan: list[str | None]) -> None:
+        self.plan = plan
+        self.away = False
+
+    def wrap(self, client: Any) -> Any:
+        line = self
+
+        class Client:
+            def __getattr__(self, name: str) -> Any:
+                real = getattr(client, name)
+                return line.call(real) if callable(real) else real
+
+        return Client()
+
+    def call(self, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            fate = BEFORE if self.away else self.plan.pop(0) if self.plan else None
+            if fate == BEFORE:
+                raise MlflowException("no route to host")
+            answer = real(*args, **kwargs)
+            if fate == AFTER:
+                raise MlflowException("the answer was lost")
+            return answer
+
+        return call
+
+
+@pytest.fixture
+def line(monkeypatch) -> Line:
+    drawn = Line([])
+
+    def connect_by_it(uri: str, experiment: str) -> Any:
+        client, found = connect(uri, experiment)
+        return drawn.wrap(client), found
+
+    monkeypatch.setattr(store_module, "connect", connect_by_it)
+    monkeypatch.setattr(store_module, "_PAUSE_SECONDS", 0.0)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> TrackingSettings:
+    folder = tmp_path_factory.mktemp("mlflow")
+    return TrackingSettings(True, f"sqlite:///{folder}/mlflow.db", "tests")
+
+
+@pytest.fixture(autouse=True)
+def in_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def record(tracking: TrackingSettings, sweep: Path, folder: Path) -> None:
+    report, result = finished(folder, tflite_bytes=2000)
+    with open_recorder(tracking, config_of(tracking), sweep, command=[]) as recorder:
+        for stage in (result.baseline, *result.stages):
+            recorder.stage(stage)
+        recorder.finish(report, result, folder)
+
+
+def begun(tracking: TrackingSettings, folder: Path) -> tuple[Path, str]:
+    parent = start_parent(Store(tracking.uri, tracking.experiment), "multirun", ["-m"])
+    write_parent(folder, parent)
+    return folder, parent
+
+
+def told(tracking: TrackingSettings, parent: str) -> list[dict[str, Any]]:
+    """Return all that the store has of the parent's children, without what differs from one run to the next."""
+    client, experiment = connect(tracking.uri, tracking.experiment)
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    varying = ("record", "serve", "mlflow.parentRunId", "process")
+    return [
+        {
+            "status": run.info.status,
+            "metrics": {
+                key: Counter((m.step, m.value) for m in client.get_metric_history(run.info.run_id, key))
+                for key in run.data.metrics
+            },
+            "params": run.data.params,
+            "tags": {key: value for key, value in run.data.tags.items() if not key.startswith(varying)},
+            "files": sorted((f.path, f.file_size) for f in client.list_artifacts(run.info.run_id)),
+        }
+        for run in runs
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(database, tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        sweep, parent = begun(database, folder / "sweep")
+        record(database, sweep, folder / "run")
+    finally:
+        os.chdir(here)
+    (run,) = told(database, parent)
+    return run
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.sampled_from([None, None, BEFORE, AFTER]), max_size=40), lasting=st.booleans())
+def test_whatever_call_fails_nothing_is_lost_or_doubled(plan, lasting, line, database, undisturbed, tmp_path):
+    line.plan = []
+    sweep, parent = begun(database, tmp_path / f"sweep{time.monotonic_ns()}")
+    line.plan, folder = list(plan), tmp_path / "run"
+    record(database, sweep, folder)
+    if lasting:
+        # The run's own folder may be gone when the store is there again.
+        shutil.rmtree(folder)
+    line.plan = []
+    deliver(UNSENT, Store(database.uri, database.experiment))
+    assert told(database, parent) == [undisturbed]
+    assert not UNSENT.exists()
+
+
+def test_a_run_that_starts_and_ends_while_the_store_is_away_is_sent_by_the_next(line, database, undisturbed, tmp_path):
+    sweep, parent = begun(database, tmp_path / "sweep")
+    line.away = True
+    record(database, sweep, tmp_path / "run")
+    assert told(database, parent) == []
+    (kept,) = UNSENT.glob("*.jsonl")
+    assert SECRET not in kept.read_text()
+    shutil.rmtree(tmp_path / "run")
+    line.away = False
+    record(database, tmp_path / "no_sweep", tmp_path / "next")
+    assert told(database, parent) == [undisturbed]
+    assert not UNSENT.exists()
+
+
+def test_a_multirun_that_ends_while_the_store_is_away_gets_its_fronts_later(line, database, tmp_path):
+    sweep, parent = begun(database, tmp_path / "sweep")
+    record(database, sweep, tmp_path / "first")
+    line.away = True
+    record(database, sweep, tmp_path / "second")
+    store = Store(database.uri, database.experiment)
+    assert end_sweep(store, parent, database, stopped=False) is None
+    client, _ = connect(database.uri, database.experiment)
+    assert client.get_run(parent).info.status == "RUNNING"
+    line.away = False
+    assert deliver(UNSENT, store).runs == 2
+    run = client.get_run(parent)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["runs"] == 2
+    assert [m.step for m in client.get_metric_history(parent, "hypervolume.tflite_bytes")] == [0]
+    assert {item["tags"]["pareto"] for item in told(database, parent)} == {"true"}
+    assert deliver(UNSENT, store).runs == 0
+
+
+def test_the_end_of_a_multirun_waits_for_runs_that_are_not_there_yet(line, database, tmp_path):
+    sweep, parent = begun(database, tmp_path / "sweep")
+    store = Store(database.uri, database.experiment)
+    with open_recorder(database, config_of(database), sweep, command=[]):
+        # A job in another process, still at work.
+        assert end_sweep(store, parent, database, stopped=False) is None
+        assert deliver(UNSENT, store).runs == 0
+        client, _ = connect(database.uri, database.experiment)
+        assert client.get_run(parent).info.status == "RUNNING"
+    assert deliver(UNSENT, store).runs == 1
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+def test_what_a_killed_process_has_kept_is_sent_and_its_run_closed(outside, database, tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from compress.tracking import store;\n"
+        "from compress.tracking.entries import Metrics; from compress.tracking.journal import Journal\n"
+        "def away(uri, experiment): raise store.StoreAway('x', expected='', received='', fix='')\n"
+        "store.connect = away\n"
+        f"journal = Journal.begin(Path('.compress_unsent'), store.Store({database.uri!r}, 'tests'), 'killed', {{}})\n"
+        "journal.add(Metrics({'a': 1.0}, 0, 5), Metrics({'a': float('nan')}, 1, 6))\n"
+        "open(journal.file, 'a').write('{\"entry\": {\"val')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert outside("-c", code, cwd=tmp_path).returncode == -signal.SIGKILL
+    assert deliver(UNSENT, Store(database.uri, database.experiment)).runs == 1
+    client, experiment = connect(database.uri, database.experiment)
+    (run,) = client.search_runs([experiment], "attributes.run_name = 'killed'")
+    assert run.info.status == "KILLED"
+    assert [(m.step, m.timestamp) for m in client.get_metric_history(run.info.run_id, "a")] == [(0, 5), (1, 6)]
+    assert not UNSENT.exists()
+
+
+def test_a_store_that_is_away_is_not_asked_again_and_again(line, database, monkeypatch, tmp_path):
+    monkeypatch.setattr(store_module, "_PAUSE_SECONDS", 60.0)
+    asked = []
+    monkeypatch.setattr(store_module, "connect", lambda *_: asked.append(1) or _raise())
+    journal = Journal.begin(UNSENT, Store(database.uri, database.experiment), "slow", {})
+    for step in range(5):
+        journal.add(Metrics({"a": 1.0}, step, 0))
+    assert len(asked) == 1
+    journal.add(RunEnded("FINISHED", 0))
+    assert not journal.close()
+    assert len(asked) == 2
+
+
+def _raise() -> Iterator[None]:
+    raise store_module.StoreAway("tracking.uri", expected="", received="", fix="")
+
+
+def test_what_the_store_refuses_for_good_is_an_error_and_is_kept(database, tmp_path):
+    sweep, parent = begun(database, tmp_path / "sweep")
+    client, experiment = connect(database.uri, database.experiment)
+    recording = open_recorder(database, config_of(database), sweep, command=[])
+    recording.__enter__()
+    (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    client.delete_run(child.info.run_id)
+    with pytest.raises(CompressError, match="takes what is reported"):
+        recording.__exit__(None, None, None)
+    assert len(list(UNSENT.glob("*.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "no json\n", '{"start": {"version": 9}}\n', '{"start": 1}\n{}\n'])
+def test_a_damaged_file_is_told_and_the_others_are_sent(content, database, capsys, tmp_path):
+    UNSENT.mkdir()
+    (UNSENT / "0.jsonl").write_text(content)
+    journal = Journal.begin(UNSENT, Store(database.uri, database.experiment), "whole", {})
+    journal.keep()
+    with pytest.raises(SystemExit) as exited:
+        command.main([f"uri={database.uri}"])
+    assert exited.value.code == 2
+    shown = capsys.readouterr()
+    assert "sent: 1 runs; kept: 1" in shown.out
+    assert "0.jsonl" in shown.err
+    assert [file.name for file in UNSENT.iterdir()] == ["0.jsonl"]
+
+
+def test_what_is_meant_for_another_store_is_left_alone(database, tmp_path):
+    journal = Journal.begin(UNSENT, Store("sqlite:///other.db", "tests"), "other", {})
+    journal.keep()
+    assert deliver(UNSENT, Store(database.uri, database.experiment)).runs == 0
+    assert json.loads(journal.file.read_text().splitlines()[0])["start"]["store"] == "sqlite:///other.db"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["ury=x"], "uri"), (["folder=none_here"], "tracking.unsent"), (["uri=sqlite:///none.db"], "not there")],
+)
+def test_wrong_words_are_explained(words, part, capsys):
+    with pytest.raises(SystemExit) as exited:
+        command.main(words)
+    assert exited.value.code == 2
+    assert part in " ".join(capsys.readouterr().err.split())
