@@ -70,19 +70,27 @@ class LayerLoss(Loss):
         """Return what is trained along with the student: it maps the student's, and the teacher's, features."""
         return None, None
 
+    @abstractmethod
     def value(self, student: Sequence[tf.Tensor], teacher: Sequence[tf.Tensor], samples: int) -> tf.Tensor:
-        """Return the loss, a scalar: by default the sum over the pairs.
+        """Return the loss, a scalar.
 
         Args:
             student: for each pair, the student's features [b, ...], past the connector.
             teacher: the teacher's.
             samples: number of samples in the training part.
         """
-        return reduce(add, (self.between(s, t) for s, t in zip(student, teacher, strict=True)))
 
+
+class PairLoss(LayerLoss):
+    """A loss that is the sum over the pairs of layers."""
+
+    def value(self, student: Sequence[tf.Tensor], teacher: Sequence[tf.Tensor], samples: int) -> tf.Tensor:
+        """Return the sum."""
+        return reduce(add, (self.between(own, other) for own, other in zip(student, teacher, strict=True)))
+
+    @abstractmethod
     def between(self, student: tf.Tensor, teacher: tf.Tensor) -> tf.Tensor:
-        """Return the loss of one pair."""
-        raise NotImplementedError
+        """Return the loss of one pair, a scalar."""
 
 
 def compares_maps(pair: Pair) -> str | None:

@@ -15,12 +15,12 @@ from pydantic.dataclasses import dataclass
 
 from compress.data.source import STRICT
 from compress.strategies.distillation.connector import Connector
-from compress.strategies.distillation.loss import LayerLoss
+from compress.strategies.distillation.loss import PairLoss
 from compress.strategies.distillation.pairing import Layers, Pair, pair, stage_pairs
 
 
 @dataclass(frozen=True, config=STRICT)
-class ActivationBoundary(LayerLoss):
+class ActivationBoundary(PairLoss):
     """The sum over neurons of ``relu(margin - s)^2`` where the teacher is active, else of ``relu(margin + s)^2``.
 
     It is summed over the layers, too, and averaged over the batch. ``s`` is the student's response past a connector

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from compress.strategies.distillation.loss import LayerLoss, compares_maps
+from compress.strategies.distillation.loss import PairLoss, compares_maps
 from compress.strategies.distillation.pairing import Pair
 from compress.strategies.distillation.pooling import average_pool
 
 
-class Attention(LayerLoss):
+class Attention(PairLoss):
     """The sum over layers of ``mean((q_student - q_teacher)^2)``.
 
     ``q`` is the sum over the channels of the squared features, as a vector over the places divided by its length. Maps

@@ -10,11 +10,11 @@ from __future__ import annotations
 import tensorflow as tf
 
 from compress.strategies.distillation.connector import Connector
-from compress.strategies.distillation.loss import LayerLoss
+from compress.strategies.distillation.loss import PairLoss
 from compress.strategies.distillation.pairing import Layers, Pair, same_layers, stage_pairs
 
 
-class Hints(LayerLoss):
+class Hints(PairLoss):
     """The sum over layers of ``|student - teacher|^2 / variance of the teacher``, both means over the elements.
 
     The paper has half the sum of squares of one layer; here each layer counts alike, whatever its size and the size of

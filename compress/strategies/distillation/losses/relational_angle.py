@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from compress.strategies.distillation.loss import LayerLoss, has_vectors
+from compress.strategies.distillation.loss import PairLoss, has_vectors
 from compress.strategies.distillation.pairing import Layers, Pair, feature_pairs
 from compress.strategies.distillation.relations import distances, huber, products
 
 
-class RelationalAngle(LayerLoss):
+class RelationalAngle(PairLoss):
     """The mean over all triplets (i, j, k) of Huber's loss between the cosines of their angles at j."""
 
     name = "relational_angle"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from compress.strategies.distillation.loss import LayerLoss, has_vectors
+from compress.strategies.distillation.loss import PairLoss, has_vectors
 from compress.strategies.distillation.pairing import Layers, Pair, feature_pairs
 from compress.strategies.distillation.relations import distances, huber, products
 
 
-class RelationalDistance(LayerLoss):
+class RelationalDistance(PairLoss):
     """The mean over all pairs of samples of Huber's loss between their distances.
 
     These are relative to the mean distance in the batch, for each network apart.

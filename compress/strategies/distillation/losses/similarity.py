@@ -8,11 +8,11 @@ from __future__ import annotations
 import tensorflow as tf
 
 from compress.strategies.distillation.connector import flat
-from compress.strategies.distillation.loss import LayerLoss, has_vectors
+from compress.strategies.distillation.loss import PairLoss, has_vectors
 from compress.strategies.distillation.pairing import Layers, Pair, feature_pairs, pair
 
 
-class Similarity(LayerLoss):
+class Similarity(PairLoss):
     """The sum over layers of ``|G_student - G_teacher|^2 / b^2``.
 
     ``G`` [b, b] are the products of the samples' features as vectors, each row divided by its length.
