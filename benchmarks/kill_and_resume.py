@@ -32,6 +32,14 @@ SWEEP = (
 )
 TIMED = ("latency_ms", "latency_failure", "on_board", "speedup", "estimate_ms", "seconds", "cached", "versions")
 """What a report says of time, and of the program itself: it differs from run to run."""
+LEFT_BEHIND = (
+    "cache/.partial-*",
+    "cache/*/.partial-*",
+    "cache/.trainings/*",
+    "sweep/*/.stages-*",
+    ".compress_unsent/*",
+)
+"""Files that are there while a sweep is at work, and not after it."""
 
 
 @dataclass
@@ -79,7 +87,7 @@ class Place:
         if mine != calm:
             jobs = [job for job in calm if mine.get(job) != calm[job]]
             self.findings.append(f"{name}: other numbers or bytes in jobs {', '.join(jobs)}")
-        for pattern in ("cache/.partial-*", "cache/*/.partial-*", "cache/.trainings/*", "sweep/*/.stages-*"):
+        for pattern in LEFT_BEHIND:
             self.findings += [f"{name}: left behind {file}" for file in self.folder.glob(pattern)]
         self.findings += [f"{name}: MLflow run {run} is left {status}" for run, status in self.unfinished()]
 
