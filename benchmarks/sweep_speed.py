@@ -133,9 +133,9 @@ def page(rows: list[Row]) -> str:
     for row in (row for row in rows if row["row"] == "memory"):
         lines += [
             "",
-            f"Resident memory of one process that runs {row['pipelines']} pipelines on digits: {row['tenth']:.0f} MB after "
-            f"the tenth, {row['last']:.0f} MB after the last but one: {row['last'] / row['tenth']:.2f}x (wanted: at most "
-            f"1.2x); {row['first']:.0f} s.",
+            f"Resident memory of one process that runs {row['pipelines']} pipelines on digits: {row['tenth']:.0f} MB "
+            f"after the tenth, {row['last']:.0f} MB after the last but one: {row['last'] / row['tenth']:.2f}x "
+            f"(wanted: at most 1.2x); {row['first']:.0f} s.",
         ]
     lines += [
         "",
