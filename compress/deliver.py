@@ -47,13 +47,22 @@ def send_kept(arguments: Sequence[str]) -> list[CompressError]:
     uri = values.get("uri") or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
     from compress.tracking.delivery import deliver
-    from compress.tracking.store import Store, connect_to
+    from compress.tracking.store import Store, connect_to, without_password
 
     connect_to(uri)
     found = deliver(folder, Store(uri, ""))
     print(f"sent: {found.runs} runs; kept: {len(found.kept)}")
     for file in found.kept:
         print(f"  {file}")
+    for other, count in found.others.items():
+        print(f"kept for another store: {count} for {other}")
+    if found.others and not found.runs and not found.kept and values.get("uri"):
+        raise CompressError(
+            "uri",
+            expected=f"a store that something is kept for: {', '.join(found.others)}",
+            received=without_password(uri),
+            fix="Write uri= as the runs did.",
+        )
     return list(found.problems)
 
 

@@ -83,7 +83,7 @@ def refuse_passwords(arguments: Sequence[str]) -> None:
         CompressError: if a URI among ``arguments`` carries one.
     """
     for argument in arguments:
-        if re.search(r"://[^\s@:/]*:\S+@", argument):
+        if re.search(r"(?i)://([^\s@:/]*:\S+@|\S*[?&;][\w.-]*(password|passwd|secret|token)[\w.-]*=)", argument):
             raise CompressError(
                 argument.partition("=")[0],
                 expected="a URI without a password; the command line is kept in config dumps",

@@ -35,6 +35,7 @@ class SweepCallback(Callback):
         if not config.tracking.enabled:
             return
         from compress.tracking.delivery import deliver, end_sweep
+        from compress.tracking.journal import require_folder
         from compress.tracking.pareto import read_fronts
         from compress.tracking.store import Store, close_orphans, start_parent, write_parent
         from compress.tracking.sweeps import OBJECTIVES_KEY
@@ -43,6 +44,7 @@ class SweepCallback(Callback):
             settings = _read_settings(config)
             read_fronts(settings.objectives, OBJECTIVES_KEY)
             store = Store(settings.uri, settings.experiment)
+            require_folder(Path(settings.unsent))
             store.reach()
             deliver(Path(settings.unsent), store)
             store.ask(close_orphans)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress.errors import CompressError
 from compress.tracking.entries import SweepEnded
-from compress.tracking.journal import PARENT_TAG, SUFFIX, Journal, Start, read_start
+from compress.tracking.journal import PARENT_TAG, SUFFIX, Journal, Start, read_start, remove_litter
 from compress.tracking.store import Store, StoreAway, TrackingSettings, now
 from compress.tracking.sweeps import Summary, finish_sweep
 
@@ -27,6 +29,8 @@ class Delivery:
     """What is damaged, and what the store has refused."""
     unfinished: frozenset[str] = frozenset()
     """Runs of which a child is not there as a whole."""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """Other store -> how many files are kept for it."""
 
 
 def deliver(folder: Path, store: Store) -> Delivery:
@@ -35,7 +39,9 @@ def deliver(folder: Path, store: Store) -> Delivery:
     The end of a multirun is sent after the last of its runs: the Pareto fronts are computed from what MLflow has of
     them. What another process is at work with, and what is meant for another store, is left alone.
     """
-    found, problems = _find(folder.expanduser().absolute(), store)
+    folder = folder.expanduser().absolute()
+    remove_litter(folder)
+    found, problems, others = _find(folder, store)
     stores = {store.experiment: store}
     kept: list[Path] = []
     unfinished: set[str] = set()
@@ -61,14 +67,15 @@ def deliver(folder: Path, store: Store) -> Delivery:
                 unfinished.add(parent)
                 kept.append(file)
         except CompressError as error:
+            # A refusal: what is left of the run has been sent. Or the file is damaged.
             problems.append(error)
-            unfinished.add(parent)
-            kept.append(file)
+            if file.exists():
+                kept.append(file)
     for problem in problems:
         _LOG.warning("%s", problem)
     if runs:
         _LOG.info("MLflow has been sent what was kept of %d runs", runs)
-    return Delivery(runs, tuple(kept), tuple(problems), frozenset(unfinished))
+    return Delivery(runs, tuple(kept), tuple(problems), frozenset(unfinished), others)
 
 
 def end_sweep(store: Store, parent: str, settings: TrackingSettings, *, stopped: bool) -> Summary | None:
@@ -86,22 +93,38 @@ def end_sweep(store: Store, parent: str, settings: TrackingSettings, *, stopped:
         CompressError: if the store refuses it for good.
     """
     folder, when = Path(settings.unsent), now()
-    objectives, reference = settings.objectives, settings.reference
-    if parent not in deliver(folder, store).unfinished:
-        try:
-            return store.ask(
-                lambda client, _: finish_sweep(client, parent, objectives, reference, stopped=stopped, when=when)
+    # Written down before anything else: this process may be killed, too.
+    journal = Journal.begin(folder, store, "multirun", {}, run=parent, sweep=True)
+    summary = None
+    try:
+        journal.write(SweepEnded(settings.objectives, settings.reference, stopped, when))
+        if parent not in deliver(folder, store).unfinished:
+            summary = store.ask(
+                lambda client, _: finish_sweep(
+                    client, parent, settings.objectives, settings.reference, stopped=stopped, when=when
+                )
             )
-        except StoreAway as error:
-            _LOG.debug("%s", error)
-    journal = Journal.begin(folder, store, "multirun", {}, run=parent)
-    journal.write(SweepEnded(objectives, reference, stopped, when))
-    journal.keep()
-    return None
+    except StoreAway as error:
+        _LOG.debug("%s", error)
+    except CompressError:
+        journal.forget()
+        raise
+    except BaseException:
+        journal.keep()
+        raise
+    if summary is None:
+        journal.keep()
+    else:
+        journal.forget()
+    return summary
 
 
-def _find(folder: Path, store: Store) -> tuple[dict[Path, Start | None], list[CompressError]]:
-    """Return the files for this store, oldest first, each with its start (None: it is damaged), and what is damaged."""
+def _find(folder: Path, store: Store) -> tuple[dict[Path, Start | None], list[CompressError], Counter[str]]:
+    """Return the files for this store, each with its start (None: it is damaged), what is damaged, and other stores.
+
+    Oldest first, but the ends of multiruns last.
+    """
+    others: Counter[str] = Counter()
     starts: dict[Path, Start] = {}
     damaged: dict[Path, Start | None] = {}
     problems: list[CompressError] = []
@@ -117,4 +140,7 @@ def _find(folder: Path, store: Store) -> tuple[dict[Path, Start | None], list[Co
             continue
         if start.store == store.name:
             starts[file] = start
-    return {**damaged, **{file: starts[file] for file in sorted(starts, key=lambda f: starts[f].time)}}, problems
+        else:
+            others[start.store] += 1
+    ordered = sorted(starts, key=lambda file: (starts[file].sweep, starts[file].time))
+    return {**damaged, **{file: starts[file] for file in ordered}}, problems, others

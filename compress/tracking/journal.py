@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.errors import CompressError
 from compress.tracking.entries import Entry, RunEnded, entries_adapter
-from compress.tracking.store import Store, now
+from compress.tracking.store import Store, as_mistake, is_refusal, now
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -47,6 +47,8 @@ class Start:
     tags: dict[str, str]
     time: int
     """Milliseconds since 1970."""
+    sweep: bool = False
+    """Whether it is about the end of a multirun, which is told after all of its runs."""
 
 
 class Journal:
@@ -64,12 +66,25 @@ class Journal:
         """Its id in MLflow, once that is known."""
         self._may_be_there = False
         """Whether MLflow may have made the run without our knowing."""
+        self._refused: CompressError | None = None
 
     @classmethod
-    def begin(cls, folder: Path, store: Store, name: str, tags: Mapping[str, str], run: str | None = None) -> Journal:
-        """Return the journal of a new run, or of one that MLflow has already (``run``)."""
+    def begin(
+        cls,
+        folder: Path,
+        store: Store,
+        name: str,
+        tags: Mapping[str, str],
+        run: str | None = None,
+        *,
+        sweep: bool = False,
+    ) -> Journal:
+        """Return the journal of a new run, or of one that MLflow has already (``run``).
+
+        ``sweep``: it is about the end of a multirun.
+        """
         record = uuid.uuid4().hex
-        start = Start(_VERSION, store.name, store.experiment, record, name, dict(tags), now())
+        start = Start(_VERSION, store.name, store.experiment, record, name, dict(tags), now(), sweep)
         file = folder.expanduser().absolute() / f"{record}{SUFFIX}"
         journal = cls(file, _locked(file), store, start)
         journal._write(journal._start_line())
@@ -147,8 +162,7 @@ class Journal:
         Args:
             at_once: try it even if the store was away a moment ago.
 
-        Raises:
-            CompressError: with ``at_once``, if the store refuses an entry for good.
+        An entry that the store refuses for good is left out, which :meth:`close` tells.
         """
         return self._store.try_to(self._send, at_once=at_once)
 
@@ -159,7 +173,12 @@ class Journal:
             self.run = self.run or self._make(client, experiment)
             self._write({"run": self.run})
         while self._sent < len(self._entries):
-            self._entries[self._sent].send(client, self.run)
+            try:
+                self._entries[self._sent].send(client, self.run)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                self._refused = self._refused or as_mistake(error, self._store.uri)
             self._sent += 1
             self._write({"sent": self._sent})
 
@@ -178,19 +197,25 @@ class Journal:
         If not, it is kept.
 
         Raises:
-            CompressError: if the store refuses an entry for good. The file is kept, too.
+            CompressError: if the store has refused an entry for good; it has been sent the others.
         """
         done = False
         try:
             done = self.send(at_once=True)
         finally:
             if done:
-                self.file.unlink(missing_ok=True)
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self.leave()
+                self.forget()
             else:
                 self.keep()
+        if done and self._refused is not None:
+            raise self._refused
         return done
+
+    def forget(self) -> None:
+        """Put the file away, and the copies of the files that it names."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.file.unlink(missing_ok=True)
+        self.leave()
 
     def keep(self) -> None:
         """Leave the file, and the files that it names, to be sent later."""
@@ -232,6 +257,45 @@ class Journal:
     def _write(self, line: Mapping[str, Any]) -> None:
         with self.file.open("a") as target:
             target.write(json.dumps(line) + "\n")
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a folder in which nothing can be kept.
+
+    Raises:
+        CompressError: naming the setting.
+    """
+    probe = folder.expanduser().absolute() / f".{uuid.uuid4().hex}.partial"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CompressError(
+            "tracking.unsent",
+            expected="a folder that can be written",
+            received=f"{folder} ({error.strerror or error})",
+            fix="Name another one: tracking.unsent=<folder>.",
+        ) from error
+    _remove_empty(probe.parent)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what processes have left that were killed before the first line, or after the last."""
+    for lock_file in folder.glob(f"*{SUFFIX}.lock"):
+        file = lock_file.with_suffix("")
+        lock = FileLock(lock_file)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        if file.is_file() and not file.stat().st_size:
+            file.unlink()
+        if not file.exists():
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
+        lock.release()
+    _remove_empty(folder)
 
 
 def read_start(file: Path) -> Start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.errors import GivenUp
 from compress.tracking.delivery import deliver
 from compress.tracking.entries import Document, Files, Metrics, Parameters, RunEnded, ServedModel, Table, Tags
-from compress.tracking.journal import Journal
+from compress.tracking.journal import Journal, require_folder
 from compress.tracking.process import process_tags
 from compress.tracking.store import (
     LONGEST_TAG,
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from compress.pipeline.pipeline import Result
     from compress.pipeline.stage import StageResult
 
-_LONGEST_PARAMETER = 500
+_LONGEST_PARAMETER = 6000
+_LONGEST_NAME = 250
+_FOREIGN = re.compile(r"[^\w.\- ]", re.ASCII)
+"""What MLflow does not take in a name, and slashes and colons, which it takes in some places only."""
 
 
 class Recorder(ABC):
@@ -126,7 +130,8 @@ def open_recorder(
 ) -> Iterator[Recorder]:
     """Open a child run (and, outside a multirun, its parent); close both with the right status.
 
-    A store that goes away meanwhile stops nothing: what it has not taken is kept, and sent later.
+    A store that goes away meanwhile stops nothing: what it has not taken is kept, and sent later. What it refuses for
+    good is told at the end, when it has been sent the rest.
 
     Args:
         tracking: where runs are recorded.
@@ -145,6 +150,7 @@ def open_recorder(
     name = "+".join(config.get("strategy") or {}) or "none"
     parent = None if sweep is None else read_parent(sweep)
     own_parent = None
+    require_folder(unsent)
     if parent is None:
         store.reach()
         deliver(unsent, store)
@@ -201,7 +207,7 @@ def log_survey(
     """
     if not tracking.enabled:
         return
-    told = " ".join(["python -m compress.sensitivity", *command])[:LONGEST_TAG]
+    told = without_password(" ".join(["python -m compress.sensitivity", *command]))[:LONGEST_TAG]
     tags = {"command": told, "seed": str(config["seed"]), **process_tags()}
     journal = Journal.begin(Path(tracking.unsent), Store(tracking.uri, tracking.experiment), "sensitivity", tags)
     files = tuple(folder.absolute() / f"sensitivity.{suffix}" for suffix in ("md", "json", "png"))
@@ -210,4 +216,10 @@ def log_survey(
 
 
 def _parameters(config: Mapping[str, Any]) -> Parameters:
-    return Parameters({key: str(value)[:_LONGEST_PARAMETER] for key, value in flatten(redacted(config)).items()})
+    """Return the settings by names that MLflow takes: ``layer_bits.d.*`` is ``layer_bits.d.:2a:``."""
+    return Parameters(
+        {
+            _FOREIGN.sub(lambda found: f":{ord(found[0]):x}:", key)[:_LONGEST_NAME]: str(value)[:_LONGEST_PARAMETER]
+            for key, value in flatten(redacted(config)).items()
+        }
+    )

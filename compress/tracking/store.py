@@ -33,6 +33,11 @@ _MOST_RUNNING = 1000
 _PAUSE_SECONDS = 30.0
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 """MLflow's codes for what would be refused again."""
+_CLIENTS = (
+    *("mlflow", "requests", "urllib3", "http", "sqlalchemy", "psycopg", "psycopg2", "pymysql", "MySQLdb"),
+    *("botocore", "boto3", "azure", "google", "paramiko", "pysftp"),
+)
+"""Packages whose exceptions come from a store."""
 _LOG = logging.getLogger("compress")
 _EXPERIMENT_TAGS = {
     # MLflow's own tag: opens the experiment under "Model training", where runs have columns of metrics.
@@ -78,8 +83,9 @@ class Store:
 
     @property
     def name(self) -> str:
-        """The URI without a password."""
-        return without_password(self.uri)
+        """The URI without a password, the same for all ways to write it: what is kept for a store is found by it."""
+        file = _database_file(self.uri)
+        return without_password(f"sqlite:///{Path(file).absolute()}" if file else self.uri.rstrip("/"))
 
     def reach(self) -> tuple[MlflowClient, str]:
         """Return a client and the experiment's id.
@@ -104,8 +110,11 @@ class Store:
             self._leave()
             raise
         except Exception as error:
+            if not _is_of_store(error):
+                # A defect, or this machine's disk.
+                raise
             self._leave()
-            raise _as_mistake(error, self.uri) from error
+            raise as_mistake(error, self.uri) from error
 
     def try_to(self, tell: Callable[[MlflowClient, str], None], *, at_once: bool = False) -> bool:
         """Tell it something, and say whether it was there to be told.
@@ -139,10 +148,21 @@ class Store:
         self._not_before = time.monotonic() + _PAUSE_SECONDS
 
 
-def _as_mistake(error: Exception, uri: str) -> CompressError:
-    """Return what a store's exception means; each kind of store raises its own types: requests, SQLAlchemy, MLflow."""
+def _is_of_store(error: Exception) -> bool:
+    """Say whether a client of a store, or of its folder of artifacts, raised it: each kind has types of its own."""
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def is_refusal(error: Exception) -> bool:
+    """Say whether a store has answered that it will never take this; a proxy's error page is no such answer."""
+    code = getattr(error, "error_code", None)
+    return code in _REFUSALS and not str(error).startswith("API request to")
+
+
+def as_mistake(error: Exception, uri: str) -> CompressError:
+    """Return what a store's exception means."""
     reason = f"{type(error).__name__}: {without_password(' '.join(str(error).split()))[:160]}"
-    if getattr(error, "error_code", None) in _REFUSALS:
+    if is_refusal(error):
         return CompressError(
             "tracking.uri",
             expected=f"an MLflow store that takes what is reported ({without_password(uri)})",
@@ -201,7 +221,8 @@ def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient,
     """Return a client, and the store's answer to a first question."""
     # Long enough for a slow server, short enough for a wrong address; a user's own setting wins.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # A client that asks again by itself would make a run twice whose answer was lost: the journal asks again.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # That a server does not answer is told once, by us.
     for noisy, level in (("alembic", logging.WARNING), ("mlflow", logging.WARNING), ("urllib3", logging.ERROR)):
@@ -216,7 +237,7 @@ def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient,
     except CompressError:
         raise
     except Exception as error:
-        raise _as_mistake(error, uri) from error
+        raise as_mistake(error, uri) from error
 
 
 @contextmanager
@@ -260,7 +281,7 @@ def start_parent(store: Store, name: str, command: Sequence[str]) -> str:
     Raises:
         CompressError: if the store does not answer.
     """
-    told = " ".join(["python -m compress.run", *command])[:LONGEST_TAG]
+    told = without_password(" ".join(["python -m compress.run", *command]))[:LONGEST_TAG]
     tags = {"command": told, **process_tags()}
     return store.ask(
         lambda client, experiment: str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
@@ -316,8 +337,9 @@ def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_password(text: str) -> str:
-    """Blank what stands between ``://`` and ``@``."""
-    return re.sub(r"://(?=[^/\s])\S*@", "://***@", text)
+    """Blank what stands between ``://`` and ``@``, and the passwords and tokens in the query of an address."""
+    text = re.sub(r"://(?=[^/\s])\S*@", "://***@", text)
+    return re.sub(r"(?i)([?&;][\w.-]*(?:password|passwd|token|secret)[\w.-]*=)[^&\s]+", r"\1***", text)
 
 
 def log_metrics(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from compress import deliver as command
 from compress.errors import CompressError
 from compress.tracking import store as store_module
 from compress.tracking.delivery import deliver, end_sweep
-from compress.tracking.entries import Metrics, RunEnded
+from compress.tracking.entries import Metrics, Parameters, RunEnded
 from compress.tracking.journal import Journal
 from compress.tracking.recorder import open_recorder
 from compress.tracking.store import Store, TrackingSettings, connect, start_parent, write_parent
@@ -232,19 +236,127 @@ def _raise() -> Iterator[None]:
     raise store_module.StoreAway("tracking.uri", expected="", received="", fix="")
 
 
-def test_what_the_store_refuses_for_good_is_an_error_and_is_kept(database, tmp_path):
+def test_what_the_store_refuses_for_good_is_an_error_and_the_rest_is_sent(database, tmp_path):
     sweep, parent = begun(database, tmp_path / "sweep")
-    client, experiment = connect(database.uri, database.experiment)
+    record(database, sweep, tmp_path / "first")
     recording = open_recorder(database, config_of(database), sweep, command=[])
-    recording.__enter__()
-    (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    client.delete_run(child.info.run_id)
+    recorder = recording.__enter__()
+    client, experiment = connect(database.uri, database.experiment)
+    (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}' and status = 'RUNNING'")
+    # MLflow does not take another value for a parameter that it has.
+    recorder._journal.add(Parameters({"seed": "another"}))
     with pytest.raises(CompressError, match="takes what is reported"):
         recording.__exit__(None, None, None)
-    assert len(list(UNSENT.glob("*.jsonl"))) == 1
+    assert client.get_run(child.info.run_id).info.status == "FINISHED"
+    assert not UNSENT.exists()
+    store = Store(database.uri, database.experiment)
+    summary = end_sweep(store, parent, database, stopped=False)
+    assert summary is not None
+    assert len(summary.points) == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]\n", "no json\n", '{"start": {"version": 9}}\n', '{"start": 1}\n{}\n'])
+def test_settings_whose_names_mlflow_does_not_take_are_escaped(database, tmp_path):
+    sweep, parent = begun(database, tmp_path / "sweep")
+    config = {**config_of(database), "strategy": {"quantize": {"layer_bits": {"d.*": 8, "/a": 4, "x" * 300: 2}}}}
+    with open_recorder(database, config, sweep, command=[]):
+        pass
+    (run,) = told(database, parent)
+    assert run["params"]["strategy.quantize.layer_bits.d.:2a:"] == "8"
+    assert run["params"]["strategy.quantize.layer_bits.:2f:a"] == "4"
+
+
+def test_an_error_that_is_not_the_stores_is_not_taken_for_its_being_away(database, monkeypatch, tmp_path):
+    _, parent = begun(database, tmp_path / "sweep")
+    store = Store(database.uri, database.experiment)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("compress.tracking.delivery.finish_sweep", broken)
+    with pytest.raises(KeyError, match="a defect"):
+        end_sweep(store, parent, database, stopped=False)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert deliver(UNSENT, store).runs == 1, "the end of the multirun was written down before"
+    client, _ = connect(database.uri, database.experiment)
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+def test_the_end_of_a_multirun_is_sent_last_whatever_the_clock_said(line, database, monkeypatch, tmp_path):
+    sweep, parent = begun(database, tmp_path / "sweep")
+    line.away = True
+    record(database, sweep, tmp_path / "run")
+    monkeypatch.setattr("compress.tracking.journal.now", lambda: 5)
+    store = Store(database.uri, database.experiment)
+    assert end_sweep(store, parent, database, stopped=False) is None
+    line.away = False
+    assert deliver(UNSENT, store).runs == 2
+    client, _ = connect(database.uri, database.experiment)
+    assert client.get_run(parent).data.metrics["runs"] == 1
+
+
+def test_an_answer_that_the_network_loses_makes_no_second_run(tmp_path):
+    """The HTTP client below MLflow's would ask again by itself, where nobody looks for the run first."""
+    asked: list[str] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def answer(self, content: dict[str, Any]) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.answer({"experiment": {"experiment_id": "1", "name": "tests", "lifecycle_stage": "active"}})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            asked.append(self.path.rpartition("/mlflow/")[2])
+            run = {"info": {"run_id": "made", "experiment_id": "1", "lifecycle_stage": "active"}, "data": {}}
+            if asked == ["runs/create"]:
+                self.connection.shutdown(socket.SHUT_RDWR)
+            elif self.path.endswith("search"):
+                self.answer({"runs": [run]})
+            else:
+                self.answer({"run": run})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    journal = Journal.begin(UNSENT, Store(f"http://127.0.0.1:{server.server_port}", "tests"), "name", {})
+    journal.add(Metrics({"a": 1.0}, 0, 1), RunEnded("FINISHED", 2))
+    assert journal.close()
+    server.shutdown()
+    assert journal.run == "made"
+    assert asked.count("runs/create") == 1
+    assert asked.count("runs/log-batch") == 1
+
+
+def test_what_killed_processes_leave_beside_their_files_is_removed(database):
+    UNSENT.mkdir()
+    (UNSENT / "a.jsonl.lock").touch()
+    (UNSENT / "a").mkdir()
+    (UNSENT / "b.jsonl").touch()
+    (UNSENT / "b.jsonl.lock").touch()
+    assert deliver(UNSENT, Store(database.uri, database.experiment)).problems == ()
+    assert not UNSENT.exists()
+
+
+def test_a_folder_in_which_nothing_can_be_kept_is_refused_before_a_run_is_made(database, tmp_path):
+    (tmp_path / "file").touch()
+    own = dataclasses.replace(database, unsent=str(tmp_path / "file"))
+    client, experiment = connect(database.uri, database.experiment)
+    before = len(client.search_runs([experiment]))
+    with pytest.raises(CompressError, match=r"tracking\.unsent"), open_recorder(own, config_of(own), None, command=[]):
+        pass
+    assert len(client.search_runs([experiment])) == before
+
+
+@pytest.mark.parametrize("content", ["[]\n", "no json\n", '{"start": {"version": 9}}\n', '{"start": 1}\n{}\n'])
 def test_a_damaged_file_is_told_and_the_others_are_sent(content, database, capsys, tmp_path):
     UNSENT.mkdir()
     (UNSENT / "0.jsonl").write_text(content)
@@ -259,11 +371,15 @@ def test_a_damaged_file_is_told_and_the_others_are_sent(content, database, capsy
     assert [file.name for file in UNSENT.iterdir()] == ["0.jsonl"]
 
 
-def test_what_is_meant_for_another_store_is_left_alone(database, tmp_path):
+def test_what_is_meant_for_another_store_is_left_alone_and_told(database, capsys, tmp_path):
     journal = Journal.begin(UNSENT, Store("sqlite:///other.db", "tests"), "other", {})
     journal.keep()
-    assert deliver(UNSENT, Store(database.uri, database.experiment)).runs == 0
-    assert json.loads(journal.file.read_text().splitlines()[0])["start"]["store"] == "sqlite:///other.db"
+    with pytest.raises(SystemExit) as exited:
+        command.main([f"uri={database.uri}"])
+    assert exited.value.code == 2
+    assert f"1 for sqlite:///{tmp_path}/other.db" in capsys.readouterr().out
+    # The same store, written in another way.
+    assert deliver(UNSENT, Store("sqlite:///./other.db", "tests")).runs == 1
 
 
 @pytest.mark.parametrize(

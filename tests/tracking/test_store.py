@@ -59,6 +59,7 @@ def test_flattening_by_hand():
         (f"https://me:{SECRET}@mlflow.example/path?x=1", "https://***@mlflow.example/path?x=1"),
         (f"mysql+pymysql://me:{SECRET}@db:3306/runs", "mysql+pymysql://***@db:3306/runs"),
         (f"https://{SECRET}@mlflow.example", "https://***@mlflow.example"),
+        (f"postgresql://db/runs?user=me&password={SECRET}&x=1", "postgresql://db/runs?user=me&password=***&x=1"),
         ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
         ("http://localhost:5000", "http://localhost:5000"),
