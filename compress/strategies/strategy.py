@@ -13,6 +13,7 @@ import tensorflow as tf
 import tf_keras
 from pydantic import ConfigDict
 
+from compress.batches import augment
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Scheme, Skipped
 from compress.checkpoints import Checkpoint
 from compress.data.source import Data
@@ -22,7 +23,7 @@ from compress.progress import progress
 from compress.strategies.distillation.judging import require_same_classes
 from compress.strategies.distillation.teacher import Keep, Teacher, keep_nothing
 from compress.strategies.distillation.terms import distillation_terms
-from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, augment, train
+from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, train
 
 STRICT = ConfigDict(extra="forbid")
 REFERENCE = "reference"
