@@ -23,6 +23,7 @@ import_tensorflow()
 
 import tf_keras  # noqa: E402
 
+from compress.batches import training_batches  # noqa: E402
 from compress.candidate import Candidate  # noqa: E402
 from compress.cli.build import make_plan  # noqa: E402
 from compress.cli.compose import compose_config  # noqa: E402

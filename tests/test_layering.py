@@ -22,6 +22,7 @@ FLOORS = (
     {"deploy"},
     {"boards"},
     {"training", "checkpoints"},
+    {"distribution"},
     {"batches"},
     {"metrics"},
     {"models"},
