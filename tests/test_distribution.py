@@ -28,7 +28,7 @@ from tests.conftest import REPOSITORY
 from tests.distributed_training import CASES, MASK, data, recovery, trained
 from tests.test_training import split
 
-SECONDS = 300
+SECONDS = 600
 """Much more than any process needs on a busy machine; one that waits for another that is gone is stopped."""
 SCRIPT = "tests.distributed_training"
 
