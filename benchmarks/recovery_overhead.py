@@ -23,6 +23,7 @@ import_tensorflow()
 
 import tf_keras  # noqa: E402
 
+from compress.batches import training_batches  # noqa: E402
 from compress.candidate import Candidate  # noqa: E402
 from compress.cli.build import make_plan  # noqa: E402
 from compress.cli.compose import compose_config  # noqa: E402
@@ -31,7 +32,7 @@ from compress.cli.places import conf_dir  # noqa: E402
 from compress.graph.rewrite import copy_model  # noqa: E402
 from compress.reference import make_reference  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
-from compress.training import LossTerm, Projection, WeightQuantizer, train, training_batches  # noqa: E402
+from compress.training import LossTerm, Projection, WeightQuantizer, train  # noqa: E402
 
 SHORT, LONG, ROUNDS = 10, 60, 3
 DEFAULT = ("model=resnet20", "data=cifar10")

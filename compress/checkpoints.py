@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 import tf_keras
+
+from compress.distribution.replicas import replica_number, replicas_here
 
 
 class Checkpoint(Protocol):
@@ -105,11 +108,14 @@ def draws_by_step(models: Sequence[tf_keras.Model], seed: int, step: tf.Variable
     kind = tf_keras.__internal__.layers.BaseRandomLayer
     drawing = [layer for model in models for layer in model.submodules if isinstance(layer, kind)]
     before = [layer._random_generator for layer in drawing]
-    numbers = itertools.count()
+    numbers = defaultdict[int, Iterator[int]](itertools.count)
 
     def next_seed() -> tf.Tensor:
-        # Each place that draws has a number of its own.
-        own = tf.constant([seed, next(numbers)], tf.int64)
+        # Each place that draws has a number of its own, in each replica that shares the batch.
+        replica = replica_number()
+        own = tf.constant([seed, next(numbers[replica])], tf.int64)
+        if replicas_here() > 1:
+            own = tf.random.experimental.stateless_fold_in(own, replica)
         return tf.random.experimental.stateless_fold_in(own, tf.cast(step, tf.int64))
 
     for layer, generator in zip(drawing, before, strict=True):

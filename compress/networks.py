@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import tf_keras
 
 from compress.data.source import Data
+from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
 from compress.models.source import ModelSource
@@ -29,15 +30,17 @@ class Networks:
         named = ((self.teachers, teachers), (self.students, students))
         return [sources[name] for sources, names in named for name in names if name in sources]
 
-    def teacher(self, name: str, reference: tf_keras.Model, data: Data, seed: int) -> tf_keras.Model:
-        """Return the trained teacher.
+    def teacher(
+        self, name: str, reference: tf_keras.Model, data: Data, seed: int, distribution: Distribution = SINGLE
+    ) -> tf_keras.Model:
+        """Return the trained teacher; ``distribution``: who trains it, if nobody has.
 
         Raises:
             CompressError: if it does not fit the data, or reads other values than the reference model.
         """
         where = f"recovery.teachers, {name}"
         with _said_of(where):
-            model = make_reference(self.teachers[name], data, seed)
+            model = make_reference(self.teachers[name], data, seed, distribution=distribution)
         require_same_classes(model, name, reference, where, "teacher")
         require_same_values(model, name, reference, data, where)
         return model

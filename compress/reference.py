@@ -8,16 +8,23 @@ import tf_keras
 
 from compress.checkpoints import Checkpoint
 from compress.data.source import Data
+from compress.distribution.replicas import SINGLE, Distribution
 from compress.graph.rewrite import copy_model
 from compress.models.source import ModelSource, check_finite
 from compress.progress import progress
 from compress.training import Recovery, train
 
 
-def make_reference(source: ModelSource, data: Data, seed: int, checkpoint: Checkpoint | None = None) -> tf_keras.Model:
+def make_reference(
+    source: ModelSource,
+    data: Data,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+    distribution: Distribution = SINGLE,
+) -> tf_keras.Model:
     """Return the model of ``source`` with its weights; trained on ``data``, as scheduled, if there are none for it.
 
-    ``checkpoint``: where that training leaves its state.
+    ``checkpoint``: where that training leaves its state; ``distribution``: who computes it.
 
     Raises:
         CompressError: if the model does not fit the data, or its weights are not finite.
@@ -39,6 +46,7 @@ def make_reference(source: ModelSource, data: Data, seed: int, checkpoint: Check
                 where=f"model {model.name}, training",
                 rate_key="model.train.learning_rate",
                 checkpoint=checkpoint,
+                distribution=distribution,
             )
     check_finite(model)
     return model

@@ -22,9 +22,12 @@ import tf_keras
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from compress.batches import mix, training_batches
 from compress.candidate import Guarantee
 from compress.checkpoints import Checkpoint, Resumable, draws_by_step
-from compress.data.source import NO_LABEL, STRICT, Augmentation, Data, Split
+from compress.data.source import NO_LABEL, STRICT, Augmentation, Data
+from compress.distribution.norms import refuse_own_statistics, synchronised
+from compress.distribution.replicas import SINGLE, Distribution, mean_over_replicas
 from compress.errors import CompressError
 from compress.graph.grouped import groups_apart
 from compress.graph.kernels import get_variable, kernel_attributes
@@ -182,6 +185,7 @@ def train(
     where: str = "training",
     rate_key: str = "recovery.learning_rate",
     checkpoint: Checkpoint | None = None,
+    distribution: Distribution = SINGLE,
 ) -> History:
     """Train ``model`` in place on the training part and return what was done.
 
@@ -199,12 +203,18 @@ def train(
         where: what an error says it happened in.
         rate_key: the configuration key of the learning rate, for the error about a loss that is no number.
         checkpoint: where the state is left at the ends of epochs; a training that finds its own there goes on from it,
-            and ends with the same weights as one that was not stopped.
+            and ends with the same weights as one that was not stopped. Not used where replicas share a batch.
+        distribution: who computes. Replicas share each batch, with the gradients that one alone would have; but for
+            dropout, and for losses between the samples of a batch, which see those of their own replica.
 
     Raises:
-        CompressError: if the loss becomes NaN or infinite.
+        CompressError: if the loss becomes NaN or infinite, the batch cannot be divided among the replicas, or workers
+            are about to train something else than others, or are gone.
     """
     batch_size = min(recovery.batch_size, len(data.train))
+    key = rate_key.rpartition(".")[0]
+    distribution.require_divisible(recovery.batch_size, len(data.train), f"{key}.batch_size")
+    refuse_own_statistics(model, distribution, where)
     steps = max(1, round(recovery.epochs * len(data.train) / batch_size))
     tf_keras.utils.set_random_seed(seed)
     augmentation = data.augmentation if recovery.augment else Augmentation()
@@ -230,6 +240,8 @@ def train(
         weight_decay=recovery.weight_decay,
         mixup=recovery.mixup,
         seed=seed,
+        batch_size=batch_size,
+        distribution=distribution,
     )
     # A compiled loss would be added to ours; the loop's loss is `_Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
@@ -238,13 +250,19 @@ def train(
     callbacks: list[tf_keras.callbacks.Callback] = [watch]
     # A term that trains networks of its own names them.
     drawing = [model, *(network for term in terms for network in getattr(term, "networks", ()))]
+    state = [variable for network in drawing for variable in network.weights]
+    state += [variable for term in terms for variable in term.variables]
+    state += [variable for latent in latents.values() for variable in (latent.value, *latent.quantizer.variables)]
+    distribution.require_same(state, (recovery, seed, data.identity, len(data.train)), where)
     with (
         groups_apart(model),
         _settling_statistics(model, steps),
         draws_by_step(drawing, seed, trainee.optimizer.iterations),
+        synchronised(drawing, distribution),
+        distribution.watched(where),
     ):
         batches = functools.partial(training_batches, data.train, batch_size, steps, seed, augmentation)
-        if checkpoint is not None:
+        if checkpoint is not None and not distribution.divided:
             settings = (recovery, seed, data.identity, where)
             epoch = max(1, round(len(data.train) / batch_size))
             resumable = Resumable(trainee, batches(), checkpoint, settings, steps=steps, epoch=epoch)
@@ -252,7 +270,13 @@ def train(
             callbacks.append(resumable)
         left = steps - watch.start
         if left:
-            trainee.fit(batches(start=watch.start), epochs=1, steps_per_epoch=left, verbose=0, callbacks=callbacks)
+            read = (
+                distribution.batches(lambda rows: batches(parts=rows), batch_size)
+                if distribution.divided
+                else batches(start=watch.start)
+            )
+            trainee.fit(read, epochs=1, steps_per_epoch=left, verbose=0, callbacks=callbacks)
+        distribution.adopt_chief(state)
     return History(
         steps=steps,
         images=left * batch_size,
@@ -278,74 +302,11 @@ def _settling_statistics(model: tf_keras.Model, steps: int) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def training_batches(
-    split: Split, batch_size: int, steps: int, seed: int, augmentation: Augmentation, start: int = 0
-) -> tf.data.Dataset:
-    """Return ``steps`` batches ``(inputs float32 [b, ...], labels [b], indices [b])``, shuffled anew each epoch.
-
-    Batches are full: one may hold the end of an epoch and the start of the next. (A batch of a few samples would
-    spoil the statistics of batch norms.) A function of the seed alone: samples are gathered a batch at a time, and
-    random numbers are stateless. ``start``: the first so many batches are left out.
-    """
-    x, y = tf.constant(split.x), tf.constant(split.y)
-    count = len(split)
-
-    def indices_of(epoch: tf.Tensor) -> tf.data.Dataset:
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(count, dtype=tf.int64), seed=tf.stack([tf.constant(seed, tf.int64), epoch])
-        )
-        return tf.data.Dataset.from_tensor_slices(order)
-
-    def load(step: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        images = tf.cast(tf.gather(x, indices), tf.float32)
-        if augmentation:
-            images = augment(images, augmentation, tf.stack([tf.constant(seed, tf.int64), step + 1]))
-        return images, tf.gather(y, indices), indices
-
-    epochs = int(np.ceil(steps * batch_size / count))
-    indices = tf.data.Dataset.range(epochs).flat_map(indices_of)
-    batches = indices.batch(batch_size, drop_remainder=True).take(steps).enumerate().skip(start)
-    return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
-
-
-def augment(images: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor) -> tf.Tensor:
-    """Shift [b, h, w, c] or [b, h, w] images with zero padding and mirror half of them, each by its own draw."""
-    if images.shape.rank == 3:
-        return augment(images[..., None], augmentation, seed)[..., 0]
-    if augmentation.shift:
-        shape = tf.shape(images)
-        pad = augmentation.shift
-        padded = tf.pad(images, [[0, 0], [pad, pad], [pad, pad], [0, 0]])
-        offsets = tf.random.stateless_uniform([2, shape[0], 1], seed, 0, 2 * pad + 1, tf.int32)
-        rows = offsets[0] + tf.range(shape[1])[None]
-        columns = offsets[1] + tf.range(shape[2])[None]
-        images = tf.gather(padded, rows, axis=1, batch_dims=1)
-        images = tf.gather(images, columns, axis=2, batch_dims=1)
-    if augmentation.mirror:
-        coins = tf.random.stateless_uniform([tf.shape(images)[0], 1, 1, 1], seed + 1) < 0.5
-        images = tf.where(coins, images[:, :, ::-1], images)
-    return images
-
-
-def mix(samples: tf.Tensor, share: float, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mix the first ``share`` of the samples [b, ...] with their partners, the same samples in reverse order.
-
-    Source: mixup (Zhang et al., arXiv 1710.09412) with evenly drawn ratios.
-
-    Returns:
-        The samples, and the part [b] of each that is its own; 1 where nothing was mixed.
-    """
-    count = tf.shape(samples)[0]
-    drawn = tf.random.stateless_uniform([count], seed)
-    ratio = tf.where(tf.range(count) < tf.cast(tf.math.ceil(share * tf.cast(count, tf.float32)), tf.int32), drawn, 1.0)
-    own = tf.reshape(ratio, [-1, *[1] * (samples.shape.rank - 1)])
-    return own * samples + (1.0 - own) * samples[::-1], ratio
-
-
 def task_loss(labels: tf.Tensor, logits: tf.Tensor, ratio: tf.Tensor | None, *, labelled: bool) -> tf.Tensor:
     """Return the mean cross-entropy with the labels [b], or of mixed samples with their own and their partners'.
 
     Unless all are ``labelled`` the samples without a label are left out of the mean; of none it is 0.
+    Where replicas share a batch, the mean of what they return is that of the batch.
     """
     parts = [(labels, 1.0)] if ratio is None else [(labels, ratio), (labels[::-1], 1.0 - ratio)]
     if labelled:
@@ -361,7 +322,7 @@ def task_loss(labels: tf.Tensor, logits: tf.Tensor, ratio: tf.Tensor | None, *, 
     )
     if labelled:
         return tf.reduce_mean(losses)
-    return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.reduce_sum(tf.add_n(weights)))
+    return tf.math.divide_no_nan(tf.reduce_sum(losses), mean_over_replicas(tf.reduce_sum(tf.add_n(weights))))
 
 
 class _Trainee(tf_keras.Model):
@@ -380,6 +341,8 @@ class _Trainee(tf_keras.Model):
         weight_decay: float,
         mixup: float,
         seed: int,
+        batch_size: int,
+        distribution: Distribution,
     ) -> None:
         """Set what the step needs; wrapped, so that Keras does not track any of it."""
         decayed = [getattr(layer, name) for layer in self.layers for name in kernel_attributes(layer)]
@@ -395,16 +358,40 @@ class _Trainee(tf_keras.Model):
             "weight_decay": weight_decay,
             "mixup": mixup,
             "seed": seed,
+            "batch_size": batch_size,
+            "distribution": distribution,
         }
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Make one step: forward, loss, gradients, update, projections."""
+        loss, *gradients = self._loss_and_gradients(data)
+        self._update(gradients)
+        return {"loss": loss}
+
+    def make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, tf.Tensor]]:
+        """Return the compiled step; where a batch is shared, the replicas' gradients are summed before one update."""
+        distribution = self._plan()["distribution"]
+        if not distribution.divided:
+            return super().make_train_function(force)  # type: ignore[no-any-return]
+
+        def step(batches: Any) -> dict[str, tf.Tensor]:
+            loss, *gradients = distribution.summed(self._loss_and_gradients, next(batches))
+            self._update(gradients)
+            self._train_counter.assign_add(1)
+            return {"loss": loss}
+
+        self.train_function = tf.function(step, reduce_retracing=True)
+        return self.train_function  # type: ignore[no-any-return]
+
+    def _loss_and_gradients(self, data: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> list[tf.Tensor | None]:
+        """Return the loss, and its gradient by each of :meth:`_trained`, of what a replica adds to the mean."""
         plan = self._plan()
+        distribution = plan["distribution"]
         inputs, labels, indices = data
         ratio = None
         if plan["mixup"]:
             seed = tf.stack([tf.constant(plan["seed"], tf.int64), self.optimizer.iterations])
-            inputs, ratio = mix(inputs, plan["mixup"], seed)
+            inputs, ratio = mix(inputs, plan["mixup"], seed, distribution.part(plan["batch_size"]))
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(self(inputs, training=True))
             logits = logits_of(outputs[0], plan["probabilities"])
@@ -414,13 +401,19 @@ class _Trainee(tf_keras.Model):
             )
             for term in plan["terms"]:
                 loss += term(Batch(inputs, labels, logits, indices, features))
-            total = tf.add_n([loss, *self.losses]) if self.losses else loss
-        own_variables = [variable for term in plan["terms"] for variable in term.variables]
-        variables = [*self.trainable_variables, *own_variables]
-        gradients = tape.gradient(total, variables)
+            total = distribution.share(tf.add_n([loss, *self.losses]) if self.losses else loss)
+        return [distribution.share(loss), *tape.gradient(total, self._trained())]
+
+    def _trained(self) -> list[tf.Variable]:
+        """Return what training changes."""
+        return [*self.trainable_variables, *(variable for term in self._plan()["terms"] for variable in term.variables)]
+
+    def _update(self, gradients: Sequence[tf.Tensor | None]) -> None:
+        """Change the weights by the gradients of the whole batch, and restore what projections keep."""
+        plan = self._plan()
         updates: list[tuple[tf.Tensor, tf.Variable]] = []
         decayed = {v.ref() for v in plan["decayed"]} if plan["weight_decay"] else set()
-        for gradient, variable in zip(gradients, variables, strict=True):
+        for gradient, variable in zip(gradients, self._trained(), strict=True):
             latent = plan["latents"].get(variable.ref())
             own = [(gradient, variable)] if gradient is None or latent is None else latent.gradients(gradient)
             if gradient is not None and variable.ref() in decayed:
@@ -433,7 +426,6 @@ class _Trainee(tf_keras.Model):
             projection(done)
         for latent in plan["latents"].values():
             latent.write()
-        return {"loss": loss}
 
 
 def _guarantee_projections(

@@ -22,6 +22,8 @@ FLOORS = (
     {"deploy"},
     {"boards"},
     {"training", "checkpoints"},
+    {"distribution"},
+    {"batches"},
     {"metrics"},
     {"models"},
     {"data"},

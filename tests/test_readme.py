@@ -23,7 +23,7 @@ COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in blo
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.run")])
 def test_run_commands_compose(command):
     arguments = [a for a in shlex.split(command)[3:] if a not in ("-m", "--cfg", "job")]
-    swept = [argument for argument in arguments if "," in argument and "{" not in argument]
+    swept = [argument for argument in arguments if "," in argument and not set("{[") & set(argument)]
     # Of interval(0.3,0.9) the lower end.
     first = [re.sub(r"\w+\(", "", argument.partition(",")[0]) for argument in swept]
     assert compose_config([*(a for a in arguments if a not in swept), *first]).strategy is not None
@@ -48,7 +48,8 @@ def test_measure_commands_name_boards(command):
 
 
 @pytest.mark.parametrize(
-    "group", ["strategy", "model", "data", "recovery", "board", "tracking", "cache", "techniques", "budget"]
+    "group",
+    ["strategy", "model", "data", "recovery", "board", "tracking", "cache", "techniques", "budget", "distribution"],
 )
 def test_every_choice_is_named(group):
     for file in (conf_dir() / group).glob("*.yaml"):

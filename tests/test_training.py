@@ -9,6 +9,7 @@ import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.batches import augment, mix, training_batches
 from compress.candidate import Guarantee
 from compress.data.source import Augmentation, Data, Split
 from compress.errors import CompressError
@@ -18,13 +19,10 @@ from compress.strategies.sharing.codebook import Codebook
 from compress.training import (
     Batch,
     Recovery,
-    augment,
     gives_probabilities,
     logits_of,
-    mix,
     restore,
     train,
-    training_batches,
 )
 
 layers = tf_keras.layers

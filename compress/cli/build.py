@@ -19,6 +19,7 @@ from compress.cache.code import code_digest
 from compress.cache.store import StageCache
 from compress.cli.places import conf_dir
 from compress.data.source import STRICT, DataSource
+from compress.distribution.settings import DistributionSettings
 from compress.errors import CompressError, did_you_mean
 from compress.graph.selection import Position, Rule, Selection
 from compress.models.file import FileModel
@@ -35,7 +36,18 @@ from compress.training import Recovery
 
 T = TypeVar("T")
 Seed = Annotated[int, Ge(0), Lt(2**31)]
-_GROUPS = ("strategy", "model", "data", "board", "recovery", "tracking", "cache", "techniques", "budget")
+_GROUPS = (
+    "strategy",
+    "model",
+    "data",
+    "board",
+    "recovery",
+    "tracking",
+    "cache",
+    "techniques",
+    "budget",
+    "distribution",
+)
 _VALUES = ("seed", "strict", "debug")
 _WRAPPERS = ("only", "skip", "repeat", "release", "recovery")
 
@@ -62,6 +74,7 @@ class Plan:
     seed: int
     strict: bool
     networks: Networks
+    distribution: DistributionSettings
 
     def pipeline(self) -> Pipeline:
         """Read the data and return the pipeline."""
@@ -100,6 +113,7 @@ def make_plan(config: DictConfig) -> Plan:
         tracking=check(TrackingSettings, plain["tracking"], "tracking"),
         seed=check(Seed, plain["seed"], "seed"),
         strict=check(bool, plain["strict"], "strict"),
+        distribution=construct(DistributionSettings, plain["distribution"], "distribution"),
         networks=Networks(
             teachers={
                 name: _named_model(name, f"strategy.{stage.name}.recovery.teachers", [REFERENCE, PREVIOUS])

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from omegaconf import DictConfig
 
 from compress.cli.build import make_plan, to_plain
+from compress.cli.distributed import folder_of, start_distribution
 from compress.cli.errors import translate
 from compress.cli.failures import record_failure
 from compress.deploy.card import make_card
@@ -50,12 +51,17 @@ def run_job(
     """
     import tf_keras
 
+    plain = to_plain(config)
+    # Before TensorFlow runs its first operation.
+    distribution = start_distribution(plain, sweep)
+    folder = folder_of(distribution, folder)
     tf_keras.backend.clear_session()
     started = time.perf_counter()
     plan = make_plan(config)
-    plain = to_plain(config)
-    with open_recorder(plan.tracking, plain, sweep, command=sys.argv[1:], overrides=overrides) as recorder:
-        pipeline = replace(plan.pipeline(), on_stage=lambda result: _record(recorder, result, give_up))
+    tracking = replace(plan.tracking, enabled=plan.tracking.enabled and distribution.chief)
+    with open_recorder(tracking, plain, sweep, command=sys.argv[1:], overrides=overrides) as recorder:
+        pipeline = replace(plan.pipeline(), distribution=distribution)
+        pipeline = replace(pipeline, on_stage=lambda result: _record(recorder, result, give_up))
         result = pipeline.run(folder)
         keras_file = folder / "model.keras"
         keras_file.unlink(missing_ok=True)
@@ -77,6 +83,7 @@ def run_job(
         (folder / "card.md").write_text(make_card(report))
         write_report(report, folder / "report.json")
         recorder.finish(report, result, folder)
+    distribution.wait()
     print_table(report)
     _LOG.info("report: %s", folder / "report.json")
     return result.final.accuracy

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
 from compress.cli.build import check, make_plan, make_selection, make_techniques, to_plain
+from compress.distribution.settings import Single
 from compress.errors import CompressError
 from compress.pipeline.stage import Stage
 from compress.search.sensitivity import Sensitivity, Survey, measure_sensitivity
@@ -45,6 +46,13 @@ def run_survey(config: DictConfig, folder: Path) -> Sensitivity:
             fix="Leave strategy=... out, or bring the compressed model: model=file model.path=model.keras.",
         )
     plan = make_plan(OmegaConf.create(plain))
+    if plan.distribution != Single():
+        raise CompressError(
+            "distribution",
+            expected="none: probes are no trainings",
+            received=type(plan.distribution).__name__,
+            fix="Leave distribution=... out.",
+        )
     techniques = make_techniques(plain["techniques"], "techniques")
     images = check(Annotated[int, Ge(1)], own["images"], "images")
     stage = Stage(_STAGE, Survey(techniques, images), make_selection(own["only"], own["skip"], ""), UNTRAINED)

@@ -27,13 +27,14 @@ from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
 from compress.deploy.packing import write_cmp
 from compress.deploy.tflite import export
+from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
 from compress.networks import Networks
 from compress.pipeline.layers import layer_table, whole_table
-from compress.pipeline.refusals import refuse_clashes, refuse_without_labels, refuse_without_layers
+from compress.pipeline.refusals import refuse_clashes, refuse_indivisible, refuse_without_labels, refuse_without_layers
 from compress.pipeline.stage import Stage, StageResult, require_kept, result_from_json, result_to_json
 from compress.reference import make_reference
 from compress.strategies.strategy import Context
@@ -86,6 +87,8 @@ class Pipeline:
     strict: bool = False
     networks: Networks = field(default_factory=Networks)
     """What ``recovery.teachers`` and strategies name besides the reference model."""
+    distribution: Distribution = SINGLE
+    """Who computes the steps of trainings."""
     on_stage: Callable[[StageResult], None] = lambda result: None
 
     def run(self, folder: Path) -> Result:
@@ -98,6 +101,7 @@ class Pipeline:
         if given is not None:
             return self._measure_given(given, folder)
         self.cache.open()
+        refuse_indivisible(self.stages, self.model, len(self.data.train), self.distribution)
         if self.stages:
             model = self.model.build(self.data, self.seed)
             refuse_without_layers(self.stages, model)
@@ -208,7 +212,10 @@ class Pipeline:
             measure=self.board.measure,
             channel_multiple=self.board.channel_multiple,
             keep=self.cache.arrays,
-            other_model=functools.cache(lambda name: self.networks.teacher(name, reference, self.data, self.seed)),
+            other_model=functools.cache(
+                lambda name: self.networks.teacher(name, reference, self.data, self.seed, self.distribution)
+            ),
+            distribution=self.distribution,
             untrained_model=lambda name, seed: self.networks.student(name, reference, data, seed),
         )
 
@@ -231,11 +238,12 @@ class Pipeline:
                 # A file's weights do not depend on the seed, so neither does the baseline.
                 self.seed if origin.schedule is not None else None,
                 dataclasses.asdict(self.board),  # type: ignore[call-overload]
+                *self.distribution.identity,
             ]
         )
 
         def make(trainings: Trainings) -> tuple[Candidate, StageResult]:
-            model = make_reference(self.model, self.data, self.seed, trainings.next())
+            model = make_reference(self.model, self.data, self.seed, trainings.next(), self.distribution)
             data = self.data.fitted_to(model, f"model {model.name}")
             return self._measured("baseline", {}, lambda: Candidate(model), data, folder)
 

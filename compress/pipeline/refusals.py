@@ -8,8 +8,10 @@ import tf_keras
 
 from compress.candidate import Effect
 from compress.data.source import Data
+from compress.distribution.replicas import Distribution
 from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
+from compress.models.source import ModelSource
 from compress.pipeline.stage import Stage
 from compress.strategies.strategy import require_labels
 
@@ -69,6 +71,21 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
                     fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
                     f"or write strategy.{later.name}.release=[{earlier.name}].",
                 )
+
+
+def refuse_indivisible(stages: Sequence[Stage], model: ModelSource, samples: int, distribution: Distribution) -> None:
+    """Refuse batch sizes that the replicas of ``distribution`` cannot share; ``samples``: those of the training part.
+
+    Raises:
+        CompressError: naming the first such size.
+    """
+    origin = model.origin()
+    if origin.schedule is not None and not origin.untrained:
+        distribution.require_divisible(origin.schedule.batch_size, samples, "model.train.batch_size")
+    for stage in stages:
+        if stage.recovery.trains:
+            key = f"strategy.{stage.name}.recovery.batch_size"
+            distribution.require_divisible(stage.recovery.batch_size, samples, key)
 
 
 def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:

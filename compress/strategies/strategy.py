@@ -13,16 +13,18 @@ import tensorflow as tf
 import tf_keras
 from pydantic import ConfigDict
 
+from compress.batches import augment
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Scheme, Skipped
 from compress.checkpoints import Checkpoint
 from compress.data.source import Data
+from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
 from compress.graph.selection import Selection
 from compress.progress import progress
 from compress.strategies.distillation.judging import require_same_classes
 from compress.strategies.distillation.teacher import Keep, Teacher, keep_nothing
 from compress.strategies.distillation.terms import distillation_terms
-from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, augment, train
+from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, train
 
 STRICT = ConfigDict(extra="forbid")
 REFERENCE = "reference"
@@ -75,6 +77,8 @@ class Context:
     """The model as the stage received it."""
     untrained_model: Callable[[str, int], tf_keras.Model] | None = None
     """Returns the network of that name in ``conf/model`` with weights as initialised by a seed."""
+    distribution: Distribution = SINGLE
+    """Who computes the steps of a training."""
     on_recovery: Callable[[bool], None] = _nobody
     """Is told of every training whether teachers have part in it."""
 
@@ -112,6 +116,7 @@ class Context:
                 where=f"stage {self.stage}, training",
                 rate_key=f"strategy.{self.stage}.recovery.learning_rate",
                 checkpoint=self.checkpoint(),
+                distribution=self.distribution,
             )
         return candidate
 
