@@ -14,8 +14,8 @@ import tf_keras
 
 from compress.data.source import Data, Split
 from compress.errors import CompressError
+from compress.graph.softmax import gives_probabilities, logits_of
 from compress.metrics.accuracy import accuracy
-from compress.training import gives_probabilities, logits_of
 
 _JUDGED = 1000
 """Validation images that accuracies are taken of, at most."""

@@ -22,9 +22,10 @@ from compress.errors import CompressError
 from compress.graph.grouped import groups_apart
 from compress.graph.kernels import kernel_attributes
 from compress.graph.scaling import with_fresh_weights
+from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.student import AGAIN, StudentStrategy
 from compress.strategies.strategy import STRICT, Context
-from compress.training import Batch, gives_probabilities, logits_of
+from compress.training import Batch
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -82,7 +83,7 @@ class PeerTerm:
     layers: Sequence[str] = ()
 
     def __init__(self, peers: Sequence[tf_keras.Model], weight: float, weight_decay: float) -> None:
-        self._peers = self.networks = tuple(peers)
+        self._peers = self.networks = tuple(without_softmax(peer) for peer in peers)
         self._weight = weight
         self._weight_decay = weight_decay
         self.variables: Sequence[tf.Variable] = [v for peer in peers for v in peer.trainable_variables]
@@ -96,7 +97,7 @@ class PeerTerm:
         total = tf.constant(0.0)
         for peer in self._peers:
             outputs = tf.nest.flatten(peer(batch.inputs, training=True))[0]
-            logits.append(logits_of(outputs, gives_probabilities(peer)))
+            logits.append(outputs)
             entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=batch.labels, logits=logits[-1])
             total += tf.reduce_mean(entropy) + self._decay(peer)
             if peer.losses:

@@ -15,6 +15,7 @@ import tf_keras
 
 from compress.data.source import Data
 from compress.graph.fold import fold_batch_norm, foldable_pairs
+from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.pairing import Layers
 from compress.training import Batch
 
@@ -36,10 +37,13 @@ def keep_nothing(_digest: str, _what: str, make: Callable[[], dict[str, np.ndarr
 
 
 class Teacher:
-    """A model that is only looked at. Its batch norms are folded: without them it answers in less time."""
+    """A model that is only looked at, without a softmax at its end: what it gives are logits.
+
+    Its batch norms are folded: without them it answers in less time.
+    """
 
     def __init__(self, model: tf_keras.Model) -> None:
-        self.model = fold_batch_norm(model)
+        self.model = without_softmax(fold_batch_norm(model))
         self.keep: Keep = keep_nothing
         self._folded = {norm: linear for linear, norm in foldable_pairs(model).items()}
         self._layers: list[str] = []

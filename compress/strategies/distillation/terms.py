@@ -18,7 +18,7 @@ from compress.strategies.distillation.losses import losses
 from compress.strategies.distillation.losses.soft_targets import SoftTargets
 from compress.strategies.distillation.pairing import Layers, Pair, pairs_by_rule
 from compress.strategies.distillation.teacher import Keep, Teacher
-from compress.training import Batch, LossTerm, Recovery, gives_probabilities, logits_of
+from compress.training import Batch, LossTerm, Recovery
 
 
 class LogitsTerm:
@@ -42,10 +42,7 @@ class LogitsTerm:
 
     def __call__(self, batch: Batch) -> tf.Tensor:
         """Return the weighted loss."""
-        softened = [
-            tf.nn.log_softmax(logits_of(teacher(batch)[""], gives_probabilities(teacher.model)) / self._temperature)
-            for teacher in self.teachers
-        ]
+        softened = [tf.nn.log_softmax(teacher(batch)[""] / self._temperature) for teacher in self.teachers]
         targets = tf.reduce_logsumexp(tf.stack(softened), axis=0) - float(np.log(len(softened)))
         return self._loss.weight * self._loss.value(batch.logits, targets, batch.labels, self._temperature)
 
