@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -43,9 +43,11 @@ class Teacher:
     """
 
     def __init__(self, model: tf_keras.Model) -> None:
+        self._given = model
+        self._foldable = foldable_pairs(model)
         self.model = without_softmax(fold_batch_norm(model))
         self.keep: Keep = keep_nothing
-        self._folded = {norm: linear for linear, norm in foldable_pairs(model).items()}
+        self._folded = {norm: linear for linear, norm in self._foldable.items()}
         self._layers: list[str] = []
         self._look = self.model
         self._seen: dict[Any, dict[str, tf.Tensor]] = {}
@@ -57,6 +59,16 @@ class Teacher:
     def layers(self) -> Layers:
         """The layers that can be looked at."""
         return Layers(self.model, self._folded)
+
+    def unfold(self, layers: Collection[str]) -> None:
+        """Leave these layers as they are in the model given, so that they show what they give themselves."""
+        if not set(self._folded.values()) & set(layers):
+            return
+        folded = frozenset(self._folded.values()) - set(layers)
+        self.model = without_softmax(fold_batch_norm(self._given, folded))
+        self._folded = {norm: linear for linear, norm in self._foldable.items() if linear in folded}
+        self.__dict__.pop("layers", None)
+        self.show(())
 
     def show(self, layers: Sequence[str]) -> None:
         """Give the outputs of these layers, too; called before training."""

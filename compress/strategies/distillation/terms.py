@@ -147,6 +147,8 @@ def distillation_terms(
         _require_fit(teacher.model, student, where)
         teacher.keep = keep
     layers = Layers(student)
+    own = (loss.pairs for loss in chosen if isinstance(loss, LayerLoss))
+    teachers[0].unfold({layer for rule in (recovery.pairs, *own) if rule is not None for layer in rule.values()})
     label_weight = 1.0 - recovery.soft_weight if recovery.label_weight is None else recovery.label_weight
     terms: list[LossTerm] = []
     for number, loss in enumerate(chosen):
@@ -155,9 +157,9 @@ def distillation_terms(
         if isinstance(loss, LogitsLoss):
             terms.append(LogitsTerm(loss, teachers, recovery.temperature, task_weight))
         else:
-            own = cast(LayerLoss, loss)
-            pairs = _pairs(own, recovery, teachers[0].layers, layers, where)
-            terms.append(LayerTerm(own, teachers[0], pairs, seed + 1000 * number, task_weight))
+            inner = cast(LayerLoss, loss)
+            pairs = _pairs(inner, recovery, teachers[0].layers, layers, where)
+            terms.append(LayerTerm(inner, teachers[0], pairs, seed + 1000 * number, task_weight))
     return terms
 
 
