@@ -54,7 +54,7 @@ class Recovery:
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
     label_weight: Annotated[float, Ge(0), Le(1e6)] | None = None
     """What the loss of the labels is multiplied with beside a teacher; None: what ``soft_weight`` leaves of 1."""
-    losses: Mapping[str, Annotated[float, Ge(0), Le(1e9)] | dict[str, Any]] | None = None
+    losses: Mapping[str, Any] | None = None
     """Further losses between student and teacher: name -> weight, or its settings, the weight among them."""
     pairs: Mapping[str, str] | None = None
     """Student's layer -> the teacher's layer that losses of inner layers compare it with; None: they choose."""

@@ -20,6 +20,8 @@ from compress.strategies.distillation.pairing import Layers, Pair, pairs_by_rule
 from compress.strategies.distillation.teacher import Keep, Teacher
 from compress.training import Batch, LossTerm, Recovery
 
+_SETTINGS = "Give it a weight, or its settings: {weight: 1, ...}."
+
 
 class LogitsTerm:
     """A weighted loss of the logits. Several teachers are an ensemble: the mean of their softened probabilities."""
@@ -109,8 +111,7 @@ def chosen_losses(recovery: Recovery, where: str) -> list[Loss]:
                 received=name,
                 fix=did_you_mean(name, set(known) - {SoftTargets.name}),
             )
-        values = settings if isinstance(settings, Mapping) else {"weight": settings}
-        found.append(_made(known[name], values, key))
+        found.append(_made(known[name], settings, key))
     return [loss for loss in found if loss.weight]
 
 
@@ -163,23 +164,33 @@ def distillation_terms(
     return terms
 
 
-def _made(kind: type[Loss], values: Mapping[str, Any], where: str) -> Loss:
+def _made(kind: type[Loss], settings: Any, where: str) -> Loss:
+    scalar = not isinstance(settings, Mapping)
+    values = {"weight": settings} if scalar else settings
     known = {item.name for item in fields(kind)}
     for name in values:
         if name not in known:
             raise CompressError(
                 f"{where}.{name}", expected="a setting of the loss", received=name, fix=did_you_mean(name, known)
             )
+        # Python counts with it as with 1.
+        if isinstance(values[name], bool):
+            raise CompressError(
+                where if scalar else f"{where}.{name}",
+                expected="a valid number",
+                received=str(values[name]).lower(),
+                fix=_SETTINGS,
+            )
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(part for part in first["loc"][:1] if isinstance(part, str))
+        place = "" if scalar else ".".join(part for part in first["loc"][:1] if isinstance(part, str))
         raise CompressError(
             f"{where}.{place}" if place else where,
             expected=str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, "),
             received=repr(first["input"])[:120],
-            fix="Give it a weight, or its settings: {weight: 1, ...}.",
+            fix=_SETTINGS,
         ) from error
 
 
