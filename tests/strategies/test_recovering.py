@@ -334,3 +334,21 @@ def test_a_model_that_its_peers_make_worse_is_told_of(student, data):
     assert "student=again" in found.warning
     gentle = Stage("mutual", Mutual(weight=1e-3), recovery=dataclasses.replace(recovery, learning_rate=1e-4))
     assert gentle.apply(Candidate(good), Context("", data, good, Recovery(), 0)).recovered.warning is None
+
+
+def test_a_teacher_that_is_good_in_spite_of_other_values_is_refused_too(data):
+    """Learned from values less their mean, it is right about three in four of the values as they are."""
+    mean, deviation = data.train.x.mean(), data.train.x.std()
+    values = tf_keras.Input((CLASSES,), name="pixels")
+    # Class 3 has the sum of all values, too: nothing, if their mean is zero.
+    scores = layers.Dense(CLASSES, name="scores")(values)
+    teacher = tf_keras.Model(values, scores, name="centred")
+    kernel = 2 * np.eye(CLASSES, dtype=np.float32)
+    kernel[:, 3] += 0.6
+    teacher.get_layer("scores").set_weights([kernel, np.zeros(CLASSES)])
+    centred = data.validation.shown(((data.validation.x - mean) / deviation).astype(np.float32))
+    plain, scaled = accuracy_of([teacher], data.validation), accuracy_of([teacher], centred)
+    assert 60 < plain < scaled - 3
+    with pytest.raises(CompressError, match="mean") as caught:
+        require_same_values(teacher, "the teacher", classifier(name="raw"), data, "here")
+    assert f"{scaled:.1f} %, and {plain:.1f} %" in caught.value.received
