@@ -31,6 +31,7 @@ from compress.distribution.replicas import SINGLE, Distribution, mean_over_repli
 from compress.errors import CompressError
 from compress.graph.grouped import groups_apart
 from compress.graph.kernels import get_variable, kernel_attributes
+from compress.graph.softmax import linear_ending, logits_tensor
 from compress.progress import Progress
 
 Projection = Callable[[tf.Tensor], None]
@@ -53,7 +54,7 @@ class Recovery:
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
     label_weight: Annotated[float, Ge(0), Le(1e6)] | None = None
     """What the loss of the labels is multiplied with beside a teacher; None: what ``soft_weight`` leaves of 1."""
-    losses: Mapping[str, Annotated[float, Ge(0), Le(1e9)] | dict[str, Any]] | None = None
+    losses: Mapping[str, Any] | None = None
     """Further losses between student and teacher: name -> weight, or its settings, the weight among them."""
     pairs: Mapping[str, str] | None = None
     """Student's layer -> the teacher's layer that losses of inner layers compare it with; None: they choose."""
@@ -156,21 +157,6 @@ class History:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-def logits_of(outputs: tf.Tensor, probabilities: bool) -> tf.Tensor:
-    """Return logits; for a model that ends in a softmax, its log-probabilities (equal up to a constant)."""
-    return tf.math.log(tf.maximum(outputs, 1e-7)) if probabilities else outputs
-
-
-def gives_probabilities(model: tf_keras.Model) -> bool:
-    """Say whether the model's last operation is a softmax."""
-    layer = model.outputs[0].node.layer
-    if isinstance(layer, tf_keras.layers.Softmax):
-        return True
-    # An operation layer carries the function that it calls, any other layer its activation.
-    function = getattr(layer, "activation", None) or getattr(layer, "function", None)
-    return str(getattr(function, "__name__", "")).startswith("softmax")
-
-
 def train(
     model: tf_keras.Model,
     data: Data,
@@ -228,10 +214,9 @@ def train(
         weight = get_variable(model, name)
         latents[name] = _Latent(weight, tf.Variable(weight, name=f"{name}_latent"), quantizer)
         latents[name].write()
-    trainee = _Trainee(model.inputs, [*model.outputs, *tensors], name=model.name)
+    trainee = _Trainee(model.inputs, [logits_tensor(model), *tensors], name=model.name)
     trainee.setup(
         steps=steps,
-        probabilities=gives_probabilities(model),
         projections=[*projections, *_guarantee_projections(model, guarantees, latents)],
         labelled=bool(data.train.y.min() > NO_LABEL),
         terms=terms,
@@ -256,6 +241,7 @@ def train(
     distribution.require_same(state, (recovery, seed, data.identity, len(data.train)), where)
     with (
         groups_apart(model),
+        linear_ending(model),
         _settling_statistics(model, steps),
         draws_by_step(drawing, seed, trainee.optimizer.iterations),
         synchronised(drawing, distribution),
@@ -332,7 +318,6 @@ class _Trainee(tf_keras.Model):
         self,
         *,
         steps: int,
-        probabilities: bool,
         projections: Sequence[Projection],
         labelled: bool,
         terms: Sequence[LossTerm],
@@ -348,7 +333,6 @@ class _Trainee(tf_keras.Model):
         decayed = [getattr(layer, name) for layer in self.layers for name in kernel_attributes(layer)]
         self._plan: Callable[[], dict[str, Any]] = lambda: {
             "steps": steps,
-            "probabilities": probabilities,
             "projections": projections,
             "labelled": labelled,
             "terms": terms,
@@ -394,8 +378,8 @@ class _Trainee(tf_keras.Model):
             inputs, ratio = mix(inputs, plan["mixup"], seed, distribution.part(plan["batch_size"]))
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(self(inputs, training=True))
-            logits = logits_of(outputs[0], plan["probabilities"])
-            features = dict(zip(plan["tapped"], outputs[len(outputs) - len(plan["tapped"]) :], strict=True))
+            logits, *tapped = outputs
+            features = dict(zip(plan["tapped"], tapped, strict=True))
             loss = math.prod(term.task_weight for term in plan["terms"]) * task_loss(
                 labels, logits, ratio, labelled=plan["labelled"]
             )

@@ -14,13 +14,12 @@ from compress.candidate import Guarantee
 from compress.data.source import Augmentation, Data, Split
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
+from compress.graph.softmax import gives_probabilities, logits_of
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.sharing.codebook import Codebook
 from compress.training import (
     Batch,
     Recovery,
-    gives_probabilities,
-    logits_of,
     restore,
     train,
 )
@@ -420,6 +419,32 @@ def test_whether_a_model_gives_probabilities(head, expected):
     assert gives_probabilities(model) == expected
     if expected:
         np.testing.assert_allclose(np.asarray(model(np.ones((1, 4)))).sum(), 1, atol=1e-5)
+
+
+ENDINGS = {
+    "dense": lambda x: layers.Dense(3, activation="softmax", name="scores")(x),
+    "activation": lambda x: layers.Activation("softmax")(layers.Dense(3, name="scores")(x)),
+    "layer": lambda x: layers.Softmax()(layers.Dense(3, name="scores")(x)),
+    "operation": lambda x: tf.nn.softmax(layers.Dense(3, name="scores")(x)),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_softmax_at_the_end_changes_nothing_however_far_apart_the_logits_are(ending):
+    """A class that the network gives a probability of exp(-90) has a gradient, too."""
+    trained = []
+    for head in (lambda x: layers.Dense(3, name="scores")(x), ENDINGS[ending]):
+        values = tf_keras.Input((3,))
+        model = tf_keras.Model(values, head(values))
+        model.get_layer("scores").set_weights([np.diag([90.0, 60.0, 90.0]), np.array([0.0, 0.0, 80.0])])
+        given = model.output_names, np.asarray(model(np.eye(3)))
+        train(model, data(64), Recovery(epochs=2, batch_size=16, learning_rate=0.5), seed=0)
+        trained.append(model.get_layer("scores").get_weights())
+    for one, other in zip(*trained, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+    assert gives_probabilities(model)
+    assert given[0] == model.output_names
+    np.testing.assert_allclose(np.asarray(model(np.eye(3))).sum(1), 1, atol=1e-5)
 
 
 def test_training_changes_the_model_given_and_nothing_that_it_was_copied_from():

@@ -104,6 +104,8 @@ def make_plan(config: DictConfig) -> Plan:
     cache = check(CacheSettings, plain["cache"], "cache")
     check(bool, plain["debug"], "debug")
     stages = tuple(_stage(name, values) for name, values in plain["strategy"].items())
+    for stage in stages:
+        _refuse_another_method(stage, plain["recovery"]["method"])
     return Plan(
         model=model,
         source=construct(DataSource, plain["data"], "data"),
@@ -324,6 +326,18 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
         raise _invalid(error, where, {}) from error
     chosen_losses(recovery, where)
     return recovery
+
+
+def _refuse_another_method(stage: Stage, general: str) -> None:
+    """Refuse a method that is given to one stage alone, which trains in another way; ``general``: that of all."""
+    own, given = stage.strategy.own_method, stage.recovery.method
+    if own is not None and given in ("finetune", "distill") and given not in (own, general):
+        raise CompressError(
+            f"strategy.{stage.name}.recovery.method",
+            expected=f"{own}, which is how this strategy trains, or none",
+            received=given,
+            fix=f"Leave it out, or write strategy={given} instead.",
+        )
 
 
 def _positive(value: Any, where: str) -> int:

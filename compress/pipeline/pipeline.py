@@ -34,7 +34,13 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
 from compress.networks import Networks
 from compress.pipeline.layers import layer_table, whole_table
-from compress.pipeline.refusals import refuse_clashes, refuse_indivisible, refuse_without_labels, refuse_without_layers
+from compress.pipeline.refusals import (
+    refuse_clashes,
+    refuse_indivisible,
+    refuse_unfit,
+    refuse_without_labels,
+    refuse_without_layers,
+)
 from compress.pipeline.stage import Stage, StageResult, require_kept, result_from_json, result_to_json
 from compress.reference import make_reference
 from compress.strategies.strategy import Context
@@ -103,6 +109,7 @@ class Pipeline:
         self.cache.open()
         refuse_indivisible(self.stages, self.model, len(self.data.train), self.distribution)
         if self.stages:
+            refuse_unfit(self.stages, self.data)
             model = self.model.build(self.data, self.seed)
             refuse_without_layers(self.stages, model)
             refuse_clashes(self.stages, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import tf_keras
@@ -13,7 +14,12 @@ from compress.errors import CompressError
 from compress.graph.saved_graph import has_layers
 from compress.models.source import ModelSource
 from compress.pipeline.stage import Stage
+from compress.strategies.distillation.recovering import AUTO
 from compress.strategies.strategy import require_labels
+from compress.training import Recovery
+
+_OF_TEACHERS = ("temperature", "soft_weight", "label_weight", "losses", "pairs", "teachers")
+"""Fields of a recovery that only a distillation reads."""
 
 
 def refuse_without_layers(stages: Sequence[Stage], model: tf_keras.Model) -> None:
@@ -96,10 +102,42 @@ def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:
     """
     for stage in stages:
         if stage.strategy.needs_labels:
-            require_labels(data, stage.name, f"{stage.name} learns from them")
-        trains = Effect.TRAIN in stage.strategy.effects and not stage.strategy.own_recovery and stage.recovery.trains
-        if trains and stage.recovery.method == "finetune":
+            require_labels(data, stage.name, f"{stage.name} learns from them", "strategy=distill in its place")
+        elif stage.method == "finetune":
             require_labels(data, stage.name, "recovery.method=finetune learns from nothing else")
+
+
+def refuse_unfit(stages: Sequence[Stage], data: Data) -> None:
+    """Refuse stages that cannot work with these data, or with what the configuration says of their recovery.
+
+    Raises:
+        CompressError: naming the first such stage.
+    """
+    _refuse_unheard(stages)
+    for stage in stages:
+        stage.strategy.require(data, stage.recovery, stage.name)
+
+
+def _refuse_unheard(stages: Sequence[Stage]) -> None:
+    """Refuse settings of teachers in stages that train without any, unless another stage obeys them.
+
+    ``recovery`` gives all stages the same values, so those that some stage has a use for may be meant for that one.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(Recovery)}
+    heard = [stage.recovery for stage in stages if stage.method in ("distill", AUTO)]
+    for stage in stages:
+        if stage.method != "finetune":
+            continue
+        for name in _OF_TEACHERS:
+            value = getattr(stage.recovery, name)
+            if value != defaults[name] and all(getattr(other, name) != value for other in heard):
+                raise CompressError(
+                    f"strategy.{stage.name}.recovery.{name}",
+                    expected=f"nothing of teachers: {stage.name} trains on the labels alone",
+                    received=f"{name}={list(value) if isinstance(value, tuple) else value}",
+                    fix=f"Leave {name} out"
+                    + (", or write strategy=distill." if stage.strategy.own_method else ", or write recovery=distill."),
+                )
 
 
 def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:

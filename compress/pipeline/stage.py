@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compress.candidate import Allocated, Candidate, Guarantee, Numbers, Recovered, Skipped, Storage, Violation
+from compress.candidate import Allocated, Candidate, Effect, Guarantee, Numbers, Recovered, Skipped, Storage, Violation
 from compress.deploy.noise import Noise
 from compress.deploy.verification import Agreement
 from compress.errors import CompressError
@@ -28,6 +28,13 @@ class Stage(Strategy):
     recovery: Recovery = field(default_factory=Recovery)
     repeat: int = 1
     release: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """How it trains: ``finetune``, ``distill``, or ``auto``, which decides later; ``none`` if it does not."""
+        if not self.recovery.trains or Effect.TRAIN not in self.strategy.effects:
+            return "none"
+        return self.strategy.own_method or self.recovery.method
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Apply the strategy ``repeat`` times to the selected layers, and check every guarantee afterwards."""

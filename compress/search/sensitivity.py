@@ -16,6 +16,7 @@ from compress.candidate import Candidate
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.rewrite import copy_model
+from compress.graph.softmax import gives_probabilities, logits_of
 from compress.metrics.accuracy import accuracy
 from compress.progress import progress
 from compress.search.stored import as_stored, grids_by_name
@@ -31,7 +32,6 @@ from compress.search.technique import (
 )
 from compress.strategies.repair import outputs_of
 from compress.strategies.strategy import Context, Strategy
-from compress.training import gives_probabilities, logits_of
 
 _UNCHANGED = "the strategy leaves it as it is"
 

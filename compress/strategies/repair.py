@@ -17,10 +17,10 @@ from compress.candidate import Guarantee
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, foldable_pairs, gain_of
 from compress.graph.rewrite import consumers, copy_model, nodes
+from compress.graph.softmax import gives_probabilities, logits_of
 from compress.graph.walk import Step, Walk
 from compress.strategies.least_squares import Moments, assign_matrix, moments, solve
 from compress.strategies.pruning.zeros import Zeros
-from compress.training import gives_probabilities, logits_of
 
 RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
 """Ridge of a layer that loses inputs, and of one that only makes up for others; relative to its inputs' squares."""

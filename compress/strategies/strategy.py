@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -265,8 +265,13 @@ class Strategy(ABC):
     """How the file is written from then on, if it decides that."""
     needs_labels: ClassVar[bool] = False
     """Whether it learns from labels, whatever its recovery."""
-    own_recovery: ClassVar[bool] = False
-    """Whether it says itself who teaches, so that ``recovery.method`` says nothing but whether it trains."""
+    own_method: ClassVar[Literal["finetune", "distill"] | None] = None
+    """How it trains, if it says so itself: ``recovery.method`` then says nothing but whether it trains."""
+
+    @property
+    def if_worse(self) -> str | None:
+        """What to advise where the model made is worse than the one received; None where that is to be expected."""
+        return None
 
     @abstractmethod
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
@@ -274,6 +279,13 @@ class Strategy(ABC):
 
         Raises:
             CompressError: if what was asked for cannot be done, naming the stage.
+        """
+
+    def require(self, data: Data, recovery: Recovery, stage: str) -> None:  # noqa: B027
+        """Refuse data or a recovery that it cannot work with; asked before anything runs.
+
+        Raises:
+            CompressError: naming the key of the stage.
         """
 
     def models(self) -> tuple[str, ...]:
@@ -292,8 +304,8 @@ class Strategy(ABC):
         return f"it {' and '.join(broken)}" if broken else None
 
 
-def require_labels(data: Data, stage: str, reason: str) -> None:
-    """Refuse a stage that learns from labels where there are none.
+def require_labels(data: Data, stage: str, reason: str, otherwise: str = "") -> None:
+    """Refuse a stage that learns from labels where there are none; ``otherwise``: what to write to do without.
 
     Raises:
         CompressError: saying why it needs them.
@@ -303,5 +315,6 @@ def require_labels(data: Data, stage: str, reason: str) -> None:
             f"strategy.{stage}.recovery",
             expected=f"labels of the training images: {reason}",
             received=f"data {data.name} without y_train",
-            fix=f"Write strategy.{stage}.recovery.method=distill (or auto), which needs none, or save y_train, too.",
+            fix=f"Write {otherwise or f'strategy.{stage}.recovery.method=distill (or auto)'}, which needs none, "
+            "or save y_train, too.",
         )

@@ -51,10 +51,21 @@ def test_a_narrow_student_is_exported_and_goes_on(cli, tmp_path):
         (["strategy=distill", "strategy.distill.width=1.5"], ["strategy.distill.width", "less than 1"]),
         (["strategy=mutual", "strategy.mutual.peers=[lenet5]"], ["strategy.mutual, lenet5", "(8, 8, 1)"]),
         (["strategy=mutual", "recovery=none"], ["strategy.mutual.recovery", "training"]),
+        (["strategy=distill", "strategy.distill.recovery.method=finetune"], ["strategy.distill.recovery.method"]),
+        (["strategy=finetune", "recovery.losses={hints: 1}"], ["strategy.finetune.recovery.losses", "labels alone"]),
+        (
+            ["strategy=lowrank", "recovery=finetune", "recovery.temperature=9"],
+            ["strategy.lowrank.recovery.temperature"],
+        ),
+        (["strategy=prune+mutual", "recovery.mixup=0.5"], ["strategy.mutual.recovery.mixup"]),
+        (["strategy=prune+distill", "strategy.distill.omit=[12]"], ["strategy.distill.omit", "from 0 to 9"]),
     ],
 )
 def test_what_cannot_be_a_student_is_refused(overrides, parts, cli, tmp_path):
-    assert_refused(cli(*SHORT, *overrides), *parts)
+    answer = cli(*SHORT, *overrides)
+    assert_refused(answer, *parts)
+    if "recovery=none" not in overrides:
+        assert "running" not in answer[2]
     assert not list(tmp_path.rglob("report.json"))
 
 

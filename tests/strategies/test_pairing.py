@@ -15,6 +15,8 @@ from compress.errors import CompressError
 from compress.graph.residual import residual_blocks, without_blocks
 from compress.graph.rewrite import copy_model
 from compress.models.resnet import cifar_resnet
+from compress.strategies.distillation.loss import LayerLoss
+from compress.strategies.distillation.losses import losses
 from compress.strategies.distillation.losses.hints import Hints
 from compress.strategies.distillation.losses.relational_distance import RelationalDistance
 from compress.strategies.distillation.losses.similarity import Similarity
@@ -220,6 +222,44 @@ def test_a_loss_or_setting_that_does_not_exist_is_refused(losses, said):
 )
 def test_the_labels_have_what_soft_targets_leave_unless_told_otherwise(fields, weights):
     assert [term.task_weight for term in terms(residual(), residual(), **fields)] == weights
+
+
+def normed() -> tf_keras.Model:
+    """Both sizes of its maps end in a batch norm, whose numbers are drawn."""
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(4, 3, padding="same", name="conv1")(image)
+    x = layers.ReLU(name="relu1")(layers.BatchNormalization(name="norm1")(x))
+    x = layers.Conv2D(4, 3, padding="same", name="conv2")(x)
+    x = layers.BatchNormalization(name="norm2")(x)
+    x = layers.BatchNormalization(name="norm3")(layers.Conv2D(6, 3, padding="same", strides=2, name="conv3")(x))
+    x = layers.GlobalAveragePooling2D(name="mean")(x)
+    model = tf_keras.Model(image, layers.Dense(5, name="logits")(x), name="normed")
+    rng = np.random.default_rng(0)
+    for number in (1, 2, 3):
+        norm = model.get_layer(f"norm{number}")
+        norm.set_weights([rng.uniform(0.5, 3, w.shape) for w in norm.get_weights()])
+    return model
+
+
+RULES = [None, {"norm1": "norm1", "conv2": "conv2"}]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["chosen", "rule"])
+@pytest.mark.parametrize("name", [name for name, kind in losses().items() if issubclass(kind, LayerLoss)])
+def test_a_copy_gives_at_every_layer_what_its_teacher_gives(name, rule):
+    teacher = normed()
+    student = copy_model(teacher)
+    (term,) = terms(teacher, student, soft_weight=0.0, losses={name: 1.0}, pairs=rule)
+    x = tf.random.stateless_normal((16, 8, 8, 1), (0, 0))
+    outputs = {layer: student.get_layer(layer).output for layer in term.layers}
+    features = tf_keras.Model(student.inputs, outputs)(x, training=False)
+    batch = Batch(x, tf.zeros(16, tf.int64), tf.zeros((16, 5)), tf.range(16), features)
+    given = term._teacher(batch)
+    for pair_ in term.pairs:
+        np.testing.assert_allclose(features[pair_.student], given[pair_.teacher], rtol=1e-4, atol=1e-4)
+    # Contrastive compares with other samples, activation boundary asks for a margin.
+    if name not in ("contrastive", "activation_boundary"):
+        assert float(term(batch)) == pytest.approx(0, abs=1e-5)
 
 
 def test_all_terms_share_one_pass_of_the_teacher():

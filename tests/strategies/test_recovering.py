@@ -16,12 +16,13 @@ from compress.models.file import FileModel
 from compress.models.mlp import Mlp
 from compress.models.small import Lenet5
 from compress.networks import Networks
-from compress.pipeline.refusals import refuse_without_labels
+from compress.pipeline.refusals import refuse_unfit, refuse_without_labels
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.automatic import choose
 from compress.strategies.distillation.distill import Distill
 from compress.strategies.distillation.finetune import Finetune
 from compress.strategies.distillation.judging import accuracy_of, probabilities, require_same_values
+from compress.strategies.distillation.mutual import Mutual
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.strategy import Context
 from compress.training import Recovery
@@ -159,6 +160,7 @@ def test_distillation_does_without_labels(data):
     stage = Stage("distill", Distill(student="again"), recovery=recovery)
     made = stage.apply(Candidate(good), Context("", bare, good, Recovery(), 0))
     assert accuracy_of([made.model], data.test) > 90
+    assert made.recovered.teachers == ("reference",)
     assert made.recovered.teacher_accuracy is None, "no labels to judge by"
 
 
@@ -224,3 +226,129 @@ def test_networks_build_students_by_the_seed_and_name_misfits(data):
         sources.refuse_misfits(reference, digits, 0, lambda name: f"strategy.distill, {name}")
     assert "strategy.distill, lenet5" in caught.value.where
     assert "(8, 8, 1)" in caught.value.received
+
+
+def trained_with(stage: Stage, source: Data, monkeypatch) -> Recovery:
+    """Return the recovery that the stage trains by."""
+    found = []
+    monkeypatch.setattr(
+        "compress.strategies.strategy.train", lambda model, data, recovery, **others: found.append(recovery)
+    )
+    stage.apply(Candidate(classifier()), Context("", source, classifier(), Recovery(), 0))
+    (recovery,) = found
+    return recovery
+
+
+def test_a_distillation_obeys_its_recovery_but_for_what_it_says_itself(data, monkeypatch):
+    asked = Recovery("distill", temperature=20.0, soft_weight=0.3)
+    for strategy, wanted in (
+        (Distill(), (20.0, 0.3)),
+        (Distill(temperature=2.0), (2.0, 0.3)),
+        (Distill(soft_weight=0.0), (20.0, 0.0)),
+    ):
+        asked_for_something = dataclasses.replace(asked, losses={"decoupled": 1.0})
+        found = trained_with(Stage("distill", strategy, recovery=asked_for_something), data, monkeypatch)
+        assert (found.method, found.temperature, found.soft_weight) == ("distill", *wanted)
+
+
+@pytest.mark.parametrize("method", ["finetune", "distill", "auto"])
+def test_plain_training_has_no_teacher(method, data, monkeypatch):
+    stage = Stage("finetune", Finetune(), recovery=Recovery(method, epochs=1))
+    assert trained_with(stage, data, monkeypatch).method == "finetune"
+    assert stage.apply(Candidate(classifier()), Context("", data, classifier(), Recovery(), 0)).recovered.teachers == ()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [(Finetune(), "distill"), (Mutual(), "distill"), (Prune(), "finetune")],
+    ids=["finetune", "mutual", "prune"],
+)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 9.0),
+        ("soft_weight", 0.5),
+        ("label_weight", 0.0),
+        ("losses", {"hints": 1.0}),
+        ("pairs", {"a": "b"}),
+        ("teachers", ("previous",)),
+    ],
+)
+def test_settings_of_teachers_are_refused_where_nobody_obeys_them(strategy, method, name, value, data):
+    recovery = Recovery(method, **{name: value})
+    stage = Stage("stage", strategy, recovery=recovery)
+    with pytest.raises(CompressError) as caught:
+        refuse_unfit([stage], data)
+    assert caught.value.where == f"strategy.stage.recovery.{name}"
+    other = Stage("prune", Prune(), recovery=dataclasses.replace(recovery, method="distill"))
+    refuse_unfit([stage, other], data)
+    with pytest.raises(CompressError):
+        refuse_unfit([stage, dataclasses.replace(other, recovery=Recovery("distill"))], data)
+    refuse_unfit([dataclasses.replace(stage, recovery=dataclasses.replace(recovery, epochs=0))], data)
+
+
+def test_omitted_classes_need_labels_and_must_be_there(data):
+    bare = make_data("bare", Unlabelled(data.train.x), data.test, validation=Unlabelled(data.validation.x))
+    more = dataclasses.replace(data, unlabelled=data.train.x[:50])
+    for source, omit, said in (
+        (data, (12,), "classes from 0 to 3"),
+        (data, (0, 1, 2, 3), "leave one"),
+        (bare, (1,), "200 of whose images have none"),
+        (more, (1,), "50 of whose images have none"),
+    ):
+        with pytest.raises(CompressError, match=said) as caught:
+            refuse_unfit([Stage("distill", Distill(omit=omit))], source)
+        assert caught.value.where == "strategy.distill.omit"
+    refuse_unfit([Stage("distill", Distill(omit=(1,)))], data)
+    refuse_unfit([Stage("distill", Distill())], more)
+    with pytest.raises(CompressError, match="mixed"):
+        refuse_unfit([Stage("mutual", Mutual(), recovery=Recovery(mixup=0.5))], data)
+
+
+def test_who_has_no_labels_is_told_what_does_without(data):
+    bare = make_data("bare", Unlabelled(data.train.x), data.test, validation=Unlabelled(data.validation.x))
+    for strategy, said in (
+        (Finetune(), "strategy=distill"),
+        (Mutual(), "strategy=distill"),
+        (Prune(), "method=distill"),
+    ):
+        with pytest.raises(CompressError) as caught:
+            refuse_without_labels([Stage("stage", strategy, recovery=Recovery("finetune"))], bare)
+        assert said in caught.value.fix
+        assert ("method" in caught.value.fix) == isinstance(strategy, Prune)
+
+
+@pytest.mark.parametrize("student", [None, "again"])
+def test_a_model_that_its_peers_make_worse_is_told_of(student, data):
+    good = classifier()
+    recovery = Recovery("finetune", epochs=3, batch_size=32, learning_rate=0.5)
+    stage = Stage("mutual", Mutual(student=student, weight=1e3), recovery=recovery)
+    found = stage.apply(Candidate(good), Context("", data, good, Recovery(), 0)).recovered
+    assert (found.method, found.teachers) == ("finetune", ())
+    if student is not None:
+        assert found.warning is None
+        return
+    assert (found.received_accuracy, found.images) == (100, 100)
+    assert found.student_accuracy < 90
+    assert f"worse than the one that it received: {found.student_accuracy:.2f} against 100.00 %" in found.warning
+    assert "student=again" in found.warning
+    gentle = Stage("mutual", Mutual(weight=1e-3), recovery=dataclasses.replace(recovery, learning_rate=1e-4))
+    assert gentle.apply(Candidate(good), Context("", data, good, Recovery(), 0)).recovered.warning is None
+
+
+def test_a_teacher_that_is_good_in_spite_of_other_values_is_refused_too(data):
+    """Learned from values less their mean, it is right about three in four of the values as they are."""
+    mean, deviation = data.train.x.mean(), data.train.x.std()
+    values = tf_keras.Input((CLASSES,), name="pixels")
+    # Class 3 has the sum of all values, too: nothing, if their mean is zero.
+    scores = layers.Dense(CLASSES, name="scores")(values)
+    teacher = tf_keras.Model(values, scores, name="centred")
+    kernel = 2 * np.eye(CLASSES, dtype=np.float32)
+    kernel[:, 3] += 0.6
+    teacher.get_layer("scores").set_weights([kernel, np.zeros(CLASSES)])
+    centred = data.validation.shown(((data.validation.x - mean) / deviation).astype(np.float32))
+    plain, scaled = accuracy_of([teacher], data.validation), accuracy_of([teacher], centred)
+    assert 60 < plain < scaled - 3
+    with pytest.raises(CompressError, match="mean") as caught:
+        require_same_values(teacher, "the teacher", classifier(name="raw"), data, "here")
+    assert f"{scaled:.1f} %, and {plain:.1f} %" in caught.value.received

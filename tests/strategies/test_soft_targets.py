@@ -125,6 +125,30 @@ def test_a_student_that_equals_its_teacher_learns_nothing_and_another_does(softm
         assert (gradient < 1e-5) == equal
 
 
+ENDINGS = {
+    "dense": lambda x: layers.Dense(3, activation="softmax", kernel_initializer="identity")(x),
+    "activation": lambda x: layers.Activation("softmax")(x),
+    "layer": lambda x: layers.Softmax()(x),
+    "operation": lambda x: tf.nn.softmax(x),
+}
+
+
+@pytest.mark.parametrize("temperature", [4.0, 20.0])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_teacher_that_ends_in_a_softmax_says_as_much_as_its_logits(ending, temperature):
+    values = tf_keras.Input((3,))
+    teacher = tf_keras.Model(values, ENDINGS[ending](values))
+    x = np.array([[0.0, -10.0, -30.0], [0.0, -20.0, -200.0]], np.float32)
+    student = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(student)
+        value = soft_term([teacher], temperature, 1.0)(batch(x, student, np.arange(2)))
+    assert float(value) == pytest.approx(0, abs=1e-4)
+    np.testing.assert_allclose(tape.gradient(value, student), 0, atol=1e-5)
+    # The model given still ends in its softmax.
+    np.testing.assert_allclose(np.asarray(teacher(x)).sum(1), 1, atol=1e-5)
+
+
 def test_the_gradient_is_the_difference_of_the_softened_probabilities():
     """Hinton et al., equation 2: dC/dz = (q - p) / T, here times weight * T^2 and averaged over the batch."""
     source, teacher = data(), network()

@@ -245,3 +245,14 @@ def test_the_offset_reaches_the_share_that_is_wanted(given_shares, wanted):
     raised = _offset(shares, wanted)
     odds = shares / (1 - shares) * np.exp(raised)
     assert (odds / (1 + odds)).mean() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_student_whose_biases_cannot_be_raised_is_refused_before_it_trains(data, reference, context, monkeypatch):
+    image = tf_keras.Input((8, 8, 1))
+    scores = layers.Dense(4, use_bias=False, name="unbiased")(layers.Flatten()(image))
+    student = tf_keras.Model(image, scores, name="bare")
+    monkeypatch.setattr("compress.strategies.strategy.train", lambda *given, **others: pytest.fail("it trains"))
+    without = dataclasses.replace(context, untrained_model=lambda name, seed: student)
+    with pytest.raises(CompressError, match="unbiased") as caught:
+        Distill(student="bare", omit=(1,), raise_bias=True).apply(Candidate(reference), without)
+    assert caught.value.where == "strategy.distill.raise_bias"

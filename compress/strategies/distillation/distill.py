@@ -8,7 +8,7 @@ such stages, and born-again networks (Furlanello et al., arXiv 1805.04770) one t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tf_keras
@@ -16,11 +16,13 @@ from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate
+from compress.data.source import Data
 from compress.errors import CompressError
 from compress.strategies.distillation.judging import probabilities
 from compress.strategies.distillation.student import StudentStrategy
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.strategy import STRICT, Context
+from compress.training import Recovery
 
 _STEPS = 60
 
@@ -30,6 +32,8 @@ class Distill(StudentStrategy):
     """Train the student on the soft targets of the pipeline's reference model, or of ``recovery.teachers``.
 
     Attributes:
+        temperature: None: as ``recovery`` says.
+        soft_weight: None: as ``recovery`` says.
         omit: classes whose images the student is not shown: it knows them from the soft targets of others alone
             (section 3 of the paper).
         raise_bias: afterwards raise the biases of these classes by one number, so that the student gives them as much
@@ -37,12 +41,12 @@ class Distill(StudentStrategy):
             chooses the number that is best on the test set.)
     """
 
-    temperature: Annotated[float, Gt(0), Le(1e6)] = 4.0
-    soft_weight: Annotated[float, Gt(0), Le(1)] = 0.9
+    temperature: Annotated[float, Gt(0), Le(1e6)] | None = None
+    soft_weight: Annotated[float, Ge(0), Le(1)] | None = None
     omit: tuple[Annotated[int, Ge(0)], ...] = ()
     raise_bias: bool = False
 
-    own_recovery = True
+    own_method = "distill"
 
     def __post_init__(self) -> None:
         """Refuse fields that do nothing."""
@@ -52,31 +56,43 @@ class Distill(StudentStrategy):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Make the student, and train it."""
         context.require_training()
+        self.require(context.data, context.recovery, context.stage)
         if self.omit:
-            self._require_classes(context)
             context = context.for_stage(context.stage, data=context.data.without(self.omit))
         student = self.student_of(candidate, context)
-        recovery = replace(
-            context.recovery, method="distill", temperature=self.temperature, soft_weight=self.soft_weight
-        )
+        if self.raise_bias:
+            self._biased(student.model, context)
+        own = {"temperature": self.temperature, "soft_weight": self.soft_weight}
+        chosen: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        recovery = replace(context.recovery, method="distill", **chosen)
         student = context.for_stage(context.stage, recovery=recovery).recover(student)
         if self.raise_bias:
             raised = self._raise_bias(student.model, context)
             student = student.evolve(measured={**student.measured, "bias_raised": raised})
         return student
 
-    def _require_classes(self, context: Context) -> None:
-        classes = context.data.classes
-        if max(self.omit) >= classes or len(set(self.omit)) >= classes:
+    def require(self, data: Data, recovery: Recovery, stage: str) -> None:
+        """Refuse to omit classes that are not there, or whose images nobody can tell."""
+        if not self.omit:
+            return
+        if max(self.omit) >= data.classes or len(set(self.omit)) >= data.classes:
             raise CompressError(
-                f"strategy.{context.stage}.omit",
-                expected=f"some of the classes from 0 to {classes - 1}",
+                f"strategy.{stage}.omit",
+                expected=f"some of the classes from 0 to {data.classes - 1}",
                 received=str(list(self.omit)),
                 fix="Name classes of the data by their numbers, and leave one at least.",
             )
+        unknown = len(data.train) if not data.train.labelled else 0 if data.unlabelled is None else len(data.unlabelled)
+        if unknown:
+            raise CompressError(
+                f"strategy.{stage}.omit",
+                expected="labels of all training images, which say what is to be left out",
+                received=f"data {data.name}, {unknown} of whose images have none",
+                fix=f"Write strategy.{stage}.omit=[], or bring data with y_train and without x_unlabelled.",
+            )
 
-    def _raise_bias(self, model: tf_keras.Model, context: Context) -> float:
-        """Raise the biases in place; return by how much."""
+    def _biased(self, model: tf_keras.Model, context: Context) -> tf_keras.layers.Layer:
+        """Return the layer whose biases can be raised."""
         layer = model.outputs[0].node.layer
         while getattr(layer, "bias", None) is None and len(parents := list(layer.inbound_nodes[0].parent_nodes)) == 1:
             if layer.weights:
@@ -89,6 +105,11 @@ class Distill(StudentStrategy):
                 received=f"{layer.name} ({type(layer).__name__}), which has none",
                 fix=f"Write strategy.{context.stage}.raise_bias=false.",
             )
+        return layer
+
+    def _raise_bias(self, model: tf_keras.Model, context: Context) -> float:
+        """Raise the biases in place; return by how much."""
+        layer = self._biased(model, context)
         x = context.data.validation.x
         wanted = float(probabilities(context.teacher_models(), x)[:, list(self.omit)].sum(axis=1).mean())
         given = probabilities([model], x)[:, list(self.omit)].sum(axis=1)

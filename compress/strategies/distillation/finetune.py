@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate
@@ -11,11 +13,16 @@ from compress.strategies.strategy import STRICT, Context
 
 @dataclass(frozen=True, config=STRICT)
 class Finetune(StudentStrategy):
-    """Train the candidate, or another student, as ``recovery`` says; every guarantee is kept."""
+    """Train the candidate, or another student, on the labels alone; every guarantee is kept.
+
+    What ``recovery`` says of teachers has no effect here: there are none.
+    """
 
     needs_labels = True
+    own_method = "finetune"
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Train a copy."""
         context.require_training()
-        return context.recover(self.student_of(candidate, context))
+        plain = context.for_stage(context.stage, recovery=replace(context.recovery, method="finetune"))
+        return plain.recover(self.student_of(candidate, context))

@@ -22,16 +22,18 @@ from compress.errors import CompressError
 from compress.graph.grouped import groups_apart
 from compress.graph.kernels import kernel_attributes
 from compress.graph.scaling import with_fresh_weights
+from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.student import AGAIN, StudentStrategy
 from compress.strategies.strategy import STRICT, Context
-from compress.training import Batch, gives_probabilities, logits_of
+from compress.training import Batch, Recovery
 
 
 @dataclass(frozen=True, config=STRICT)
 class Mutual(StudentStrategy):
     """Train the student together with peers, all in the same steps; the peers are thrown away afterwards.
 
-    What ``recovery`` says of teachers has no effect here: there are none.
+    What ``recovery`` says of teachers has no effect here: there are none. In the paper all networks start untrained
+    (``student="again"``): a trained student first loses much of what it knows to peers that know nothing.
 
     Attributes:
         peers: who learns along: names of ``conf/model``, or ``again``, the student's own architecture; all with
@@ -43,22 +45,33 @@ class Mutual(StudentStrategy):
     weight: Annotated[float, Gt(0), Le(1e6)] = 1.0
 
     needs_labels = True
-    own_recovery = True
+    own_method = "finetune"
+
+    @property
+    def if_worse(self) -> str | None:
+        """A trained student learns from peers that know nothing yet, too."""
+        if self.replaces:
+            return None
+        return "Its peers start untrained, and it learns from them all the while: write student=again, or train longer"
 
     def models(self) -> tuple[str, ...]:
         """Name the networks that learn."""
         return (*super().models(), *(name for name in self.peers if name != AGAIN))
 
+    def require(self, data: Data, recovery: Recovery, stage: str) -> None:
+        """Refuse mixed images."""
+        if recovery.mixup:
+            raise CompressError(
+                f"strategy.{stage}.recovery.mixup",
+                expected="images that are not mixed: peers learn from their labels, too",
+                received=str(recovery.mixup),
+                fix=f"Write strategy.{stage}.recovery.mixup=0.",
+            )
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Make student and peers, and train them."""
         context.require_training()
-        if context.recovery.mixup:
-            raise CompressError(
-                f"strategy.{context.stage}.recovery.mixup",
-                expected="images that are not mixed: peers learn from their labels, too",
-                received=str(context.recovery.mixup),
-                fix=f"Write strategy.{context.stage}.recovery.mixup=0.",
-            )
+        self.require(context.data, context.recovery, context.stage)
         student = self.student_of(candidate, context)
         peers = [self._peer(name, student.model, context, number) for number, name in enumerate(self.peers, start=1)]
         term = PeerTerm(peers, self.weight, context.recovery.weight_decay)
@@ -82,7 +95,7 @@ class PeerTerm:
     layers: Sequence[str] = ()
 
     def __init__(self, peers: Sequence[tf_keras.Model], weight: float, weight_decay: float) -> None:
-        self._peers = self.networks = tuple(peers)
+        self._peers = self.networks = tuple(without_softmax(peer) for peer in peers)
         self._weight = weight
         self._weight_decay = weight_decay
         self.variables: Sequence[tf.Variable] = [v for peer in peers for v in peer.trainable_variables]
@@ -96,7 +109,7 @@ class PeerTerm:
         total = tf.constant(0.0)
         for peer in self._peers:
             outputs = tf.nest.flatten(peer(batch.inputs, training=True))[0]
-            logits.append(logits_of(outputs, gives_probabilities(peer)))
+            logits.append(outputs)
             entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=batch.labels, logits=logits[-1])
             total += tf.reduce_mean(entropy) + self._decay(peer)
             if peer.losses:

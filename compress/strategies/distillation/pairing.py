@@ -15,7 +15,6 @@ from compress.graph.kernels import kernel_attributes
 from compress.graph.residual import sums
 from compress.graph.rewrite import Shape, calls, nodes
 
-_NORMS = (tf_keras.layers.BatchNormalization,)
 _PADDING = (tf_keras.layers.ZeroPadding2D, tf_keras.layers.Cropping2D)
 _ACTIVATIONS = (
     tf_keras.layers.ReLU,
@@ -138,17 +137,17 @@ def same_layers(teacher: Layers, student: Layers) -> list[Pair]:
     """
     if _another_depth(teacher, student):
         return []
-    shared = [
-        name
-        for name in student.learned
-        if len(student.shapes[name]) == 3
-        and teacher.shapes.get(name) == student.shapes[name]
-        # The teacher's are folded away.
-        and not isinstance(student.model.get_layer(name), _NORMS)
-    ]
+    # The teacher's layer gives what its batch norm, which has been folded into it, gave.
+    normed = {linear for norm, linear in teacher.folded.items() if norm in student.shapes}
+    others = {name: teacher.folded.get(name, name) for name in student.learned if name not in normed}
+    shared = {
+        name: other
+        for name, other in others.items()
+        if len(student.shapes[name]) == 3 and teacher.shapes.get(other) == student.shapes[name]
+    }
     added = [name for name in shared if isinstance(student.model.get_layer(name), tf_keras.layers.Add)]
     chosen = added or list({student.shapes[name][:2]: name for name in shared}.values())
-    return [pair(teacher, student, name, name) for name in chosen]
+    return [pair(teacher, student, name, shared[name]) for name in chosen]
 
 
 def _another_depth(teacher: Layers, student: Layers) -> bool:
@@ -170,7 +169,7 @@ def feature_pairs(teacher: Layers, student: Layers) -> list[Pair]:
 def pairs_by_rule(rule: Mapping[str, str], teacher: Layers, student: Layers, where: str) -> list[Pair]:
     """Return the pairs that a rule names: student's layer -> teacher's layer.
 
-    A batch norm of the teacher stands for the layer before it, which it is folded into.
+    A batch norm of the teacher that is gone stands for the layer before it, which it has been folded into.
 
     Raises:
         CompressError: if there is no such layer to look at.

@@ -8,6 +8,7 @@ import numpy as np
 import tf_keras
 
 from compress.candidate import Effect, Recovered
+from compress.data.source import Split
 from compress.strategies.distillation.automatic import choose
 from compress.strategies.distillation.judging import judged_part, probabilities
 from compress.strategies.strategy import REFERENCE, Context, Strategy
@@ -22,6 +23,7 @@ class Recovering:
         self._stage = self._context = context
         self._received = received
         self._why: str | None = None
+        self._if_worse: str | None = None
         self._trained = False
         self._taught = False
 
@@ -37,10 +39,10 @@ class Recovering:
         context = dataclasses.replace(self._stage, previous=previous, on_recovery=self._heard, seed=seed)
         if context.recovery.method == AUTO:
             recovery = dataclasses.replace(context.recovery, method="distill")
-            if Effect.TRAIN in strategy.effects and not strategy.own_recovery:
+            if Effect.TRAIN in strategy.effects and strategy.own_method is None:
                 recovery, self._why = choose(context.recovery, context.data, context.teacher_models(), previous)
             context = dataclasses.replace(context, recovery=recovery)
-        self._context, self._received = context, previous
+        self._context, self._received, self._if_worse = context, previous, strategy.if_worse
         return context
 
     def _heard(self, taught: bool) -> None:
@@ -53,9 +55,11 @@ class Recovering:
             return None
         method = "distill" if self._taught else "finetune" if self._trained else "none"
         part = judged_part(self._context.data)
+        names = (self._context.recovery.teachers or (REFERENCE,)) if self._taught else ()
+        if self._trained and not self._taught and part is not None and self._if_worse is not None:
+            return self._judged(Recovered(method, self._why), made, part, self._if_worse)
         if not self._taught or part is None:
-            return Recovered(method, self._why)
-        names = self._context.recovery.teachers or (REFERENCE,)
+            return Recovered(method, self._why, names)
         teachers = self._context.teacher_models()
         right = {
             "teacher": _right(teachers, part.x, part.y),
@@ -74,6 +78,17 @@ class Recovering:
         )
         return dataclasses.replace(found, warning=self._warning(found, right))
 
+    def _judged(self, found: Recovered, made: tf_keras.Model, part: Split, advice: str) -> Recovered:
+        """Say so if the model made is clearly worse than the one received."""
+        before, after = (_right([model], part.x, part.y) for model in (self._received, made))
+        received, student = (float(100 * right.mean()) for right in (before, after))
+        found = dataclasses.replace(found, received_accuracy=received, student_accuracy=student, images=len(part))
+        if not _clearly_more(before, after):
+            return found
+        said = f"The model that the stage made is worse than the one that it received: {student:.2f} against "
+        said += f"{received:.2f} % of {len(part)} validation images (Keras models). {advice}."
+        return dataclasses.replace(found, warning=said)
+
     def _warning(self, found: Recovered, right: dict[str, np.ndarray]) -> str | None:
         """Say so if the teacher is worse than the model received, or clearly worse than what was made."""
         teacher, received, student = found.teacher_accuracy, found.received_accuracy, found.student_accuracy
@@ -84,11 +99,16 @@ class Recovering:
         where = f"of {found.images} validation images (Keras models)"
         if teacher < received:
             return f"{said} the model that the stage received: {teacher:.2f} against {received:.2f} % {where}. {advice}"
-        # A student may outgrow its teacher by a little, or by chance: two standard errors of the paired difference.
-        apart = int((right["student"] & ~right["teacher"]).sum()), int((right["teacher"] & ~right["student"]).sum())
-        if apart[0] - apart[1] > 2 * np.sqrt(sum(apart)):
+        # A student may outgrow its teacher by a little, or by chance.
+        if _clearly_more(right["student"], right["teacher"]):
             return f"{said} its student: {teacher:.2f} against {student:.2f} % {where}. {advice}"
         return None
+
+
+def _clearly_more(one: np.ndarray, other: np.ndarray) -> bool:
+    """Say whether more is right in one than in the other, by two standard errors of the paired difference."""
+    apart = int((one & ~other).sum()), int((other & ~one).sum())
+    return bool(apart[0] - apart[1] > 2 * np.sqrt(sum(apart)))
 
 
 def _right(models: list[tf_keras.Model], x: np.ndarray, labels: np.ndarray) -> np.ndarray:

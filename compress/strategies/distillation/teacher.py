@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import tf_keras
 
 from compress.data.source import Data
 from compress.graph.fold import fold_batch_norm, foldable_pairs
+from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.pairing import Layers
 from compress.training import Batch
 
@@ -36,12 +37,17 @@ def keep_nothing(_digest: str, _what: str, make: Callable[[], dict[str, np.ndarr
 
 
 class Teacher:
-    """A model that is only looked at. Its batch norms are folded: without them it answers in less time."""
+    """A model that is only looked at, without a softmax at its end: what it gives are logits.
+
+    Its batch norms are folded: without them it answers in less time.
+    """
 
     def __init__(self, model: tf_keras.Model) -> None:
-        self.model = fold_batch_norm(model)
+        self._given = model
+        self._foldable = foldable_pairs(model)
+        self.model = without_softmax(fold_batch_norm(model))
         self.keep: Keep = keep_nothing
-        self._folded = {norm: linear for linear, norm in foldable_pairs(model).items()}
+        self._folded = {norm: linear for linear, norm in self._foldable.items()}
         self._layers: list[str] = []
         self._look = self.model
         self._seen: dict[Any, dict[str, tf.Tensor]] = {}
@@ -53,6 +59,16 @@ class Teacher:
     def layers(self) -> Layers:
         """The layers that can be looked at."""
         return Layers(self.model, self._folded)
+
+    def unfold(self, layers: Collection[str]) -> None:
+        """Leave these layers as they are in the model given, so that they show what they give themselves."""
+        if not set(self._folded.values()) & set(layers):
+            return
+        folded = frozenset(self._folded.values()) - set(layers)
+        self.model = without_softmax(fold_batch_norm(self._given, folded))
+        self._folded = {norm: linear for linear, norm in self._foldable.items() if linear in folded}
+        self.__dict__.pop("layers", None)
+        self.show(())
 
     def show(self, layers: Sequence[str]) -> None:
         """Give the outputs of these layers, too; called before training."""

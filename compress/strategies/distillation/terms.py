@@ -18,7 +18,9 @@ from compress.strategies.distillation.losses import losses
 from compress.strategies.distillation.losses.soft_targets import SoftTargets
 from compress.strategies.distillation.pairing import Layers, Pair, pairs_by_rule
 from compress.strategies.distillation.teacher import Keep, Teacher
-from compress.training import Batch, LossTerm, Recovery, gives_probabilities, logits_of
+from compress.training import Batch, LossTerm, Recovery
+
+_SETTINGS = "Give it a weight, or its settings: {weight: 1, ...}."
 
 
 class LogitsTerm:
@@ -42,10 +44,7 @@ class LogitsTerm:
 
     def __call__(self, batch: Batch) -> tf.Tensor:
         """Return the weighted loss."""
-        softened = [
-            tf.nn.log_softmax(logits_of(teacher(batch)[""], gives_probabilities(teacher.model)) / self._temperature)
-            for teacher in self.teachers
-        ]
+        softened = [tf.nn.log_softmax(teacher(batch)[""] / self._temperature) for teacher in self.teachers]
         targets = tf.reduce_logsumexp(tf.stack(softened), axis=0) - float(np.log(len(softened)))
         return self._loss.weight * self._loss.value(batch.logits, targets, batch.labels, self._temperature)
 
@@ -112,8 +111,7 @@ def chosen_losses(recovery: Recovery, where: str) -> list[Loss]:
                 received=name,
                 fix=did_you_mean(name, set(known) - {SoftTargets.name}),
             )
-        values = settings if isinstance(settings, Mapping) else {"weight": settings}
-        found.append(_made(known[name], values, key))
+        found.append(_made(known[name], settings, key))
     return [loss for loss in found if loss.weight]
 
 
@@ -150,6 +148,8 @@ def distillation_terms(
         _require_fit(teacher.model, student, where)
         teacher.keep = keep
     layers = Layers(student)
+    own = (loss.pairs for loss in chosen if isinstance(loss, LayerLoss))
+    teachers[0].unfold({layer for rule in (recovery.pairs, *own) if rule is not None for layer in rule.values()})
     label_weight = 1.0 - recovery.soft_weight if recovery.label_weight is None else recovery.label_weight
     terms: list[LossTerm] = []
     for number, loss in enumerate(chosen):
@@ -158,29 +158,39 @@ def distillation_terms(
         if isinstance(loss, LogitsLoss):
             terms.append(LogitsTerm(loss, teachers, recovery.temperature, task_weight))
         else:
-            own = cast(LayerLoss, loss)
-            pairs = _pairs(own, recovery, teachers[0].layers, layers, where)
-            terms.append(LayerTerm(own, teachers[0], pairs, seed + 1000 * number, task_weight))
+            inner = cast(LayerLoss, loss)
+            pairs = _pairs(inner, recovery, teachers[0].layers, layers, where)
+            terms.append(LayerTerm(inner, teachers[0], pairs, seed + 1000 * number, task_weight))
     return terms
 
 
-def _made(kind: type[Loss], values: Mapping[str, Any], where: str) -> Loss:
+def _made(kind: type[Loss], settings: Any, where: str) -> Loss:
+    scalar = not isinstance(settings, Mapping)
+    values = {"weight": settings} if scalar else settings
     known = {item.name for item in fields(kind)}
     for name in values:
         if name not in known:
             raise CompressError(
                 f"{where}.{name}", expected="a setting of the loss", received=name, fix=did_you_mean(name, known)
             )
+        # Python counts with it as with 1.
+        if isinstance(values[name], bool):
+            raise CompressError(
+                where if scalar else f"{where}.{name}",
+                expected="a valid number",
+                received=str(values[name]).lower(),
+                fix=_SETTINGS,
+            )
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(part for part in first["loc"][:1] if isinstance(part, str))
+        place = "" if scalar else ".".join(part for part in first["loc"][:1] if isinstance(part, str))
         raise CompressError(
             f"{where}.{place}" if place else where,
             expected=str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, "),
             received=repr(first["input"])[:120],
-            fix="Give it a weight, or its settings: {weight: 1, ...}.",
+            fix=_SETTINGS,
         ) from error
 
 

@@ -19,9 +19,9 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.kernels import get_variable
 from compress.graph.rewrite import NewLayer, rewrite
+from compress.graph.softmax import gives_probabilities, logits_of
 from compress.strategies.pruning.gradients import require_gradients, require_labels
 from compress.strategies.pruning.masks import GONE, Masking
-from compress.training import gives_probabilities, logits_of
 
 _BATCH = 128
 _ROUNDS = 100

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.errors import CompressError
-from compress.training import gives_probabilities, logits_of
+from compress.graph.softmax import gives_probabilities, logits_of
 
 _BATCH = 128
 
