@@ -39,26 +39,42 @@ class SearchSweeper(Sweeper):
         self,
         trials: int,
         at_once: int,
-        objectives: Sequence[str],
+        objectives: Any,
         sampler: str,
         population: int,
         seed: int,
-        storage: str,
+        storage: Any,
         study: str | None,
-        params: Mapping[str, Any] | None,
-        give_up: Mapping[str, float] | None,
+        params: Any,
+        give_up: Any,
     ) -> None:
+        from compress.search.trial import read_limits
+        from compress.tracking.pareto import read_fronts
+
         for name, value in (("trials", trials), ("at_once", at_once), ("population", population)):
-            if not isinstance(value, int) or value < 1:
-                raise CompressError(
-                    f"hydra.sweeper.{name}",
-                    expected="a whole number from 1",
-                    received=str(value),
-                    fix=f"Write hydra.sweeper.{name}=10.",
-                )
-        self._trials, self._at_once = trials, at_once
-        self._objectives, self._sampler, self._population = list(objectives), sampler, population
-        self._seed, self._storage, self._name = seed, storage, study
+            _require(isinstance(value, int) and value >= 1, name, "a whole number from 1", value, "10")
+        several = isinstance(objectives, Sequence) and all(isinstance(item, str) for item in objectives)
+        _require(
+            several and not isinstance(objectives, str),
+            "objectives",
+            "a list of metrics (a search has one front)",
+            objectives,
+            "[accuracy,packed_bytes]",
+        )
+        _require(isinstance(storage, str), "storage", "a database's URI", storage, "sqlite:///search.db")
+        _require(
+            params is None or isinstance(params, Mapping),
+            "params",
+            "keys with what they may be",
+            params,
+            "{strategy.prune.sparsity: 'interval(0.3,0.9)'}",
+        )
+        # The jobs read the limits from the configuration themselves.
+        read_limits(give_up, "hydra.sweeper.give_up")
+        (front,) = read_fronts(list(objectives), "hydra.sweeper.objectives")
+        self._trials, self._at_once, self._front = trials, at_once, front
+        self._objectives, self._sampler, self._population = list(objectives), str(sampler), population
+        self._seed, self._storage, self._name = seed, storage, None if study is None else str(study)
         self._params = dict(params or {})
         self._launcher: Launcher | None = None
         self._config: DictConfig | None = None
@@ -74,12 +90,10 @@ class SearchSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Search; leave what was found in ``search.json`` in the sweep's folder."""
         from compress.search.study import Study
-        from compress.tracking.pareto import read_fronts
 
         assert self._config is not None
         assert self._launcher is not None
         assert self._context is not None
-        (front,) = read_fronts(self._objectives, "hydra.sweeper.objectives")
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         declared = parser.parse_overrides([f"{key}={_written(value)}" for key, value in self._params.items()])
         given = parser.parse_overrides(arguments)
@@ -100,7 +114,7 @@ class SearchSweeper(Sweeper):
         study = Study(
             self._storage,
             self._name or _name_of(sorted(fixed), space, self._objectives, self._sampler, self._seed),
-            front.objectives,
+            self._front.objectives,
             space,
             sampler=self._sampler,
             seed=self._seed,
@@ -108,7 +122,7 @@ class SearchSweeper(Sweeper):
         )
         _LOG.info("search: %d of %d trials were made before", study.finished, self._trials)
         number = 0
-        while (left := self._trials - study.finished) > 0:
+        while (left := study.left(self._trials)) > 0:
             trials = [study.ask() for _ in range(min(self._at_once, left))]
             jobs = [[*fixed, *trial.overrides] for trial in trials]
             results = self._launcher.launch(jobs, initial_job_idx=number)
@@ -125,6 +139,23 @@ class SearchSweeper(Sweeper):
         best = [{"trial": trial, "setting": setting, "values": values} for trial, setting, values in study.best()]
         (sweep / "search.json").write_text(json.dumps({"objectives": self._objectives, "best": best}, indent=1))
         _LOG.info("search: %d trials, %d of them not beaten: %s", study.finished, len(best), sweep / "search.json")
+        if not best and study.finished:
+            raise CompressError(
+                "hydra.sweeper.give_up",
+                expected="limits that some pipeline keeps to",
+                received=f"ones for which all {study.finished} trials were given up",
+                fix="Lower the limits, or widen the search space.",
+            )
+
+
+def _require(right: bool, name: str, expected: str, received: object, example: str) -> None:
+    if not right:
+        raise CompressError(
+            f"hydra.sweeper.{name}",
+            expected=expected,
+            received="null" if received is None else str(received),
+            fix=f"Write 'hydra.sweeper.{name}={example}'.",
+        )
 
 
 _MOST_TRIES = 3

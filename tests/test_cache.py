@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from compress.cache import code, store
 from compress.cache.__main__ import main as cache_command
 from compress.cache.code import code_digest
 from compress.cache.store import Entry, StageCache
+from compress.cache.trainings import Trainings
 from compress.candidate import Calibration, Candidate, Storage
 from compress.models.small import Lenet5
 from compress.strategies.compact.separable_form import SeparableForm
@@ -228,16 +231,33 @@ def test_an_entry_of_another_format_is_made_anew(entry, tmp_path, warnings):
     assert "999" in warnings[0]
 
 
-def test_a_failure_while_writing_leaves_nothing(entry, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_and_is_a_warning(entry, tmp_path, monkeypatch, warnings):
     def fail(handle: int) -> None:
         assert not (tmp_path / KEY).exists(), "not visible before it is whole"
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(store.os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        StageCache(tmp_path).store(KEY, entry)
+    StageCache(tmp_path).store(KEY, entry)
     assert not list(tmp_path.iterdir())
+    (said,) = warnings
+    assert "no space" in said
     assert StageCache(tmp_path).load(KEY) is None
+
+
+def test_what_was_made_is_not_lost_because_the_disk_is_full(tmp_path, monkeypatch, warnings):
+    def fail(*arguments, **named) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    cache = StageCache(tmp_path)
+    with cache.alone("a"), cache.alone("b"):
+        pass
+    monkeypatch.setattr(Path, "replace", fail)
+    assert cache.remembered("a", lambda: [1]) == [1]
+    assert cache.arrays("b", "numbers", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
+    Trainings(tmp_path, "c").next().save("who", {"step": np.array(1)})
+    assert len(warnings) == 3
+    assert all("no space" in said for said in warnings)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
 
 
 def test_an_entry_is_written_to_disk_before_it_is_visible(entry, tmp_path, monkeypatch):
@@ -416,6 +436,20 @@ def test_the_digest_follows_every_room_that_a_stage_stands_on(changed, tmp_path,
     assert code_digest(Prune) != before
 
 
+@pytest.mark.parametrize(
+    "changed", ["tensorflow", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert", "numpy"]
+)
+def test_the_digest_follows_the_versions_of_what_computes(changed, monkeypatch):
+    before = code_digest(Prune)
+    known = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "999" if name == changed else known(name))
+    code._versions.cache_clear()
+    try:
+        assert code_digest(Prune) != before
+    finally:
+        code._versions.cache_clear()
+
+
 def test_a_model_with_code_is_not_kept(tmp_path, caplog):
     image = tf_keras.Input((4,))
     model = tf_keras.Model(image, tf_keras.layers.Lambda(lambda t: t * 2)(image))
@@ -512,6 +546,37 @@ def test_the_command_lists_and_clears(entry, tmp_path, capsys):
     assert kept(tmp_path) == {"a" * 64, "measured"}
     command("clear")
     assert kept(tmp_path) == set()
+
+
+def test_clearing_leaves_what_a_run_is_at(tmp_path, capsys):
+    cache, inside, most = StageCache(tmp_path), [], []
+    held, cleared = threading.Event(), threading.Event()
+
+    def work(wait: threading.Event) -> None:
+        with cache.alone(KEY):
+            held.set()
+            inside.append(1)
+            most.append(len(inside))
+            wait.wait(10)
+            inside.pop()
+
+    for key in (KEY, "idle"):
+        cache.trainings(key).next().save("who", {"step": np.array(1)})
+    cache.remembered("idle", lambda: 1)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(work, cleared)
+        held.wait(10)
+        with pytest.raises(SystemExit):
+            cache_command(["clear", "--dir", str(tmp_path)])
+        second = pool.submit(work, cleared)
+        time.sleep(0.3)
+        cleared.set()
+        first.result()
+        second.result()
+    assert most == [1, 1], "one at a time, also after the locks were cleared"
+    assert [folder.name for folder in (tmp_path / ".trainings").iterdir()] == [KEY]
+    assert not (tmp_path / "measured").exists()
+    assert "left: what belongs to 1 stages" in capsys.readouterr().out
 
 
 def test_the_command_names_a_folder_that_is_not_there(tmp_path, capsys):

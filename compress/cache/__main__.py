@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -55,15 +54,16 @@ def clear(folder: Path, older_than: float | None) -> None:
     Raises:
         CompressError: if there is no such folder.
     """
-    from compress.cache.upkeep import LOCKS, MEASURED, TRAININGS, entries, remove
+    from compress.cache.upkeep import entries, remove, remove_idle
 
     kept = entries(_existing(folder))
     if older_than is not None:
         kept = [entry for entry in kept if entry.used < time.time() - older_than * 24 * 3600]
     remove(kept)
     if older_than is None:
-        for part in (LOCKS, MEASURED, TRAININGS):
-            shutil.rmtree(folder / part, ignore_errors=True)
+        busy = remove_idle(folder)
+        if busy:
+            print(f"left: what belongs to {busy} stages that runs are at now")
     print(f"removed {len(kept)} finished stages, {_size(sum(entry.bytes for entry in kept)).strip()}, from {folder}")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
-import importlib
+import importlib.metadata
 from pathlib import Path
-
-import tf_keras
 
 _SHARED_CODE = ("boards", "deploy", "metrics", "pipeline", "reference.py", "strategies/strategy.py")
 """What every stage's result depends on besides the strategy's own family, and all that these import."""
+
+_COMPUTING = ("tensorflow", "tensorflow-cpu", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert", "numpy")
+"""Distributions that train, export and run a stage's model: those of them that are installed count."""
 
 
 def code_digest(kind: type) -> str:
@@ -32,12 +34,22 @@ def code_digest(kind: type) -> str:
         if file not in found:
             found.add(file)
             waiting += _imported(file, package)
-    digest = hashlib.sha256(tf_keras.__version__.encode())
+    digest = hashlib.sha256(_versions().encode())
     for file in sorted(found):
         # Not where the package lies, only where the file lies in it.
         inside = file.relative_to(package if file.is_relative_to(package) else own.parent)
         digest.update(str(inside).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def _versions() -> str:
+    """Return the versions of what computes a stage besides this package."""
+    found = []
+    for name in _COMPUTING:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 def _imported(file: Path, package: Path) -> list[Path]:

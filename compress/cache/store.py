@@ -117,7 +117,7 @@ class StageCache:
             lock.release()
 
     def store(self, key: str, entry: Entry) -> None:
-        """Write an entry; one that appeared meanwhile is left as it is."""
+        """Write an entry; one that appeared meanwhile is left as it is. A full disk is a warning."""
         if self.folder is None:
             return
         if any(isinstance(layer, tf_keras.layers.Lambda) for layer in entry.candidate.model.layers):
@@ -126,12 +126,15 @@ class StageCache:
         self._place(key, lambda folder: _write(folder, entry))
 
     def _place(self, key: str, write: Callable[[Path], None]) -> None:
-        """Have an entry's folder written under a name of its own, rename it, and make room."""
+        """Have an entry's folder written under a name of its own, rename it, and make room.
+
+        What was made is not lost because it could not be kept: a full disk is a warning.
+        """
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{PARTIAL}{key}-{uuid.uuid4().hex}"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write(partial)
             target = self.folder / key
             if not target.exists():
@@ -141,6 +144,8 @@ class StageCache:
                     # Another process has finished the same stage since; its entry is as good.
                     if not target.exists():
                         raise
+        except OSError as error:
+            _LOG.warning("not kept in the cache, so another run makes it anew: %s", error)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         trim(self.folder, self.most_bytes, keep=key)
@@ -191,10 +196,15 @@ class StageCache:
             except (OSError, ValueError) as error:
                 _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
             found = make()
-            file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_name(f"{PARTIAL}{key}-{uuid.uuid4().hex}")
-            partial.write_text(json.dumps(found))
-            partial.replace(file)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_text(json.dumps(found))
+                partial.replace(file)
+            except OSError as error:
+                _LOG.warning("not kept in the cache, so another run measures it anew: %s", error)
+            finally:
+                remove_tree(partial)
             return found
 
 

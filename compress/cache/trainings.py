@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.cache.upkeep import TRAININGS
+from compress.cache.upkeep import TRAININGS, remove_tree
 
 _LOG = logging.getLogger("compress")
 _SECONDS = 2.0
@@ -42,17 +42,19 @@ class TrainingState:
         return arrays
 
     def save(self, identity: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep the arrays in the place of any before, all of them or none."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        """Keep the arrays in the place of any before, all of them or none; a full disk is a warning."""
         partial = self._file.with_name(f".{self._file.name}.{uuid.uuid4().hex}")
         try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as handle:
                 np.savez(handle, identity=np.array(identity), **arrays)  # type: ignore[arg-type]
                 handle.flush()
                 os.fsync(handle.fileno())
             partial.replace(self._file)
+        except OSError as error:
+            _LOG.warning("the state of the training is not kept, so it could not go on if it were stopped: %s", error)
         finally:
-            partial.unlink(missing_ok=True)
+            remove_tree(partial)
 
 
 class Trainings:

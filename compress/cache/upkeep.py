@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 LOCKS = ".locks"
 MEASURED = "measured"
 PARTIAL = ".partial-"
@@ -113,6 +115,36 @@ def remove(kept: Sequence[Kept]) -> None:
         except OSError:
             continue
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_idle(folder: Path) -> int:
+    """Remove unfinished trainings, measurements and locks, but for those of stages that a run is at.
+
+    Returns:
+        how many of these there are.
+    """
+    parts = [*unfinished(folder), *(folder / MEASURED).glob("[!.]*.json"), *(folder / LOCKS).glob("*.lock")]
+    busy = 0
+    for key in sorted({part.stem for part in parts}):
+        file = folder / LOCKS / f"{key}.lock"
+        file.parent.mkdir(exist_ok=True)
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            busy += 1
+            continue
+        try:
+            remove_tree(folder / TRAININGS / key)
+            remove_tree(folder / MEASURED / f"{key}.json")
+            # Whoever waits for the lock notices that its file is gone, and makes a new one.
+            file.unlink(missing_ok=True)
+        finally:
+            lock.release()
+    for part in (MEASURED, TRAININGS):
+        with contextlib.suppress(OSError):
+            (folder / part).rmdir()
+    return busy
 
 
 def remove_tree(path: Path) -> None:

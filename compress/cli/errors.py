@@ -96,6 +96,9 @@ def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
     """Return what an exception of Hydra, OmegaConf or the operating system means to the user."""
     if isinstance(error, CompressError):
         return error
+    if isinstance(error.__cause__, CompressError):
+        # Hydra wraps what a plugin says of its settings.
+        return error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_choice(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -92,7 +91,7 @@ class Study:
         self._space, self._objectives = space, tuple(objectives)
         with _answering(self._where):
             optuna = _import_optuna()
-            # Two processes that begin one study at once draw different settings all the same.
+            self._distributions = _distributions(space)
             self._study = optuna.create_study(
                 storage=_storage(optuna, storage),
                 study_name=name,
@@ -110,9 +109,7 @@ class Study:
                     received="others",
                     fix="Give the new search a name of its own: hydra.sweeper.study=<name>.",
                 )
-            # The seed goes on with the trials that are there: a continued search must not draw the first ones again.
-            drawn = int(hashlib.sha256(f"{seed}:{len(self._study.trials)}".encode()).hexdigest()[:8], 16)
-            self._study.sampler = _sampler(optuna, sampler, drawn, population)
+            self._study.sampler = _sampler(optuna, sampler, seed, population)
             self._continue_killed()
 
     def _continue_killed(self) -> None:
@@ -134,10 +131,28 @@ class Study:
             done = (TrialState.COMPLETE, TrialState.PRUNED)
             return len(self._study.get_trials(deepcopy=False, states=done))
 
+    def left(self, trials: int) -> int:
+        """Return how many of ``trials`` are still to be made: neither done, nor at work in another process.
+
+        Call it when this process has told all that it has asked for.
+        """
+        from optuna.trial import TrialState
+
+        with _answering(self._where):
+            self._continue_killed()
+            elsewhere = len(self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        if elsewhere and self.finished < trials <= self.finished + elsewhere:
+            _LOG.info(
+                "search: %d trials are left to other processes. If those have ended on other machines, run the same"
+                " command there, or raise hydra.sweeper.trials",
+                elsewhere,
+            )
+        return trials - self.finished - elsewhere
+
     def ask(self) -> Trial:
         """Return the next setting."""
         with _answering(self._where):
-            trial = self._study.ask(_distributions(self._space))
+            trial = self._study.ask(self._distributions)
             trial.set_user_attr("process", process_tags())
         return Trial(trial.number, tuple(f"{key}={_text(value)}" for key, value in trial.params.items()))
 
@@ -165,9 +180,13 @@ class Study:
             self._study.tell(trial.number, [metrics[o.metric] for o in self._objectives])
 
     def best(self) -> list[tuple[int, dict[str, Any], list[float]]]:
-        """Return the non-dominated trials: number, setting, values."""
+        """Return the non-dominated trials: number, setting as it ran, values."""
         with _answering(self._where):
-            return [(trial.number, trial.params, list(trial.values)) for trial in self._study.best_trials]
+            best = self._study.best_trials
+        return [
+            (trial.number, {key: _as_run(value) for key, value in trial.params.items()}, list(trial.values))
+            for trial in best
+        ]
 
 
 def _import_optuna() -> Any:
@@ -190,29 +209,62 @@ def _storage(optuna: Any, uri: str) -> Any:
 
 
 def _sampler(optuna: Any, name: str, seed: int, population: int) -> Any:
-    if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
-    if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=population, multivariate=False)
-    return optuna.samplers.RandomSampler(seed=seed)
+    from compress.search.draws import NumberedSampler
+
+    kinds = {
+        "nsga2": lambda own: optuna.samplers.NSGAIISampler(seed=own, population_size=population),
+        "tpe": lambda own: optuna.samplers.TPESampler(seed=own, n_startup_trials=population, multivariate=False),
+        "random": lambda own: optuna.samplers.RandomSampler(seed=own),
+    }
+    return NumberedSampler(kinds[name], seed)
 
 
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
+    """Return the space in Optuna's terms.
+
+    Raises:
+        CompressError: if a key can have no value.
+    """
     from optuna import distributions
 
     def one(values: Interval | Choice) -> optuna.distributions.BaseDistribution:
         if isinstance(values, Choice):
             return distributions.CategoricalDistribution(values.values)
+        if not (math.isfinite(values.low) and math.isfinite(values.high)):
+            raise ValueError("no end")
         if values.whole:
             step = 1 if values.step is None else int(values.step)
             return distributions.IntDistribution(int(values.low), int(values.high), log=values.log, step=step)
         return distributions.FloatDistribution(values.low, values.high, log=values.log, step=values.step)
 
-    return {key: one(values) for key, values in space.items()}
+    found = {}
+    for key, values in space.items():
+        try:
+            found[key] = one(values)
+        except ValueError as error:
+            raise CompressError(
+                key,
+                expected="the smaller number first, above zero for tag(log,...); one value at least for a range",
+                received=_shown(values),
+                fix="Write for example interval(0.3,0.9), tag(log,interval(1e-4,1e-1)) or range(2,9).",
+            ) from error
+    return found
+
+
+def _shown(values: Interval | Choice) -> str:
+    if isinstance(values, Choice):
+        return ", ".join(values.values) or "a range without a value"
+    text = f"interval({values.low:g},{values.high:g})"
+    return f"tag(log,{text})" if values.log else text
 
 
 def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _as_run(value: Any) -> Any:
+    """Return a drawn value as the command line has carried it to the job."""
+    return float(_text(value)) if isinstance(value, float) else value
 
 
 def _described(space: Space, objectives: Sequence[Objective]) -> str:

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import GivenUp
-from compress.tracking.pareto import is_gain
+from compress.errors import CompressError, GivenUp, did_you_mean
 
+LIMITED = ("accuracy", "accuracy_keras")
+"""Metrics of a stage that say whether there is hope: what the later ones are for (bytes, speed) is not among them."""
 _GIVEN_UP = "given_up.txt"
 
 
+def read_limits(given: object, where: str) -> dict[str, float]:
+    """Return the limits below which a pipeline is stopped: metric -> least value.
+
+    Raises:
+        CompressError: if a metric is not one that an early look can judge, or a limit is no number.
+    """
+    if given is None:
+        return {}
+    fix = f"Write for example '{where}={{accuracy: 50}}'."
+    if not isinstance(given, Mapping):
+        raise CompressError(where, expected="limits by metric", received=str(given), fix=fix)
+    for metric, limit in given.items():
+        if metric not in LIMITED:
+            raise CompressError(
+                where,
+                expected=f"limits for {' or '.join(LIMITED)}; bytes, times and counts may still fall in later stages",
+                received=str(metric),
+                fix=f"{did_you_mean(str(metric), LIMITED)} Bytes and times are objectives.",
+            )
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not math.isfinite(limit):
+            raise CompressError(f"{where}.{metric}", expected="a number", received=str(limit), fix=fix)
+    return {str(metric): float(limit) for metric, limit in given.items()}
+
+
 def refuse_hopeless(stage: str, metrics: Mapping[str, float], limits: Mapping[str, float]) -> None:
-    """Stop a pipeline whose numbers after a stage are beyond a limit: below it for a gain, above it for a cost.
+    """Stop a pipeline that is below a limit after a stage.
 
     Raises:
         GivenUp: saying which.
     """
     for metric, limit in limits.items():
         value = metrics.get(metric)
-        if value is not None and (value < limit if is_gain(metric) else value > limit):
-            raise GivenUp(f"{metric} is {value:g} after {stage}, beyond the limit of {limit:g}")
+        if value is not None and value < limit:
+            raise GivenUp(f"{metric} is {value:g} after {stage}, below the limit of {limit:g}")
 
 
 def note_given_up(folder: Path, reason: str | None) -> None:

@@ -24,6 +24,7 @@ TECHNIQUES = (
     Technique("quantize", "bits", {b: Quantize(bits=b, rounding="second_order") for b in (8, 4)}, {}, ""),
 )
 FLOATS = Way(None, 100.0, 2.0, {})
+BOTH = Limits(1e9, 1e9)
 
 
 @given(seed=st.integers(0, 10_000), layers=st.integers(1, 4), budgets=st.integers(0, 2), share=st.floats(0, 1.1))
@@ -78,8 +79,7 @@ def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled,
     layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abc"}
     way = Way(TECHNIQUES[-1], 50.0, 1.0, {"prune_channels": 0.8}) if integer else FLOATS
     allocator = Allocator(layers, probes(rng, list(layers), coupled=coupled), TECHNIQUES, way)
-    both = Limits(1e9, 1e9)
-    low, high = np.array(allocator.cheapest(both).costs), np.array(allocator.costs_of({}, both))
+    low, high = np.array(allocator.cheapest(BOTH).costs), np.array(allocator.costs_of({}, BOTH))
     limits = Limits(*(float(v) for v in low + share * (high - low)))
     found = allocator.best(limits)
     assert found is not None
@@ -91,9 +91,17 @@ def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled,
         kinds = [probe.technique for probe in own]
         assert len(set(kinds)) == len(kinds)
         assert not {"share", "quantize"} <= set(kinds)
-    best = min(
+    # What is saved in other layers is not linear: how near the choice is then, is the next test's.
+    if not coupled:
+        assert found.divergence <= tried(allocator, limits) * (1 + 1e-4) + 1e-9
+
+
+def tried(allocator: Allocator, limits: Limits) -> float:
+    """Return the least divergence within the limits, found by trying everything."""
+    layers = list(allocator._combinations)
+    return min(
         sum(p.divergence for own in pick for p in own)
-        for pick in itertools.product(*(allocator._combinations[name] for name in layers))
+        for pick in itertools.product(*allocator._combinations.values())
         if all(
             cost <= limit
             for cost, limit in zip(
@@ -101,8 +109,23 @@ def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled,
             )
         )
     )
-    # What is saved in other layers is not linear: near enough is good enough there.
-    assert found.divergence <= best * (1.6 if coupled else 1 + 1e-4) + (0.02 if coupled else 1e-9)
+
+
+def test_where_channels_save_in_other_layers_most_choices_are_the_best_and_the_others_near():
+    found, best = [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abc"}
+        allocator = Allocator(layers, probes(rng, list(layers), coupled=True), TECHNIQUES, FLOATS)
+        low, high = (np.array(allocator.costs_of(c, BOTH)) for c in (allocator.cheapest(BOTH).chosen, {}))
+        limits = Limits(*(float(v) for v in low + rng.uniform(0.1, 1) * (high - low)))
+        allocation = allocator.best(limits)
+        assert allocation is not None
+        found.append(allocation.divergence)
+        best.append(tried(allocator, limits))
+    exact = np.mean(np.array(found) <= np.array(best) * (1 + 1e-4) + 1e-9)
+    assert exact >= 2 / 3
+    assert sum(found) <= 1.15 * sum(best)
 
 
 def test_what_cannot_be_reached_is_none_and_the_cheapest_says_how_far_it_goes():

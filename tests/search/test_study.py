@@ -10,7 +10,7 @@ import pytest
 from compress.errors import CompressError, GivenUp
 from compress.search import study as module
 from compress.search.study import Choice, Interval, Study, Trial
-from compress.search.trial import metrics_of_report, note_given_up, read_outcome, refuse_hopeless
+from compress.search.trial import metrics_of_report, note_given_up, read_limits, read_outcome, refuse_hopeless
 from compress.tracking.pareto import Objective
 
 pytest.importorskip("optuna")
@@ -72,6 +72,79 @@ def test_a_study_goes_on_and_does_not_repeat_its_draws(tmp_path):
     study.tell(trial, numbers_of(trial))
     study.tell(first[0], None)
     assert study_in(tmp_path).finished == 1, "a failed trial is replaced"
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_processes_that_begin_a_study_at_once_draw_different_settings(sampler, tmp_path):
+    both = [study_in(tmp_path, sampler=sampler) for _ in range(2)]
+    drawn = []
+    # The first generation; a child of nsga2's later ones may be a parent once more.
+    for _ in range(2):
+        trials = [study.ask() for study in both]
+        drawn += [trial.overrides for trial in trials]
+        for study, trial in zip(both, trials, strict=True):
+            study.tell(trial, numbers_of(trial))
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_one_process_draws_the_same_for_a_seed_also_when_it_is_continued(sampler, tmp_path):
+    def drawn(name: str, seed: int, *, continued: bool) -> list[tuple[str, ...]]:
+        study, found = study_in(tmp_path, name=name, seed=seed, sampler=sampler), []
+        for _ in range(5):
+            trial = study.ask()
+            found.append(trial.overrides)
+            study.tell(trial, numbers_of(trial))
+            if continued:
+                study = study_in(tmp_path, name=name, seed=seed, sampler=sampler)
+        return found
+
+    first = drawn("first", 3, continued=False)
+    assert drawn("second", 3, continued=True) == first
+    assert drawn("third", 4, continued=False)[0] != first[0]
+
+
+def test_trials_at_work_elsewhere_are_not_made_twice(tmp_path, monkeypatch):
+    mine, other = study_in(tmp_path), study_in(tmp_path)
+    assert mine.left(3) == 3
+    theirs = other.ask()
+    assert mine.left(3) == 2
+    other.tell(theirs, None)
+    assert mine.left(3) == 3, "a failed one is replaced"
+    other.ask()
+    monkeypatch.setattr(module, "has_ended", lambda tags: True)
+    assert mine.left(3) == 3, "so is one whose process has gone meanwhile"
+
+
+def test_the_best_settings_are_those_that_ran(tmp_path):
+    study = study_in(tmp_path)
+    trial = study.ask()
+    study.tell(trial, numbers_of(trial))
+    ((_, setting, _),) = study.best()
+    assert (
+        tuple(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in setting.items())
+        == trial.overrides
+    )
+    assert float(values_of(trial)["strategy.prune.sparsity"]) == setting["strategy.prune.sparsity"]
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (Interval(0.9, 0.3), "interval(0.9,0.3)"),
+        (Interval(9, 2, whole=True), "interval(9,2)"),
+        (Interval(0.0, 0.9, log=True), "tag(log,interval(0,0.9))"),
+        (Interval(0.0, float("inf")), "inf"),
+        (Choice(()), "a range without a value"),
+    ],
+    ids=str,
+)
+def test_a_key_that_can_have_no_value_is_refused_before_the_study_is_made(values, part, tmp_path):
+    with pytest.raises(CompressError) as caught:
+        study_in(tmp_path, space={"strategy.prune.sparsity": values})
+    assert caught.value.where == "strategy.prune.sparsity"
+    assert part in caught.value.received
+    assert not (tmp_path / "search.db").exists()
 
 
 def test_given_up_trials_count_and_are_on_no_front(tmp_path):
@@ -139,13 +212,29 @@ def test_an_unknown_sampler_names_the_nearest(tmp_path):
         study_in(tmp_path, sampler="nsga")
 
 
-def test_hopeless_is_beyond_a_limit_on_the_worse_side():
-    metrics = {"accuracy": 60.0, "packed_bytes": 500.0}
-    refuse_hopeless("prune", metrics, {"accuracy": 50, "packed_bytes": 600, "unknown": 1})
+def test_hopeless_is_below_a_limit():
+    metrics = {"accuracy": 60.0, "accuracy_keras": 61.0}
+    refuse_hopeless("prune", metrics, read_limits({"accuracy": 50, "accuracy_keras": 61}, "give_up"))
     with pytest.raises(GivenUp, match="accuracy is 60 after prune"):
         refuse_hopeless("prune", metrics, {"accuracy": 70})
-    with pytest.raises(GivenUp, match="packed_bytes"):
-        refuse_hopeless("prune", metrics, {"packed_bytes": 400})
+
+
+@pytest.mark.parametrize(
+    ("limits", "parts"),
+    [
+        ({"packed_bytes": 20000}, ["packed_bytes", "later stages", "objectives"]),
+        ({"acuracy": 50}, ["acuracy", "nearest to it: accuracy"]),
+        ({"accuracy": "high"}, ["give_up.accuracy", "a number", "high"]),
+        ({"accuracy": True}, ["a number"]),
+        ({"accuracy": float("nan")}, ["a number"]),
+        (50, ["limits by metric", "{accuracy: 50}"]),
+    ],
+    ids=str,
+)
+def test_limits_that_an_early_look_cannot_judge_are_refused(limits, parts):
+    with pytest.raises(CompressError) as caught:
+        read_limits(limits, "give_up")
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_what_a_job_leaves_for_its_search(tmp_path):

@@ -28,16 +28,27 @@ def test_a_search_is_made_continued_and_drawn(cli, tmp_path):
     numbers = [(r["final"]["accuracy"], r["final"]["packed_bytes"]) for r in reports(tmp_path)]
     front = {n for n in numbers if not any(o[0] >= n[0] and o[1] <= n[1] and o != n for o in numbers)}
     assert {tuple(best["values"]) for best in found["best"]} == front
-    first = {(tmp_path / "sweep" / str(job) / "report.json").read_text() for job in range(2)}
+    first = reports(tmp_path)
 
-    # Three in all: one more. A limit that nothing keeps gives it up.
+    # Three in all: one more. A limit that nothing keeps gives it up, after its stage and not at the baseline.
     code, _, error = cli(
-        *SEARCH, *space, *QUICK, store, "hydra.sweeper.trials=3", "hydra.sweeper.give_up={packed_bytes: 1}"
+        *SEARCH, *space, *QUICK, store, "hydra.sweeper.trials=3", "hydra.sweeper.give_up={accuracy: 100.5}"
     )
     assert code == 0, error
-    assert (tmp_path / "sweep" / "0" / "given_up.txt").read_text().startswith("packed_bytes")
+    said = (tmp_path / "sweep" / "0" / "given_up.txt").read_text()
+    assert said.startswith("accuracy is ")
+    assert "after prune" in said
+    assert not (tmp_path / "sweep" / "1" / "given_up.txt").exists(), "one more was enough"
     assert json.loads((tmp_path / "sweep" / "search.json").read_text()) == found
-    assert first
+    assert reports(tmp_path) == first, "a trial that is given up leaves no report"
+
+
+def test_a_search_that_gives_everything_up_says_so(cli):
+    limit = "hydra.sweeper.give_up={accuracy: 100.5}"
+    space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)")
+    code, _, error = cli(*SEARCH, *space, *QUICK, "hydra.sweeper.trials=1", limit)
+    assert code == 2, error
+    assert "all 1 trials were given up" in " ".join(error.split())
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,19 @@ def test_a_search_is_made_continued_and_drawn(cli, tmp_path):
         ([*SPACE, "hydra.sweeper.trials=0"], ["hydra.sweeper.trials"]),
         ([*SPACE, "hydra.sweeper.objectives=[accuracy]"], ["hydra.sweeper.objectives", "two or more"]),
         ([*SPACE, "hydra.sweeper.storage=sqlite:////nowhere/x.db"], ["hydra.sweeper.storage"]),
+        ([*SPACE, "hydra.sweeper.give_up={packed_bytes: 20000}"], ["hydra.sweeper.give_up", "packed_bytes"]),
+        ([*SPACE, "hydra.sweeper.give_up={acuracy: 50}"], ["hydra.sweeper.give_up", "nearest to it: accuracy"]),
+        ([*SPACE, "hydra.sweeper.give_up={accuracy: high}"], ["hydra.sweeper.give_up.accuracy", "a number"]),
+        ([*SPACE, "hydra.sweeper.storage=null"], ["hydra.sweeper.storage", "sqlite:///search.db"]),
+        ([*SPACE, "hydra.sweeper.params=[1,2]"], ["hydra.sweeper.params", "[1, 2]"]),
+        ([*SPACE, "hydra.sweeper.objectives=accuracy"], ["hydra.sweeper.objectives", "a list of metrics"]),
+        (
+            [*SPACE, "hydra.sweeper.objectives=[[accuracy,packed_bytes],[accuracy,macs]]"],
+            ["hydra.sweeper.objectives", "one front"],
+        ),
+        (["strategy=prune", "strategy.prune.sparsity=interval(0.9,0.3)"], ["strategy.prune.sparsity", "0.9", "0.3"]),
+        (["strategy=prune", "strategy.prune.sparsity=tag(log,interval(0,0.9))"], ["strategy.prune.sparsity", "log"]),
+        (["strategy=share", "strategy.share.clusters=range(9,2)"], ["strategy.share.clusters", "range"]),
     ],
     ids=lambda value: str(value[-1]) if isinstance(value, list) else "",
 )
