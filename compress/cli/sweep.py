@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from compress.cli.failures import clear_failures, exit_code, print_failures, read_failures
 from compress.errors import USER_ERROR, CompressError, paragraph
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.tracking.sweeps import Summary
 
 _LOG = logging.getLogger("compress")
+_JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
 
 class SweepCallback(Callback):
@@ -32,6 +33,10 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run; refuse a store that does not answer before any job starts."""
         clear_failures(Path(config.hydra.sweep.dir))
+        if config.hydra.launcher._target_ == _JOBLIB:
+            # Hydra takes one choice of this name, the plugin's; but for this it would end with the first dead process.
+            with flag_override(config, ["readonly", "struct"], False):
+                config.hydra.launcher._target_ = "hydra_plugins.compress_joblib.JoblibLauncher"
         if not config.tracking.enabled:
             return
         from compress.tracking.delivery import deliver, end_sweep

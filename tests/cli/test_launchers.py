@@ -19,6 +19,7 @@ from tests.conftest import REPOSITORY
 
 TINY = ("recovery.epochs=1", "board.runs=100", "board.warmup=1", "board.precision=null", "model.train.epochs=2")
 CRASHING = '''
+import os
 from pydantic.dataclasses import dataclass
 from compress.candidate import Candidate
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -29,12 +30,20 @@ class Crash(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         raise RuntimeError("a defect <of the program>")
+
+@dataclass(frozen=True, config=STRICT)
+class Die(Strategy):
+    """Ends as a process that the operating system has killed."""
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        os._exit(9)
 '''
 
 
 def user_folder(folder: Path) -> None:
     (folder / "conf" / "strategy").mkdir(parents=True)
     (folder / "conf" / "strategy" / "crash.yaml").write_text("_target_: crashing.Crash\n")
+    (folder / "conf" / "strategy" / "die.yaml").write_text("_target_: crashing.Die\n")
     (folder / "crashing.py").write_text(CRASHING)
 
 
@@ -141,6 +150,23 @@ def test_the_rest_of_a_serial_sweep_goes_on_after_a_crash(cli, tmp_path, monkeyp
     }
 
 
+def test_the_rest_of_a_sweep_goes_on_after_a_process_has_died(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = run_sweep(
+        tmp_path,
+        *("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "strategy=die,none,quantize"),
+        *("recovery=none", "model.train.epochs=1"),
+    )
+    assert sweep.code == 1, sweep.error
+    assert [sweep.report(job)["strategy"] for job in (1, 2)] == ["none", "quantize"]
+    (line,) = [line for line in sweep.error.splitlines() if line.startswith("#")]
+    assert line.startswith("#0 ")
+    assert "strategy=die" in line
+    assert "crashed: TerminatedWorkerError" in line
+    assert "EXIT(9)" in line
+    assert "deprecated" not in sweep.error
+
+
 @pytest.mark.parametrize(
     ("launcher", "threads"),
     [
@@ -167,9 +193,9 @@ def test_cores_are_divided_between_the_jobs(launcher, threads):
     [("joblib", "joblib"), ("submitit_local", "submitit"), ("submitit_slurm", "submitit"), ("ray", "ray")],
 )
 def test_a_launcher_that_is_not_installed_names_the_extra(choice, extra, outside, tmp_path):
-    # An empty package hides the plugins that are installed here.
+    # A package with the project's plugins alone hides those that are installed here.
     (tmp_path / "hydra_plugins").mkdir()
-    (tmp_path / "hydra_plugins" / "__init__.py").write_text("")
+    (tmp_path / "hydra_plugins" / "__init__.py").write_text(f"__path__ = [{str(REPOSITORY / 'hydra_plugins')!r}]\n")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         f"from compress.run import main; main(['-m', 'hydra/launcher={choice}', 'strategy=none', 'tracking=none'])"
