@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -51,16 +52,19 @@ def wait_for(ready: Callable[[], bool], what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URI of an empty database."""
-    folder, places = tmp_path_factory.mktemp("postgresql"), programs()
+    places = programs()
     assert places is not None
-    # PostgreSQL refuses to be run by root.
+    # PostgreSQL refuses to be run by root, whose folders for tests nobody else can enter.
     account: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
-    if account:
-        shutil.chown(folder, **account)
-        for parent in [folder, *folder.parents][:3]:
-            parent.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix="compress-") as work:
+        if account:
+            shutil.chown(work, **account)
+        yield from serve_database(Path(work), places, account)
+
+
+def serve_database(folder: Path, places: Path, account: dict[str, Any]) -> Iterator[str]:
     data = folder / "data"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "cwd": folder, **account}
     subprocess.run(
