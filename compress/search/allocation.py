@@ -17,6 +17,8 @@ from compress.search.sensitivity import Cost, Probe
 from compress.search.technique import Kind, Technique
 
 _ATTEMPTS = 12
+_TOLERANCE = 2e-6
+"""Of a limit: by less the solver may exceed it, again and again."""
 _GAP = 1e-6
 
 
@@ -209,7 +211,10 @@ class Allocator:
                 if solved.divergence >= found.divergence:
                     break
                 found = solved
-            goals = [goal - max(excess, 0.0) * 1.05 for goal, excess in zip(goals, over, strict=True)]
+            goals = [
+                goal - (max(1.05 * excess, _TOLERANCE * goal) if excess > 0 else 0.0)
+                for goal, excess in zip(goals, over, strict=True)
+            ]
             latest = solved
         return found
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.search.allocation import Allocator, Limits, Option, Way, choose
@@ -72,6 +72,7 @@ def probes(rng: np.random.Generator, layers: list[str], *, coupled: bool) -> lis
     return found
 
 
+@example(seed=0, share=0.9999999999999999, coupled=False, integer=False)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.1, 1.0), coupled=st.booleans(), integer=st.booleans())
 @settings(deadline=None, max_examples=25)
 def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled, integer):
@@ -97,18 +98,19 @@ def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled,
 
 
 def tried(allocator: Allocator, limits: Limits) -> float:
-    """Return the least divergence within the limits, found by trying everything."""
+    """Return the least divergence of what is surely within the limits, found by trying everything."""
     layers = list(allocator._combinations)
-    return min(
+    fitting = (
         sum(p.divergence for own in pick for p in own)
         for pick in itertools.product(*allocator._combinations.values())
         if all(
-            cost <= limit
+            cost <= limit * (1 - 1e-6)
             for cost, limit in zip(
                 allocator.costs_of(dict(zip(layers, pick, strict=True)), limits), limits.given, strict=True
             )
         )
     )
+    return min(fitting, default=float("inf"))
 
 
 def test_where_channels_save_in_other_layers_most_choices_are_the_best_and_the_others_near():
