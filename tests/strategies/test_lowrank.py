@@ -478,3 +478,18 @@ def test_a_rank_above_every_full_rank_is_refused_with_the_highest():
 def test_images_that_nothing_looks_at_are_refused():
     with pytest.raises(ValueError, match="fit=outputs"):
         LowRank(images=100)
+
+
+def test_where_nothing_says_how_far_the_layers_that_it_may_touch_keep_their_share():
+    """Without a goal, convolutions with a small part in the parameters are not asked for a fifth of all of them."""
+    layers = tf_keras.layers
+    model = chain((12, 12, 8), layers.Conv2D(32, 3, name="conv"), layers.Flatten(), layers.Dense(64, name="dense"))
+    part = Split(np.zeros((2, *model.input_shape[1:]), np.float32), np.zeros(2, int))
+    selection = Selection(only=(Rule(name="conv"),))
+    data = make_data("random", part, part)
+    context = Context("lowrank", data, model, Recovery(method="none"), 0, selection=selection)
+    lowered_model = LowRank().apply(Candidate(model), context).model
+    assert lowered_model.get_layer("dense").count_params() == model.get_layer("dense").count_params()
+    before = count_params(model) - model.get_layer("dense").count_params()
+    after = count_params(lowered_model) - model.get_layer("dense").count_params()
+    assert 0.7 * before < after <= 0.81 * before

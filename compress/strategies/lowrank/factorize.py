@@ -5,7 +5,7 @@ The forms name their sources (:mod:`compress.strategies.lowrank.forms`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -46,11 +46,15 @@ def _rank(value: object) -> object:
     return value
 
 
+_KEPT = 0.8
+"""Of the parameters, where nothing says how far to go."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class LowRank(Strategy):
     """Replace layers by chains of smaller ones where that saves, then recover.
 
-    One of these says how far to go (``params`` of 0.8, if none does):
+    One of these says how far to go (if none does, 0.8 of the parameters of the layers that it may touch are kept):
         macs, params: share of the model's multiply-adds or parameters that is kept. Forms and ranks of all layers are
             chosen together, or layers left alone: the least error for the saving.
         latency: share of the latency on the board that is kept; layers that a chain makes no faster are left alone.
@@ -101,7 +105,8 @@ class LowRank(Strategy):
         names = context.selection.names(candidate.model)
         whole, units, skipped = collect(candidate.model, names, earlier, self.form)
         self._require_rank(units, context)
-        units = self._costed(units, candidate.model)
+        budget = self._budget(_part(candidate.model, names))
+        units = self._costed(units, candidate.model, budget)
         again = any(unit.chain for unit in units)
         if not again and not any(len(curve.cost) for unit in units for curve in unit.curves):
             raise context.nothing_done("a layer that a factorization makes cheaper", skipped)
@@ -110,7 +115,7 @@ class LowRank(Strategy):
             samples = context.calibration_samples(self.images)
             repair = Repair(whole, samples, context.seed, candidate.guarantees)
         units = self._with_errors(units, repair, context)
-        choices, measured = self._choose(units, candidate, whole, context, skipped)
+        choices, measured = self._choose(units, candidate, whole, context, skipped, budget)
         chosen = [(unit, choice) for unit, choice in zip(units, choices, strict=True) if choice is not None]
         # In the network's order: that of a set is another one in each process.
         taken = {unit.name for unit, _ in chosen}
@@ -134,10 +139,12 @@ class LowRank(Strategy):
         measured["layers_left_alone"] = float(len({unit.name for unit in units}) - len(chosen))
         return context.recover(result.evolve(measured=measured))
 
-    def _budget(self) -> Budget:
+    def _budget(self, part: float = 1.0) -> Budget:
+        """Return how far to go; ``part``: the layers' part in the parameters, for where nothing says it."""
         rank = self.rank if isinstance(self.rank, int) else None if self.rank is None else 0.0
         units = ("macs", "params", "latency", "energy", "ranks")
-        return one_budget(Budget("params", 0.8), **{unit: getattr(self, unit) for unit in units}, rank=rank)
+        default = Budget("params", 1.0 - (1.0 - _KEPT) * part)
+        return one_budget(default, **{unit: getattr(self, unit) for unit in units}, rank=rank)
 
     def _require_rank(self, units: Sequence[Unit], context: Context) -> None:
         """Refuse a rank that no layer has."""
@@ -152,9 +159,9 @@ class LowRank(Strategy):
                 fix="Lower it; a factorization saves only well below the full rank.",
             )
 
-    def _costed(self, units: Sequence[Unit], model: tf_keras.Model) -> list[Unit]:
+    def _costed(self, units: Sequence[Unit], model: tf_keras.Model, budget: Budget) -> list[Unit]:
         """Return the units with costs at the ranks of interest."""
-        budget, most = self._budget(), np.inf
+        most = np.inf
         counted: CostUnit = "params" if budget.unit == "params" else "macs"
         if budget.unit in ("macs", "params") and self.fit == "weights":
             # No layer may cost more than all together. (Errors of outputs are measured for every budget alike.)
@@ -206,9 +213,9 @@ class LowRank(Strategy):
         whole: tf_keras.Model,
         context: Context,
         skipped: Sequence[Skipped],
+        budget: Budget,
     ) -> tuple[list[Choice | None], dict[str, float]]:
         """Return form and rank for each unit, None for one that is left alone, and what was measured."""
-        budget = self._budget()
         if self.rank == VBMF:
             return [_vbmf_choice(unit) for unit in units], {}
         if budget.unit == "rank":
@@ -268,6 +275,12 @@ class LowRank(Strategy):
             elif unit.chain:
                 chains[unit.name] = build(unit.forms[0], unit.kernel.layer, unit.chain)
         return whole, chains
+
+
+def _part(model: tf_keras.Model, names: Collection[str]) -> float:
+    """Return the part of the kernels' parameters that these layers have."""
+    sizes = [(kernel.layer.name in names, kernel.value.size) for kernel in kernels(model)]
+    return sum(size for own, size in sizes if own) / max(sum(size for _, size in sizes), 1)
 
 
 def _total(model: tf_keras.Model, unit: CostUnit) -> float:
