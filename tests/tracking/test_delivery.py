@@ -78,17 +78,6 @@ def line(monkeypatch) -> Line:
     return drawn
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory) -> TrackingSettings:
-    folder = tmp_path_factory.mktemp("mlflow")
-    return TrackingSettings(True, f"sqlite:///{folder}/mlflow.db", "tests")
-
-
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def record(tracking: TrackingSettings, sweep: Path, folder: Path) -> None:
     report, result = finished(folder, tflite_bytes=2000)
     with open_recorder(tracking, config_of(tracking), sweep, command=[]) as recorder:

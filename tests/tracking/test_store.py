@@ -99,25 +99,13 @@ def test_numbers_as_metrics():
     assert metrics_of(unmeasured)["packed_bytes"] == 7.0
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> TrackingSettings:
-    folder = tmp_path_factory.mktemp("mlflow")
-    return TrackingSettings(True, f"sqlite:///{folder}/mlflow.db", "tests")
-
-
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path, monkeypatch):
-    # MLflow puts the artifacts of a SQLite store beside the current folder.
-    monkeypatch.chdir(tmp_path)
-
-
-def test_a_run_is_found_again(store, tmp_path):
+def test_a_run_is_found_again(database, tmp_path):
     report, result = finished(tmp_path / "out", tflite_bytes=2000)
-    with open_recorder(store, config_of(store), None, command=["strategy=prune"]) as recorder:
+    with open_recorder(database, config_of(database), None, command=["strategy=prune"]) as recorder:
         for stage in (result.baseline, *result.stages):
             recorder.stage(stage)
         recorder.finish(report, result, tmp_path / "out")
-    client, experiment = connect(store.uri, store.experiment)
+    client, experiment = connect(database.uri, database.experiment)
     runs = client.search_runs([experiment])
     (child,) = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -142,25 +130,25 @@ def test_a_run_is_found_again(store, tmp_path):
 
 
 @pytest.mark.parametrize(("error", "status"), [(CompressError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-def test_a_run_that_ends_early_is_closed_as_such(error, status, store):
+def test_a_run_that_ends_early_is_closed_as_such(error, status, database):
     raised = error("x", expected="", received="", fix="") if error is CompressError else error()
-    client, experiment = connect(store.uri, store.experiment)
+    client, experiment = connect(database.uri, database.experiment)
     before = {run.info.run_id for run in client.search_runs([experiment])}
-    with pytest.raises(error), open_recorder(store, config_of(store), None, command=[]):
+    with pytest.raises(error), open_recorder(database, config_of(database), None, command=[]):
         raise raised
     added = [run for run in client.search_runs([experiment]) if run.info.run_id not in before]
     assert [run.info.status for run in added] == [status, status]
 
 
-def test_the_runs_of_a_multirun_hang_under_its_parent(store, tmp_path):
-    client, experiment = connect(store.uri, store.experiment)
+def test_the_runs_of_a_multirun_hang_under_its_parent(database, tmp_path):
+    client, experiment = connect(database.uri, database.experiment)
     sweep = tmp_path / "sweep"
     assert read_parent(sweep) is None
-    parent = start_parent(Store(store.uri, store.experiment), "multirun", ["-m"])
+    parent = start_parent(Store(database.uri, database.experiment), "multirun", ["-m"])
     write_parent(sweep, parent)
     assert read_parent(sweep) == parent
     overrides = ["strategy=prune", f"hydra.x=https://me:{SECRET}@server"]
-    with open_recorder(store, config_of(store), sweep, command=[], overrides=overrides):
+    with open_recorder(database, config_of(database), sweep, command=[], overrides=overrides):
         assert client.get_run(parent).info.status == "RUNNING"
     (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert json.loads(child.data.tags["overrides"]) == ["strategy=prune", "hydra.x=https://***@server"]
