@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
-    from compress.search.study import Choice, Interval, Study, Trial
+    from compress.search.space import Choice, Interval
+    from compress.search.study import Study, Trial
 
 _LOG = logging.getLogger("compress")
 
@@ -182,7 +183,7 @@ def _written(value: Any) -> str:
 
 def _values(override: Override) -> Interval | Choice | None:
     """Return what the key may be; None if it is fixed."""
-    from compress.search.study import Choice, Interval
+    from compress.search.space import Choice, Interval
 
     value = override.value()
     if not override.is_sweep_override():

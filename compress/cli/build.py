@@ -259,14 +259,16 @@ def _technique(name: str, given: Any, where: str) -> Technique:
     if len(set(values)) < len(values):
         raise CompressError(f"{where}.{field}", expected="different levels", received=str(values), fix="Correct it.")
 
-    def strategies(base: Mapping[str, Any], others: Mapping[str, Any]) -> dict[Any, Strategy]:
+    def strategies(base: Mapping[str, Any], others: Mapping[str, Any], where: str) -> dict[Any, Strategy]:
         return {value: construct(Strategy, {**base, **others, field: value}, where) for value in values}
 
-    found = strategies(defaults, fields)
+    found = strategies(defaults, fields, where)
     learnt: dict[Any, Strategy] = {}
     if trained is not None:
-        base, more = _strategy_fields(str(trained), f"{where}.trained")
-        learnt, code = strategies(base, {}), code + more
+        own = dict(trained) if isinstance(trained, Mapping) else {"strategy": trained}
+        other = str(own.pop("strategy", name))
+        base, more = _strategy_fields(other, f"{where}.trained")
+        learnt, code = strategies(base, own, f"{where}.trained"), code if other == name else code + more
     return Technique(name, field, found, learnt, code)
 
 

@@ -37,7 +37,7 @@ def realise(
     )
     skipped: list[Skipped] = []
     for technique in sorted(early, key=lambda t: t.kind):
-        for made in _stages(result, candidate, allocation, technique, trains=False):
+        for made in _stages(result, candidate, allocation, technique, trains=trains):
             result = _applied(made, result, context)
             skipped += result.skipped
     makes = {t.name: _stages(result, candidate, allocation, t, trains=trains) for t in late}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, did_you_mean
+from compress.search.space import Choice, Interval, Space
 from compress.tracking.pareto import Objective
 from compress.tracking.process import has_ended, process_tags
 from compress.tracking.store import without_password
@@ -20,29 +21,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("compress")
 _LOCK_SECONDS = 30
-SAMPLERS = ("nsga2", "tpe", "random")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Numbers between two; ``whole``: whole ones, ``log``: drawn evenly by their logarithm."""
-
-    low: float
-    high: float
-    whole: bool = False
-    step: float | None = None
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of some values, as the command line writes them."""
-
-    values: tuple[str, ...]
-
-
-Space = Mapping[str, Interval | Choice]
-"""Key of the configuration -> what it may be."""
+REFERENCE = "reference"
+"""The study's attribute with where its hypervolume is counted from, by objective; None: from the worst trial."""
+SAMPLERS = ("gaussian", "nsga2", "tpe", "random")
 
 
 @dataclass(frozen=True)
@@ -61,9 +42,10 @@ class Study:
         name: of the study; one that is there is continued.
         objectives: what is optimised.
         space: what may be tried.
-        sampler: ``nsga2``, ``tpe`` or ``random``.
+        sampler: ``gaussian``, ``nsga2``, ``tpe`` or ``random``.
         seed: of the sampler.
-        population: size of a generation, for ``nsga2``; what is drawn at random first, for ``tpe``.
+        population: size of a generation, for ``nsga2``; how many are drawn without a model first, for ``gaussian`` and
+            ``tpe``.
 
     Raises:
         CompressError: if the database does not answer or is locked, or the study of that name has another space.
@@ -109,8 +91,21 @@ class Study:
                     received="others",
                     fix="Give the new search a name of its own: hydra.sweeper.study=<name>.",
                 )
-            self._study.sampler = _sampler(optuna, sampler, seed, population)
+            self._study.sampler = self._sampler(optuna, sampler, seed, population)
             self._continue_killed()
+
+    def _sampler(self, optuna: Any, name: str, seed: int, population: int) -> Any:
+        from compress.search.draws import NumberedSampler
+        from compress.search.gaussian import GaussianSampler
+
+        if name == "gaussian":
+            return GaussianSampler(self._space, self._distributions, self._objectives, seed, population, REFERENCE)
+        kinds = {
+            "nsga2": lambda own: optuna.samplers.NSGAIISampler(seed=own, population_size=population),
+            "tpe": lambda own: optuna.samplers.TPESampler(seed=own, n_startup_trials=population, multivariate=False),
+            "random": lambda own: optuna.samplers.RandomSampler(seed=own),
+        }
+        return NumberedSampler(kinds[name], seed)
 
     def _continue_killed(self) -> None:
         """Close the trials of processes that were killed on this machine, and put their settings first in the queue."""
@@ -177,7 +172,20 @@ class Study:
                     received=f"{missing[0]}, which trial {trial.number} does not",
                     fix=did_you_mean(missing[0], metrics),
                 )
+            self._note_reference(metrics)
             self._study.tell(trial.number, [metrics[o.metric] for o in self._objectives])
+
+    def _note_reference(self, metrics: Mapping[str, float]) -> None:
+        """Keep where the hypervolume is counted from, as :func:`~compress.tracking.pareto.make_scale` says."""
+        found: list[float | None] = []
+        for objective in self._objectives:
+            baseline = metrics.get(f"baseline.{objective.metric}")
+            known = baseline is not None and math.isfinite(baseline) and baseline > 0
+            found.append((0.0 if objective.maximise else baseline) if known else None)
+        before = self._study.user_attrs.get(REFERENCE, [None] * len(found))
+        both = [max((v for v in pair if v is not None), default=None) for pair in zip(before, found, strict=True)]
+        if both != before:
+            self._study.set_user_attr(REFERENCE, both)
 
     def best(self) -> list[tuple[int, dict[str, Any], list[float]]]:
         """Return the non-dominated trials: number, setting as it ran, values."""
@@ -206,17 +214,6 @@ def _import_optuna() -> Any:
 def _storage(optuna: Any, uri: str) -> Any:
     arguments = {"connect_args": {"timeout": _LOCK_SECONDS}} if uri.startswith("sqlite:") else {"pool_pre_ping": True}
     return optuna.storages.RDBStorage(uri, engine_kwargs=arguments)
-
-
-def _sampler(optuna: Any, name: str, seed: int, population: int) -> Any:
-    from compress.search.draws import NumberedSampler
-
-    kinds = {
-        "nsga2": lambda own: optuna.samplers.NSGAIISampler(seed=own, population_size=population),
-        "tpe": lambda own: optuna.samplers.TPESampler(seed=own, n_startup_trials=population, multivariate=False),
-        "random": lambda own: optuna.samplers.RandomSampler(seed=own),
-    }
-    return NumberedSampler(kinds[name], seed)
 
 
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:

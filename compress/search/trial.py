@@ -69,18 +69,24 @@ def read_outcome(folder: Path) -> tuple[dict[str, float] | None, bool]:
 
 
 def metrics_of_report(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the final numbers of a report by the names that they have in MLflow."""
-    final = dict(report["final"])
-    latency = final.pop("latency_ms", None) or {}
-    on_board = final.pop("on_board", None) or {}
+    """Return the final numbers of a report, and those of its baseline, by the names that they have in MLflow."""
     values = {
-        **final,
-        **{f"latency_{key}": latency.get(key) for key in ("p50", "p90", "p99", "mean")},
-        **{f"board_{key}": value for key, value in on_board.items()},
+        **_flat(report["final"]),
         **{f"ratio.{key}": value for key, value in report["ratios"].items()},
+        **{f"baseline.{key}": value for key, value in _flat(report["baseline"]).items()},
     }
     return {
         key: float(value)
         for key, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    own = dict(numbers)
+    latency, on_board = own.pop("latency_ms", None) or {}, own.pop("on_board", None) or {}
+    return {
+        **own,
+        **{f"latency_{key}": latency.get(key) for key in ("p50", "p90", "p99", "mean")},
+        **{f"board_{key}": value for key, value in on_board.items()},
     }

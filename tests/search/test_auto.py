@@ -11,6 +11,7 @@ import pytest
 from compress.candidate import Candidate
 from compress.deploy.tflite import export
 from compress.errors import CompressError
+from compress.metrics.accuracy import keras_accuracy
 from compress.metrics.tflite_file import TFLiteFile
 from compress.search.auto import Auto
 from compress.search.stored import measure_files
@@ -125,6 +126,16 @@ def test_training_is_bounded_and_kept_within_the_budget(model, data, memory, mon
     assert size_of(result, context) <= 0.13 * whole
     assert sum(epochs) == pytest.approx(2.0)
     assert all(np.array_equal(a, b) for a, b in itertools.zip_longest(weights, model.get_weights()))
+
+
+def test_where_there_is_training_channels_may_go_in_another_way(model, data, memory, whole):
+    context = context_of(model, data, memory, epochs=0.01)
+    reached = {}
+    for criterion in ("random", "reconstruction"):
+        chosen = {"channels": [0.5], "ranking": "layer", "trained": {"criterion": criterion, "ranking": "layer"}}
+        result = search({"prune_channels": chosen}, bytes=int(0.6 * whole)).apply(Candidate(model), context)
+        reached[criterion] = keras_accuracy(result.model, data.test)
+    assert reached["reconstruction"] > reached["random"] + 5
 
 
 @pytest.mark.parametrize("fields", [{}, {"accuracy_drop": 1.0}])

@@ -168,6 +168,11 @@ def test_only_selected_layers_are_looked_at(model, data):
         ({"prune": {"sparsity": ["half"]}}, "techniques.prune.sparsity", "half"),
         ({"quantize": {"bits": [8, 8]}}, "techniques.quantize.bits", "different"),
         ({"quantize": {"bits": [8], "trained": "qatt"}}, "techniques.quantize.trained", "qat"),
+        (
+            {"prune": {"sparsity": [0.5], "trained": {"criterio": "snip"}}},
+            "techniques.prune.trained.criterio",
+            "criterion",
+        ),
         ({"auto": {"images": [8]}}, "techniques.auto", "no search"),
         ({}, "techniques", "strategies"),
     ],

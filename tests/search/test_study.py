@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
+from moocore import hypervolume
 
 from compress.errors import CompressError, GivenUp
 from compress.search import study as module
-from compress.search.study import Choice, Interval, Study, Trial
+from compress.search.space import Choice, Interval
+from compress.search.study import SAMPLERS, Study, Trial
 from compress.search.trial import metrics_of_report, note_given_up, read_limits, read_outcome, refuse_hopeless
 from compress.tracking.pareto import Objective
 
@@ -23,8 +27,9 @@ SPACE = {
 }
 
 
-def study_in(folder: Path, *, name: str = "s", seed: int = 0, space=SPACE, sampler: str = "nsga2") -> Study:
-    storage = f"sqlite:///{folder}/search.db"
+def study_in(folder: Path | None, *, name: str = "s", seed: int = 0, space=SPACE, sampler: str = "nsga2") -> Study:
+    """A study in a file, or, quicker, in memory."""
+    storage = f"sqlite:///{folder}/search.db" if folder is not None else "sqlite:///:memory:"
     return Study(storage, name, OBJECTIVES, space, sampler=sampler, seed=seed, population=4)
 
 
@@ -39,9 +44,9 @@ def numbers_of(trial: Trial) -> dict[str, float]:
     return {"accuracy": 100 - 50 * sparsity**2, "packed_bytes": 1000 * (1 - sparsity) + clusters}
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
-def test_settings_lie_in_the_space_and_the_front_is_found(sampler, tmp_path):
-    study = study_in(tmp_path, sampler=sampler)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_settings_lie_in_the_space_and_the_front_is_found(sampler):
+    study = study_in(None, sampler=sampler)
     numbers = []
     for _ in range(12):
         trial = study.ask()
@@ -63,6 +68,35 @@ def test_settings_lie_in_the_space_and_the_front_is_found(sampler, tmp_path):
     assert {tuple(values) for _, _, values in study.best()} == expected
 
 
+def test_a_gaussian_search_dominates_more_than_chance_does():
+    """Twelve trials of which four are drawn evenly; the hypervolume is counted from the baseline that trials report."""
+    baseline = {"baseline.accuracy": 100.0, "baseline.packed_bytes": 1000.0}
+
+    def dominated(sampler: str, seed: int) -> float:
+        study = study_in(None, seed=seed, sampler=sampler)
+        for _ in range(12):
+            trial = study.ask()
+            study.tell(trial, {**numbers_of(trial), **baseline})
+        values = np.array([values for _, _, values in study.best()])
+        return float(hypervolume(values * [-0.01, 0.001], ref=[0, 1]))
+
+    gaussian, random = ([dominated(sampler, seed) for seed in range(2)] for sampler in ("gaussian", "random"))
+    assert all(one > other for one, other in zip(gaussian, random, strict=True)), (gaussian, random)
+
+
+def test_a_gaussian_search_leaves_alone_what_is_at_work_or_was_given_up():
+    space = {"strategy.share.clusters": Interval(2, 9, whole=True)}
+    study = study_in(None, space=space, sampler="gaussian")
+    asked = [study.ask() for _ in range(4)]
+    for number, trial in enumerate(asked):
+        clusters = int(values_of(trial)["strategy.share.clusters"])
+        study.tell(trial, None if number == 3 else {"accuracy": clusters, "packed_bytes": clusters}, hopeless=True)
+    drawn = [trial.overrides for trial in asked]
+    for _ in range(8 - len(set(drawn))):
+        drawn.append(study.ask().overrides)
+    assert len(set(drawn)) == 8, "each of the eight settings once, before any is tried again"
+
+
 def test_a_study_goes_on_and_does_not_repeat_its_draws(tmp_path):
     first = [study_in(tmp_path).ask() for _ in range(1)]
     study = study_in(tmp_path)
@@ -74,7 +108,7 @@ def test_a_study_goes_on_and_does_not_repeat_its_draws(tmp_path):
     assert study_in(tmp_path).finished == 1, "a failed trial is replaced"
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_processes_that_begin_a_study_at_once_draw_different_settings(sampler, tmp_path):
     both = [study_in(tmp_path, sampler=sampler) for _ in range(2)]
     drawn = []
@@ -87,7 +121,7 @@ def test_processes_that_begin_a_study_at_once_draw_different_settings(sampler, t
     assert len(set(drawn)) == len(drawn)
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_process_draws_the_same_for_a_seed_also_when_it_is_continued(sampler, tmp_path):
     def drawn(name: str, seed: int, *, continued: bool) -> list[tuple[str, ...]]:
         study, found = study_in(tmp_path, name=name, seed=seed, sampler=sampler), []
@@ -239,11 +273,13 @@ def test_limits_that_an_early_look_cannot_judge_are_refused(limits, parts):
 
 def test_what_a_job_leaves_for_its_search(tmp_path):
     assert read_outcome(tmp_path) == (None, False)
-    report = '{"final": {"accuracy": 90.0, "packed_bytes": null, "latency_ms": {"p50": 2.0}}, "ratios": {"macs": 3.0}}'
-    (tmp_path / "report.json").write_text(report)
-    assert read_outcome(tmp_path) == ({"accuracy": 90.0, "latency_p50": 2.0, "ratio.macs": 3.0}, False)
+    final = {"accuracy": 90.0, "packed_bytes": None, "latency_ms": {"p50": 2.0}}
+    report = {"final": final, "baseline": {"accuracy": 93.0}, "ratios": {"macs": 3.0}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    expected = {"accuracy": 90.0, "latency_p50": 2.0, "ratio.macs": 3.0, "baseline.accuracy": 93.0}
+    assert read_outcome(tmp_path) == (expected, False)
     note_given_up(tmp_path, "no hope")
     assert read_outcome(tmp_path) == (None, True)
     note_given_up(tmp_path, None)
     assert read_outcome(tmp_path)[0] is not None
-    assert metrics_of_report({"final": {"x": True, "y": "z"}, "ratios": {}}) == {}
+    assert metrics_of_report({"final": {"x": True, "y": "z"}, "baseline": {}, "ratios": {}}) == {}

@@ -168,6 +168,22 @@ def test_it_keeps_the_accuracy_that_norms_alone_lose(model, data, context):
     assert reached["reconstruction"] > reached["l2"] + 5
 
 
+def test_by_layer_every_group_keeps_the_same_share(model, context):
+    result = PruneChannels(channels=0.5, criterion="reconstruction", ranking="layer", images=64).apply(
+        Candidate(model), context
+    )
+    (guarantee,) = result.guarantees
+    assert len(guarantee.channels) > 1
+    for name in guarantee.channels:
+        assert 2 * result.model.get_layer(name).output_shape[-1] == model.get_layer(name).output_shape[-1]
+
+
+def test_by_layer_a_budget_in_multiply_adds_is_met(model, context):
+    pruner = PruneChannels(macs=0.6, criterion="reconstruction", ranking="layer", images=64)
+    result = pruner.apply(Candidate(model), context)
+    assert 0.5 <= count_macs(result.model) / count_macs(model) <= 0.6
+
+
 def test_zeros_of_an_earlier_stage_stay(model, context):
     pruned = Prune(sparsity=0.5).apply(Candidate(model), context)
     result = PruneChannels(macs=0.6, criterion="reconstruction").apply(pruned, context)

@@ -62,9 +62,10 @@ class PruneChannels(Strategy):
         latency: share of the latency on the board that is kept; its median is measured a few times.
 
     Attributes:
-        criterion: what a channel's importance is. ``reconstruction`` also says how many channels each group keeps, and
-            re-solves what is left by least squares on ``images`` unlabelled samples, before any training; see
-            :mod:`compress.strategies.pruning.reconstruction`. It cuts groups with one writer and one reader.
+        criterion: what a channel's importance is. ``reconstruction`` also re-solves what is left by least squares on
+            ``images`` unlabelled samples, before any training, and under ``global`` decides by the change of the logits
+            how many channels each group keeps; see :mod:`compress.strategies.pruning.reconstruction`. It cuts groups
+            with one writer and one reader.
         ranking: ``global`` compares all groups with each other, after division by each group's mean; ``layer`` takes
             the same share of every group.
         blocks: whole residual blocks may go, too, where their branch makes up the least of the sum.
@@ -326,7 +327,7 @@ class PruneChannels(Strategy):
         if proxy == budget.unit and reached > budget.keep + 1e-9 and not self.allow_partial:
             raise self._out_of_reach(context, budget, reached, names_of)
         work.prepare()
-        curves = work.curves()
+        curves = work.curves() if self.ranking == "global" else None
         share = budget.keep
         if proxy != budget.unit:
             measured = measured_once(

@@ -20,6 +20,7 @@ from compress.graph.channels.groups import Channels, Group
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
+from compress.strategies.budget import Budget
 from compress.strategies.least_squares import assign_matrix, eliminate, is_linear, matrix_of
 from compress.strategies.pruning.plan import Plan, Size
 from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once, change_of_logits, outputs_of
@@ -135,6 +136,7 @@ class Allocation:
         self._now = Size.of(work.channels.model, self._groups)
         ranks = [np.arange(size, dtype=float) for size in self._sizes]
         self._plan = Plan(work.channels, self._groups, ranks, [1] * len(ranks), 1)
+        self._even = Plan(work.channels, self._groups, ranks, self.floors, multiple)
 
     def stay(self, keep: Sequence[int]) -> np.ndarray:
         """Return units [count] of which each group keeps so many, whichever."""
@@ -147,10 +149,16 @@ class Allocation:
         """Return the share of the start that is left."""
         return self._plan.cost(self.stay(keep), unit, self._now) * self._whole[unit]
 
-    def keep(self, curves: Sequence[Curve], unit: str, share: float) -> list[int]:
-        """Return how many units each group keeps; the fewest that it may if the budget is out of reach."""
+    def keep(self, curves: Sequence[Curve] | None, unit: str, share: float) -> list[int]:
+        """Return how many units each group keeps; the fewest that it may if the budget is out of reach.
+
+        Without ``curves`` every group keeps the same share.
+        """
         if self.cost(self.floors, unit) > share + 1e-9:
             return list(self.floors)
+        if curves is None:
+            stay = self._even.meet(Budget(unit, share / self._whole[unit]), self._now, "layer")
+            return [int(stay[group.units].sum()) for group in self._groups]
 
         def cost(counts: Sequence[int]) -> float:
             return self.cost(counts, unit)
