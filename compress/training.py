@@ -404,7 +404,9 @@ class _Trainee(tf_keras.Model):
                 (first, trained), *rest = own
                 own = [(first + plan["weight_decay"] * trained, trained), *rest]
             updates += own
-        self.optimizer.apply_gradients(updates)
+        # They are summed. What the optimizer would do for it keeps every compiled step alive for good: TensorFlow never
+        # forgets the gradient of a reduction.
+        self.optimizer.apply_gradients(updates, skip_gradients_aggregation=True)
         done = tf.cast(self.optimizer.iterations, tf.float32) / plan["steps"]
         for projection in plan["projections"]:
             projection(done)

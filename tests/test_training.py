@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow.python.framework.func_graph import FuncGraph
 
 from compress.batches import augment, mix, training_batches
 from compress.candidate import Guarantee
@@ -264,6 +267,19 @@ def test_a_loss_term_is_added_beside_its_share_of_the_task():
     assert term.prepared == (40, 40, True)
     # With no share for the task, every bias moves by rate * 2.
     np.testing.assert_allclose(model.get_weights()[1], before[1] + 0.2, atol=1e-5)
+
+
+def test_a_finished_training_leaves_no_compiled_step_behind():
+    def compiled() -> int:
+        gc.collect()
+        return sum(isinstance(thing, FuncGraph) for thing in gc.get_objects())
+
+    recovery = Recovery(epochs=1, batch_size=40)
+    train(convolutional(), data(40, (6, 6, 1)), recovery, seed=0)
+    before = compiled()
+    for _ in range(2):
+        train(convolutional(), data(40, (6, 6, 1)), recovery, seed=0)
+    assert compiled() <= before
 
 
 def test_a_cosine_schedule_ends_at_rest_and_a_constant_one_does_not():

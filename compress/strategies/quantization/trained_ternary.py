@@ -30,22 +30,17 @@ class TrainedTernaryQuantizer:
 
     def __call__(self, latent: tf.Tensor) -> tf.Tensor:
         """Return the ternary weights."""
-
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def ternary(value: tf.Tensor, sizes: tf.Tensor) -> tuple[tf.Tensor, object]:
-            limit = self._threshold * tf.reduce_max(tf.abs(value))
-            # The paper's sum over all weights would move the two sizes by many times themselves in one step.
-            slowed = 1.0 / np.sqrt(float(np.prod(value.shape)))
-            above, below = tf.cast(value > limit, value.dtype), tf.cast(value < -limit, value.dtype)
-
-            def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                scaled = upstream * (above * sizes[0] + below * sizes[1] + (1 - above - below))
-                of_sizes = tf.stack([tf.reduce_sum(upstream * above), -tf.reduce_sum(upstream * below)])
-                return scaled, slowed * of_sizes
-
-            return above * sizes[0] - below * sizes[1], gradients
-
-        return ternary(latent, self._sizes.value())
+        fixed = tf.stop_gradient(latent)
+        limit = self._threshold * tf.reduce_max(tf.abs(fixed))
+        above, below = tf.cast(fixed > limit, latent.dtype), tf.cast(fixed < -limit, latent.dtype)
+        sizes = self._sizes.value()
+        held = tf.stop_gradient(sizes)
+        # Of the sizes' own value, with a gradient that is smaller: the paper's sum over all weights would move them by
+        # many times themselves in one step.
+        slowed = held + (sizes - held) / np.sqrt(float(np.prod(latent.shape)))
+        # Zero, with the gradient of the latent weights.
+        passed = (latent - fixed) * (above * held[0] + below * held[1] + (1 - above - below))
+        return above * slowed[0] - below * slowed[1] + passed
 
     def levels(self, quantized: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the three values; the scale is one."""
