@@ -155,12 +155,15 @@ class Storage:
     """Layers that compute with floats all the same."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Layer -> the range of its output, where training has settled it; ``layer:1`` is that of its second call."""
+    packed: bool = True
+    """Two weights of four bits and fewer to a byte, where LiteRT reads them so; it expands them in each call."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Storage:
         """Rebuild from :func:`dataclasses.asdict`."""
         ranges = {layer: (low, high) for layer, (low, high) in value["ranges"].items()}
-        return cls(value["scheme"], Calibration(**value["calibration"]), tuple(value["float_layers"]), ranges)
+        calibration, floats = Calibration(**value["calibration"]), tuple(value["float_layers"])
+        return cls(value["scheme"], calibration, floats, ranges, value["packed"])
 
 
 @dataclass(frozen=True)

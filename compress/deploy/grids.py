@@ -20,13 +20,16 @@ _LEAST = 1024
 """Smaller kernels stay floats, as the converter's own do."""
 
 
-def write_grids(content: bytes, floats: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]]) -> bytes:
+def write_grids(
+    content: bytes, floats: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]], *, packed: bool = True
+) -> bytes:
     """Return the file with the levels of the grids in place of what the converter has rounded to.
 
     Args:
         content: a file with integer weights; the output channels of each have scales of their own.
         floats: the float file that it was made from.
         kernels: weight name -> its value, which lies on the grid, and the grid.
+        packed: whether levels of four bits and fewer are stored two to a byte, where LiteRT reads them so.
 
     Raises:
         CompressError: naming a layer whose kernel is not found among the file's.
@@ -42,7 +45,7 @@ def write_grids(content: bytes, floats: bytes, kernels: Mapping[str, tuple[np.nd
             # Of a channel of zeros any scale is right; a tiny one would leave no room for its bias.
             used = values.levels.any(tuple(axis for axis in range(values.levels.ndim) if axis != place.channel_axis))
             values = replace(values, scales=np.where(used, values.scales, before))
-            written = values.stored(model, place)
+            written = values.stored(model, place, packed=packed)
             ratios[place.kernel] = values.scales / before
             weight.type, weight.buffer, weight.quantization = written.type, written.buffer, written.quantization
         # Calls of one layer may share the kernel and have biases of their own: these depend on the inputs' scales.
@@ -53,7 +56,12 @@ def write_grids(content: bytes, floats: bytes, kernels: Mapping[str, tuple[np.nd
 
 
 def expand_from_grids(
-    content: bytes, kernels: Mapping[str, tuple[np.ndarray, Grid]], *, per_tensor: bool, spared: Collection[str]
+    content: bytes,
+    kernels: Mapping[str, tuple[np.ndarray, Grid]],
+    *,
+    per_tensor: bool,
+    spared: Collection[str],
+    packed: bool = True,
 ) -> bytes:
     """Return the float file with its kernels stored as levels, which are expanded before they are used.
 
@@ -63,6 +71,7 @@ def expand_from_grids(
             are rounded to the nearest of 8 bits.
         per_tensor: round each other kernel to one grid instead of one for each output.
         spared: layers whose kernels stay as they are.
+        packed: as for :func:`write_grids`.
 
     Raises:
         CompressError: as :func:`write_grids`.
@@ -78,7 +87,7 @@ def expand_from_grids(
         expand(
             model,
             place.kernel,
-            values.stored(model, place),
+            values.stored(model, place, packed=packed),
             schema.BuiltinOperator.DEQUANTIZE,
             schema.DequantizeOptionsT(),
         )
@@ -93,9 +102,9 @@ class _Levels:
     scales: np.ndarray
     bits: int
 
-    def stored(self, model: schema.ModelT, place: KernelPlace) -> schema.TensorT:
+    def stored(self, model: schema.ModelT, place: KernelPlace, *, packed: bool) -> schema.TensorT:
         """Return a tensor of the file for it; its buffer is in the model already."""
-        packed = self.bits <= 4 and place.operator in _PACKED
+        packed = packed and self.bits <= 4 and place.operator in _PACKED
         return schema.TensorT(
             type=schema.TensorType.INT4 if packed else schema.TensorType.INT8,
             buffer=add_buffer(model, _pack(self.levels) if packed else self.levels),

@@ -44,6 +44,8 @@ class Calibrated:
     floats: bytes
     grids: Mapping[str, tuple[np.ndarray, Grid]]
     one_scale_per_tensor: bool
+    packed: bool
+    """As :attr:`compress.candidate.Storage.packed`."""
 
     @classmethod
     def of(cls, candidate: Candidate, data: Data) -> Calibrated:
@@ -69,7 +71,7 @@ class Calibrated:
             content = _with_ranges(content, {name: choose(h, storage.calibration) for name, h in found.items()})
         if storage.ranges:
             content = _with_ranges(content, _of_tensors(content, candidate, next(samples())[0]))
-        return cls(content, grids_of(candidate), one_scale_per_tensor(candidate))
+        return cls(content, grids_of(candidate), one_scale_per_tensor(candidate), storage.packed)
 
     def quantized(self, float_layers: Collection[str] = ()) -> bytes:
         """Return the file with int8 for its weights and for what it computes, but for the layers that are named.
@@ -89,7 +91,7 @@ class Calibrated:
                 )
             )
         grids = {name: item for name, item in self.grids.items() if name.rpartition("/")[0] not in float_layers}
-        return write_grids(content, self.floats, grids) if grids else content
+        return write_grids(content, self.floats, grids, packed=self.packed) if grids else content
 
 
 def grids_of(candidate: Candidate) -> dict[str, tuple[np.ndarray, Grid]]:

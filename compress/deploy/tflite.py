@@ -114,7 +114,8 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
     with complaints_explained(storage.scheme, candidate.model):
         content = bytes(converter.convert())
     if storage.scheme == "weight_only":
-        return expand_from_grids(content, grids_of(candidate), per_tensor=whole, spared=storage.float_layers)
+        grids, floats = grids_of(candidate), storage.float_layers
+        return expand_from_grids(content, grids, per_tensor=whole, spared=floats, packed=storage.packed)
     return content
 
 

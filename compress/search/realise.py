@@ -91,7 +91,8 @@ def _stages(
         value: [name for layer in layers for name in places[layer]]
         for value, layers in _levels(allocation, technique).items()
     }
-    return technique.stages(chosen, trains=trains)
+    # A layer may have gone with the block around it.
+    return technique.stages({value: names for value, names in chosen.items() if names}, trains=trains)
 
 
 def _places(candidate: Candidate, layers: Sequence[str]) -> dict[str, list[str]]:

@@ -128,6 +128,31 @@ def test_training_is_bounded_and_kept_within_the_budget(model, data, memory, mon
     assert all(np.array_equal(a, b) for a, b in itertools.zip_longest(weights, model.get_weights()))
 
 
+def test_blocks_go_where_no_channel_of_theirs_is_left(data):
+    """What is chosen for the other layers of such a block goes with it."""
+    import tf_keras
+
+    layers = tf_keras.layers
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image))
+    for number in range(3):
+        y = layers.Conv2D(8, 3, padding="same", activation="relu", name=f"inner{number}")(x)
+        x = layers.Add(name=f"sum{number}")([x, layers.Conv2D(8, 3, padding="same", name=f"outer{number}")(y)])
+    deep = tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
+    context = context_of(deep, data, epochs=0.01)
+    size = size_of(Candidate(deep), context)
+    chosen = {
+        "prune_channels": {"channels": [0.5, 0], "ranking": "layer"},
+        "quantize": {"bits": [8], "packed": False, "trained": {"strategy": "qat", "packed": False}},
+    }
+    result = search(chosen, bytes=int(0.16 * size)).apply(Candidate(deep), context)
+    assert size_of(result, context) <= 0.16 * size
+    gone = [row.layer for row in result.allocation if "prune_channels channels=0" in row.chosen]
+    assert gone
+    assert not {layer.name for layer in result.model.layers} & {name.replace("inner", "outer") for name in gone}
+
+
 def test_where_there_is_training_channels_may_go_in_another_way(model, data, memory, whole):
     context = context_of(model, data, memory, epochs=0.01)
     reached = {}

@@ -223,6 +223,26 @@ def test_single_layers_have_bits_of_their_own_in_the_file(kind, context, data, t
         assert len(np.unique(stored)) > most, f"{layer}: the levels of {bits} bits are used"
 
 
+@pytest.mark.parametrize("kind", [QuantizeAware, Quantize])
+def test_few_bits_may_have_a_byte_each_in_the_file(kind, data, tmp_path):
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    x = tf_keras.layers.Conv2D(8, 3, activation="relu", name="conv")(tf_keras.layers.Rescaling(1 / 16)(image))
+    model = tf_keras.Model(image, tf_keras.layers.Dense(10, name="logits")(tf_keras.layers.Flatten()(x)))
+    context = Context("qat", data, model, Recovery(epochs=0.02, batch_size=32), seed=0)
+    kernels, outputs = {}, []
+    for bits, packed in ((4, True), (8, False)):
+        result = kind(bits=4, packed=packed, rounding_images=32).apply(Candidate(model), context)
+        path = export(result, data, tmp_path / f"{bits}.tflite").path
+        file = TFLiteFile.read(path)
+        kernels[bits] = [file.tensors[file.operators_of(layer)[0].inputs[1]] for layer in ("conv", "logits")]
+        assert {kernel.bits for kernel in kernels[bits]} == {bits}
+        outputs.append(file_outputs(path, data.test.x[:64]))
+    for four, eight in zip(*kernels.values(), strict=True):
+        np.testing.assert_array_equal(four.data, eight.data)
+    np.testing.assert_allclose(*outputs, atol=0.05 * np.abs(outputs[0]).max())
+
+
 def test_a_rule_for_bits_that_fits_no_layer_is_refused(context):
     with pytest.raises(CompressError, match=r"layer_bits.*logits"):
         Quantize(layer_bits={"logit": 4}).apply(Candidate(context.reference), context)

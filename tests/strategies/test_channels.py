@@ -18,7 +18,7 @@ from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
 from compress.graph.kernels import kernels
-from compress.graph.rewrite import rewrite
+from compress.graph.rewrite import copy_model, rewrite
 from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_params
 from compress.metrics.tflite_file import TFLiteFile
@@ -435,6 +435,31 @@ def test_blocks_that_are_not_selected_stay(deep, context):
     chosen = dataclasses.replace(context, selection=Selection(skip=(Rule(name="outer2"),)))
     result = PruneChannels(macs=0.6, blocks=True, images=64).apply(Candidate(deep), chosen)
     assert "outer2" in {layer.name for layer in result.model.layers}
+
+
+def test_without_any_channel_the_block_goes(deep, context):
+    chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="inner[12]"),)))
+    pruned = Prune(sparsity=0.5).apply(Candidate(deep), context)
+    result = PruneChannels(channels=0).apply(pruned, chosen)
+    names = {layer.name for layer in result.model.layers}
+    assert not names & {"inner1", "outer1", "sum1", "inner2", "outer2", "sum2"}
+    assert {"inner0", "outer0", "sum0", "inner3"} <= names
+    assert result.measured["blocks_removed"] == 2
+    assert result.measured["oracle_difference"] < 1e-5
+    assert all(guarantee.layers <= names for guarantee in result.guarantees)
+    x = np.random.default_rng(0).uniform(0, 16, (8, 8, 8, 1)).astype(np.float32)
+    silent = copy_model(pruned.model)
+    for name in ("outer1", "outer2"):
+        silent.get_layer(name).set_weights([np.zeros_like(w) for w in silent.get_layer(name).get_weights()])
+    np.testing.assert_allclose(result.model(x), silent(x), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_in_no_block_cannot_all_go(deep, context):
+    chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="stem"),)))
+    with pytest.raises(CompressError, match="channels inside a residual block"):
+        PruneChannels(channels=0).apply(Candidate(deep), chosen)
+    with pytest.raises(ValueError, match="channels=0"):
+        PruneChannels(channels=0, steps=2)
 
 
 def test_what_does_not_go_together_is_refused():

@@ -6,7 +6,6 @@ Coupled channels go together (DepGraph, arXiv 2301.12900); how important they ar
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
@@ -20,16 +19,16 @@ from pydantic.dataclasses import dataclass
 from compress.candidate import Candidate, Effect, Skipped
 from compress.errors import CompressError, did_you_mean
 from compress.graph.channels.groups import Channels, Group, transferred
-from compress.graph.channels.surgery import masked_model, oracle_difference, remove_channels
+from compress.graph.channels.surgery import masked_model, remove_channels
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
-from compress.graph.residual import residual_blocks, without_blocks, without_branches
+from compress.graph.residual import residual_blocks
 from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
 from compress.strategies.budget import Budget, one_budget
 from compress.strategies.options import refuse_without_effect
-from compress.strategies.pruning.cut import cut, left_out, may_go, oracle_samples, require_equal
-from compress.strategies.pruning.depth import branch_shares, lowest_blocks
+from compress.strategies.pruning.cut import cut, left_out, may_go
+from compress.strategies.pruning.depth import branch_shares, lowest_blocks, take_out
 from compress.strategies.pruning.group_sparsity import GroupLasso, GroupSparsity, GrowingDecay
 from compress.strategies.pruning.measured import MEASURED, Start, largest_share, measured_once
 from compress.strategies.pruning.plan import Plan, Ranking, Size
@@ -41,7 +40,7 @@ from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
 RECONSTRUCTION = "reconstruction"
-_LOG = logging.getLogger("compress")
+_NO_BLOCK = "it stands in no residual block that can go"
 
 
 def _known(name: str) -> str:
@@ -57,7 +56,8 @@ class PruneChannels(Strategy):
 
     One of these says how far to go (``macs`` of 0.5, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept.
-        channels: share of the channels that is kept, of those that it may touch.
+        channels: share of the channels that is kept, of those that it may touch. With 0 the residual blocks around them
+            go, and channels that stand in none stay.
         bytes: share of the size of the exported file that is kept, as it would be written at this stage.
         latency: share of the latency on the board that is kept; its median is measured a few times.
 
@@ -81,7 +81,7 @@ class PruneChannels(Strategy):
 
     macs: Annotated[float, Gt(0), Lt(1)] | None = None
     params: Annotated[float, Gt(0), Lt(1)] | None = None
-    channels: Annotated[float, Gt(0), Lt(1)] | None = None
+    channels: Annotated[float, Ge(0), Lt(1)] | None = None
     bytes: Annotated[float, Gt(0), Lt(1)] | None = None
     latency: Annotated[float, Gt(0), Lt(1)] | None = None
     criterion: Annotated[str, AfterValidator(_known)] = "l2"
@@ -104,6 +104,8 @@ class PruneChannels(Strategy):
         refuse_without_effect(self, [(self.regularisation != "none", ("strength",), "a regularisation")])
         if self.criterion == RECONSTRUCTION and (self.blocks or self.regularisation != "none"):
             raise ValueError(f"no blocks and no regularisation with criterion={RECONSTRUCTION}")
+        if self.channels == 0 and (self.blocks or self.steps > 1 or self.regularisation != "none"):
+            raise ValueError("no blocks, no steps and no regularisation with channels=0: whole blocks go at once")
 
     def _budget(self) -> Budget:
         choices = {unit: getattr(self, unit) for unit in ("macs", "params", "channels", "bytes", "latency")}
@@ -117,6 +119,8 @@ class PruneChannels(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Rank, cut, compare with the masked original, recover; so many times."""
+        if self.channels == 0:
+            return self._without_blocks(candidate, context)
         self._require_recovery(context)
         budget = self._budget()
         start = Start.of(candidate, context, budget.unit, self._groups(candidate, context))
@@ -146,6 +150,19 @@ class PruneChannels(Strategy):
         if self.blocks:
             measured["blocks_removed"] = float(removed)
         return candidate.evolve(skipped=done.left_alone, measured=measured)
+
+    def _without_blocks(self, candidate: Candidate, context: Context) -> Candidate:
+        """Return the candidate without the residual blocks around the channels that it may touch, recovered."""
+        groups = self._groups(candidate, context)
+        blocks = {block.add: block for block in residual_blocks(candidate.model)}
+        around = {g.name: [b for b in blocks.values() if set(g.writers) <= set(b.layers)] for g in groups}
+        gone = tuple(b for b in blocks.values() if any(b in found for found in around.values()))
+        outside = tuple(Skipped(name, _NO_BLOCK, True) for name, found in around.items() if not found)
+        if not gone:
+            raise context.nothing_done("channels inside a residual block that can go (channels=0)", outside)
+        result, difference = take_out(candidate, gone, context)
+        measured = {"oracle_difference": difference, "channels_kept": 0.0, "blocks_removed": float(len(gone))}
+        return context.recover(result).evolve(skipped=context.skip(outside), measured=measured)
 
     def _require_recovery(self, context: Context) -> None:
         if self.regularisation != "none" and not context.recovery.trains:
@@ -297,14 +314,8 @@ class PruneChannels(Strategy):
         gone = lowest_blocks(self._plan(channels, groups, start, context), blocks, shares, proxy, start.size)
         if not gone:
             return candidate, 0, 0.0
-        _LOG.info("%s: residual blocks that go: %s", context.stage, ", ".join(block.add for block in gone))
-        smaller, samples = without_blocks(model, gone), oracle_samples(context, model)
-        difference = oracle_difference(without_branches(model, gone), smaller, samples)
-        require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context, model)
-        lost = frozenset(name for block in gone for name in (*block.layers, block.add))
-        guarantees = (g.without(lost) if g.layers & lost else g for g in candidate.guarantees)
-        left = tuple(g for g, old in zip(guarantees, candidate.guarantees, strict=True) if g.layers or not old.layers)
-        return candidate.evolve(model=smaller, guarantees=left), len(gone), difference
+        smaller, difference = take_out(candidate, gone, context)
+        return smaller, len(gone), difference
 
     def _reconstruct(
         self, candidate: Candidate, budget: Budget, start: Start, context: Context, skipped: Sequence[Skipped]

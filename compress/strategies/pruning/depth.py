@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from compress.graph.residual import ResidualBlock
+from compress.candidate import Candidate
+from compress.graph.channels.surgery import oracle_difference
+from compress.graph.residual import ResidualBlock, without_blocks, without_branches
 from compress.strategies.budget import Budget
+from compress.strategies.pruning.cut import oracle_samples, require_equal
 from compress.strategies.pruning.plan import Plan, Size
+from compress.strategies.strategy import Context
 
 _BATCH = 128
+_LOG = logging.getLogger("compress")
+
+
+def take_out(candidate: Candidate, gone: tuple[ResidualBlock, ...], context: Context) -> tuple[Candidate, float]:
+    """Return the candidate without these blocks, and how far it is from the model whose branches there give nothing.
+
+    Raises:
+        CompressError: if that is too far.
+    """
+    model = candidate.model
+    _LOG.info("%s: residual blocks that go: %s", context.stage, ", ".join(block.add for block in gone))
+    smaller, samples = without_blocks(model, gone), oracle_samples(context, model)
+    difference = oracle_difference(without_branches(model, gone), smaller, samples)
+    require_equal(difference, f"taking out {', '.join(block.add for block in gone[:5])}", context, model)
+    lost = frozenset(name for block in gone for name in (*block.layers, block.add))
+    guarantees = (g.without(lost) if g.layers & lost else g for g in candidate.guarantees)
+    left = tuple(g for g, old in zip(guarantees, candidate.guarantees, strict=True) if g.layers or not old.layers)
+    return candidate.evolve(model=smaller, guarantees=left), difference
 
 
 def branch_shares(model: tf_keras.Model, blocks: Sequence[ResidualBlock], samples: np.ndarray) -> np.ndarray:

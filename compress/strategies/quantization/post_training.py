@@ -57,7 +57,9 @@ class Quantize(Strategy):
         scheme: ``int8``: weights and activations; ``int16``: int8 weights, 16-bit activations; ``dynamic``: int8
             weights, activations quantized as they come; ``weight_only``: int8 weights, expanded before use;
             ``float16``: half-precision weights.
-        bits: of a weight under ``int8`` and ``weight_only``; 4 and fewer are packed where LiteRT reads them so.
+        bits: of a weight under ``int8`` and ``weight_only``.
+        packed: 4 bits and fewer are stored two weights to a byte, where LiteRT reads them so. It expands them in each
+            call; false, a byte each, is faster. The ``.cmp`` is as small either way.
         layer_bits: those of single layers, by name or regular expression.
         rounding: ``nearest`` level, or ``second_order``: each layer's weights make up for one another's rounding, on
             ``rounding_images`` unlabelled images. Fewer than 8 bits are always rounded so.
@@ -75,6 +77,7 @@ class Quantize(Strategy):
     scheme: Literal["int8", "int16", "dynamic", "weight_only", "float16"] = "int8"
     bits: Bits = 8
     layer_bits: LayerBits | None = None
+    packed: bool = True
     rounding: Literal["nearest", "second_order"] = "nearest"
     rounding_images: Annotated[int, Ge(16), Le(1_000_000)] = 500
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
@@ -105,7 +108,11 @@ class Quantize(Strategy):
         refuse_without_effect(
             self,
             (
-                (self.scheme in _ON_GRIDS, ("bits", "layer_bits", "rounding"), f"scheme={' or '.join(_ON_GRIDS)}"),
+                (
+                    self.scheme in _ON_GRIDS,
+                    ("bits", "layer_bits", "packed", "rounding"),
+                    f"scheme={' or '.join(_ON_GRIDS)}",
+                ),
                 (self.scheme == "int8", ("ranges", "percentile", "float_fallback"), "scheme=int8"),
                 (self.ranges == "percentile", ("percentile",), "ranges=percentile"),
                 (self._reads_samples, ("rounding_images",), "bits below 8, second_order rounding or bias_correction"),
@@ -146,7 +153,7 @@ class Quantize(Strategy):
             count = max(self.calibration_images, self.rounding_images if self._reads_samples else 0)
             samples = synthetic_samples(context.reference, count, context.seed, f"stage {context.stage}")
         calibration = Calibration(self.calibration_images, self.ranges, self.percentile)
-        storage = Storage(self.scheme, calibration, float_layers=left_out)
+        storage = Storage(self.scheme, calibration, float_layers=left_out, packed=self.packed)
         if self.scheme in _CALIBRATED or self._reads_samples:
             check_activations(candidate.evolve(samples=samples), context.data, self.calibration_images)
         model = self._prepared(candidate, context, samples, left_out)
