@@ -73,7 +73,7 @@ class MixturePrior:
 
     def __call__(self, batch: Batch) -> tf.Tensor:
         """Return the complexity of the weights."""
-        return self._scale * self._complexity(self._flat() / self._spread, *(v.value() for v in self.variables))
+        return self._complexity(self._scale)
 
     def component_of(self, weights: np.ndarray) -> np.ndarray:
         """Return which component each weight [...] most likely comes from; 0 is the one at zero."""
@@ -95,52 +95,51 @@ class MixturePrior:
         centres = tf.concat([[0.0], means], 0)
         return parts - widths - 0.5 * ((flat[:, None] - centres) * tf.exp(-widths)) ** 2
 
-    def _complexity(self, flat: tf.Tensor, means: tf.Tensor, widths: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
-        """Return minus the log of the posterior density of weights [n] and mixture, with natural gradients."""
+    def _complexity(self, scale: float) -> tf.Tensor:
+        """Return ``scale`` times minus the log of the posterior density of weights and mixture.
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def complexity(
-            flat: tf.Tensor, means: tf.Tensor, widths: tf.Tensor, shares: tf.Tensor
-        ) -> tuple[tf.Tensor, object]:
-            # Which components a weight belongs to depends on its size alone: that is computed for places on a line.
-            low, high = tf.reduce_min(flat), tf.reduce_max(flat)
-            step = tf.maximum((high - low) / (_PLACES - 1), 1e-12)
-            centres = low + step * tf.range(_PLACES, dtype=tf.float32)
-            place = tf.cast(tf.round((flat - low) / step), tf.int32)
-            offset = flat - tf.gather(centres, place)
-            count = tf.math.bincount(place, minlength=_PLACES, maxlength=_PLACES, dtype=tf.float32)[:, None]
-            offsets = tf.math.unsorted_segment_sum(offset, place, _PLACES)[:, None]
-            squares = tf.math.unsorted_segment_sum(offset**2, place, _PLACES)[:, None]
-            densities = self._densities(centres, means, widths, shares)
-            belongs = tf.nn.softmax(densities)
-            away = centres[:, None] - tf.concat([[0.0], means], 0)
-            precisions = tf.exp(-2.0 * widths)
-            slope, bend = (tf.reduce_sum(belongs * part * precisions, 1) for part in (away, tf.ones_like(away)))
-            # The Gamma density of a precision whose mode is the width that is expected.
-            prior = -self._pseudo * (widths + 0.5 * (self._width * tf.exp(-widths)) ** 2)
-            likelihoods = tf.reduce_logsumexp(densities, 1) * count[:, 0] - slope * offsets[:, 0]
-            value = -tf.reduce_sum(likelihoods) - tf.reduce_sum(prior)
+        The gradient of the weights is that of this value, those of the mixture's variables are natural ones, whatever
+        the scale: they come with differences that are zero. (A gradient that TensorFlow is told of is registered for
+        good, and the compiled step with it.)
+        """
+        weights, variables = self._flat() / self._spread, [variable.value() for variable in self.variables]
+        flat, (means, widths, shares) = tf.stop_gradient(weights), [tf.stop_gradient(value) for value in variables]
+        # Which components a weight belongs to depends on its size alone: that is computed for places on a line.
+        low, high = tf.reduce_min(flat), tf.reduce_max(flat)
+        step = tf.maximum((high - low) / (_PLACES - 1), 1e-12)
+        centres = low + step * tf.range(_PLACES, dtype=tf.float32)
+        place = tf.cast(tf.round((flat - low) / step), tf.int32)
+        offset = flat - tf.gather(centres, place)
+        count = tf.math.bincount(place, minlength=_PLACES, maxlength=_PLACES, dtype=tf.float32)[:, None]
+        offsets = tf.math.unsorted_segment_sum(offset, place, _PLACES)[:, None]
+        squares = tf.math.unsorted_segment_sum(offset**2, place, _PLACES)[:, None]
+        densities = self._densities(centres, means, widths, shares)
+        belongs = tf.nn.softmax(densities)
+        away = centres[:, None] - tf.concat([[0.0], means], 0)
+        precisions = tf.exp(-2.0 * widths)
+        slope, bend = (tf.reduce_sum(belongs * part * precisions, 1) for part in (away, tf.ones_like(away)))
+        # The Gamma density of a precision whose mode is the width that is expected.
+        prior = -self._pseudo * (widths + 0.5 * (self._width * tf.exp(-widths)) ** 2)
+        likelihoods = tf.reduce_logsumexp(densities, 1) * count[:, 0] - slope * offsets[:, 0]
+        value = -tf.reduce_sum(likelihoods) - tf.reduce_sum(prior)
 
-            def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
-                of_weights = tf.gather(slope, place) + tf.gather(bend, place) * offset
-                members = tf.reduce_sum(belongs * count, 0)
-                distances = tf.reduce_sum(belongs * (away * count + offsets), 0)
-                variances = tf.reduce_sum(belongs * (away**2 * count + 2.0 * away * offsets + squares), 0)
-                of_means = -distances[1:] / (members[1:] + 1.0)
-                counts = members + self._pseudo
-                variances += self._pseudo * self._width**2
-                of_widths = (counts - variances * precisions) / (2.0 * counts)
-                expected = tf.nn.softmax(shares) * tf.reduce_sum(members[1:])
-                of_shares = (expected - members[1:]) / (expected + 1.0)
-                return upstream * of_weights, of_means, of_widths, of_shares
-
-            return value, gradients
-
-        return complexity(flat, means, widths, shares)
+        of_weights = tf.gather(slope, place) + tf.gather(bend, place) * offset
+        members = tf.reduce_sum(belongs * count, 0)
+        distances = tf.reduce_sum(belongs * (away * count + offsets), 0)
+        variances = tf.reduce_sum(belongs * (away**2 * count + 2.0 * away * offsets + squares), 0)
+        of_means = -distances[1:] / (members[1:] + 1.0)
+        counts = members + self._pseudo
+        variances += self._pseudo * self._width**2
+        of_widths = (counts - variances * precisions) / (2.0 * counts)
+        expected = tf.nn.softmax(shares) * tf.reduce_sum(members[1:])
+        of_shares = (expected - members[1:]) / (expected + 1.0)
+        natural = zip(variables, (means, widths, shares), (of_means, of_widths, of_shares), strict=True)
+        result = scale * (value + tf.reduce_sum((weights - flat) * of_weights))
+        return result + tf.add_n([tf.reduce_sum((live - held) * slope_of) for live, held, slope_of in natural])
 
     def _fit(self) -> None:
         """Make a step of expectation maximisation, damped where it would go far."""
         with tf.GradientTape() as tape:
-            value = self._complexity(self._flat() / self._spread, *(v.value() for v in self.variables))
+            value = self._complexity(1.0)
         for variable, gradient in zip(self.variables, tape.gradient(value, self.variables), strict=True):
             variable.assign_sub(tf.clip_by_value(gradient, -1.0, 1.0))
