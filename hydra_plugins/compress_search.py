@@ -62,6 +62,8 @@ class SearchSweeper(Sweeper):
             objectives,
             "[accuracy,packed_bytes]",
         )
+        whole = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+        _require(whole, "seed", "a whole number from 0", seed, "0")
         _require(isinstance(storage, str), "storage", "a database's URI", storage, "sqlite:///search.db")
         _require(
             params is None or isinstance(params, Mapping),

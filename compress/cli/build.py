@@ -265,9 +265,18 @@ def _technique(name: str, given: Any, where: str) -> Technique:
     found = strategies(defaults, fields, where)
     learnt: dict[Any, Strategy] = {}
     if trained is not None:
-        own = dict(trained) if isinstance(trained, Mapping) else {"strategy": trained}
+        own = {str(k): v for k, v in trained.items()} if isinstance(trained, Mapping) else {"strategy": trained}
         other = str(own.pop("strategy", name))
         base, more = _strategy_fields(other, f"{where}.trained")
+        if field in own or field not in base:
+            raise CompressError(
+                f"{where}.trained",
+                expected=f"a strategy with the field {field}, whose levels are those of {where}.{field}",
+                received=f"{other}, which has none" if field not in base else f"{field}={own[field]}",
+                fix="Leave it out."
+                if field in base
+                else f"Choose another strategy, or vary another field than {field}.",
+            )
         learnt, code = strategies(base, own, f"{where}.trained"), code if other == name else code + more
     return Technique(name, field, found, learnt, code)
 

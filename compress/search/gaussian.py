@@ -29,8 +29,8 @@ class GaussianSampler(BaseSampler):
     """Draws the first trials evenly (Sobol), then what is expected to raise the hypervolume most.
 
     One process for each objective, over the settings as places in [0, 1] and categories as columns. Trials that are at
-    work are taken for done with what is expected of them, those given up as hopeless for as bad as the worst. A draw
-    depends on the seed, the trial's number and the finished trials.
+    work are taken for done with what is expected of them, those that failed or were given up as hopeless for as bad as
+    the worst. A draw depends on the seed, the trial's number and the ended trials.
 
     Source: Emmerich et al., Hypervolume-based expected improvement (IEEE CEC 2011); Knowles, ParEGO (IEEE TEC 2006) for
     candidates that are changed settings of the front.
@@ -65,25 +65,27 @@ class GaussianSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Draw the setting of a trial."""
-        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        values = [t for t in done if t.state is TrialState.COMPLETE]
+        # Another process stores what it draws key by key.
+        whole = [t for t in study.get_trials(deepcopy=False) if t.params.keys() >= self._space.keys()]
+        values = [t for t in whole if t.state is TrialState.COMPLETE]
         if trial.number < self._first or len(values) < 2:
             return self._setting(self._evenly(trial.number))
         outcomes = self._signs * np.array([t.values for t in values])
         worst = outcomes.max(axis=0)
-        hopeless = [t for t in done if t.state is TrialState.PRUNED]
-        known = np.concatenate([outcomes, np.tile(worst, (len(hopeless), 1))])
-        seen = self._places([*values, *hopeless])
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        working = self._places([t for t in running if t.number != trial.number and t.params])
+        # One that was killed is made again.
+        again = [t.params for t in whole if t.state in (TrialState.COMPLETE, TrialState.RUNNING)]
+        failed = [t for t in whole if t.state is TrialState.FAIL and t.params not in again]
+        bad = [*failed, *(t for t in whole if t.state is TrialState.PRUNED)]
+        known = np.concatenate([outcomes, np.tile(worst, (len(bad), 1))])
+        seen = self._places([*values, *bad])
+        working = self._places([t for t in whole if t.state is TrialState.RUNNING and t.number != trial.number])
         return self._setting(self._best(known, seen, working, self._reference(study, worst), trial.number))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Draw one key: those of a setting that another process has put into the queue without it."""
-        rng = np.random.default_rng([self._seed, trial.number])
-        return self._space[param_name].at(float(rng.random()))
+        """Draw a key by itself: none, as all are drawn together."""
+        raise NotImplementedError(f"{param_name} is not in the search space")
 
     def _reference(self, study: Study, worst: np.ndarray) -> np.ndarray:
         given = study.user_attrs.get(self._reference_key, [None] * len(worst))

@@ -168,6 +168,9 @@ def test_only_selected_layers_are_looked_at(model, data):
         ({"prune": {"sparsity": ["half"]}}, "techniques.prune.sparsity", "half"),
         ({"quantize": {"bits": [8, 8]}}, "techniques.quantize.bits", "different"),
         ({"quantize": {"bits": [8], "trained": "qatt"}}, "techniques.quantize.trained", "qat"),
+        ({"quantize": {"bits": [8], "trained": {"bits": [4]}}}, "techniques.quantize.trained", "bits=[4]"),
+        ({"quantize": {"bits": [8], "trained": "prune"}}, "techniques.quantize.trained", "prune, which has none"),
+        ({"quantize": {"bits": [8], "trained": {5: 1}}}, "techniques.quantize.trained.5", "a key that exists"),
         (
             {"prune": {"sparsity": [0.5], "trained": {"criterio": "snip"}}},
             "techniques.prune.trained.criterio",

@@ -17,7 +17,7 @@ from compress.search.study import SAMPLERS, Study, Trial
 from compress.search.trial import metrics_of_report, note_given_up, read_limits, read_outcome, refuse_hopeless
 from compress.tracking.pareto import Objective
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 OBJECTIVES = (Objective("accuracy", True), Objective("packed_bytes", False))
 SPACE = {
     "strategy.prune.sparsity": Interval(0.3, 0.9),
@@ -95,6 +95,28 @@ def test_a_gaussian_search_leaves_alone_what_is_at_work_or_was_given_up():
     for _ in range(8 - len(set(drawn))):
         drawn.append(study.ask().overrides)
     assert len(set(drawn)) == 8, "each of the eight settings once, before any is tried again"
+
+
+def test_a_gaussian_search_turns_away_from_what_fails():
+    """The setting that would be best by what is known does not work."""
+    space = {"strategy.share.clusters": Interval(2, 9, whole=True), "strategy": Choice(("prune", "lowrank+prune"))}
+    study, failed = study_in(None, space=space, sampler="gaussian"), 0
+    for _ in range(16):
+        trial = study.ask()
+        clusters = int(values_of(trial)["strategy.share.clusters"])
+        failed += clusters == 9
+        study.tell(trial, None if clusters == 9 else {"accuracy": clusters, "packed_bytes": -clusters})
+    assert 0 < failed <= 4
+
+
+def test_a_gaussian_search_passes_over_what_another_process_has_drawn_in_part(tmp_path):
+    space = {"a": Interval(0, 1), "b": Interval(0, 1)}
+    study = study_in(tmp_path, space=space, sampler="gaussian")
+    for number in range(4):
+        study.tell(study.ask(), {"accuracy": number, "packed_bytes": number})
+    other = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/search.db").ask()
+    other.suggest_float("a", 0, 1)
+    assert len(study.ask().overrides) == 2
 
 
 def test_a_study_goes_on_and_does_not_repeat_its_draws(tmp_path):

@@ -55,6 +55,7 @@ def test_a_search_that_gives_everything_up_says_so(cli):
     ("arguments", "parts"),
     [
         (["strategy=prune"], ["hydra.sweeper.params", "interval(0.3,0.9)"]),
+        ([*SPACE, "hydra.sweeper.seed=-1"], ["hydra.sweeper.seed", "from 0"]),
         ([*SPACE, "hydra.sweeper.sampler=nsga"], ["hydra.sweeper.sampler", "nsga2"]),
         ([*SPACE, "hydra.sweeper.trials=0"], ["hydra.sweeper.trials"]),
         ([*SPACE, "hydra.sweeper.objectives=[accuracy]"], ["hydra.sweeper.objectives", "two or more"]),

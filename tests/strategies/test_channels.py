@@ -454,12 +454,28 @@ def test_without_any_channel_the_block_goes(deep, context):
     np.testing.assert_allclose(result.model(x), silent(x), rtol=1e-4, atol=1e-5)
 
 
+def test_of_blocks_inside_each_other_the_inner_one_goes(context):
+    image = tf_keras.Input((8, 8, 1))
+    start = layers.Conv2D(8, 3, padding="same", name="stem")(image)
+    x = layers.Conv2D(8, 3, padding="same", name="first")(start)
+    y = layers.Conv2D(8, 3, padding="same", activation="relu", name="inner")(x)
+    x = layers.Add(name="inner_sum")([x, layers.Conv2D(8, 3, padding="same", name="outer")(y)])
+    x = layers.Add(name="outer_sum")([start, layers.Conv2D(8, 3, padding="same", name="last")(x)])
+    nested = rewrite(tf_keras.Model(image, layers.Dense(10)(layers.GlobalAveragePooling2D()(x))))
+    chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="inner"),)))
+    names = {layer.name for layer in PruneChannels(channels=0).apply(Candidate(nested), chosen).model.layers}
+    assert not names & {"inner", "outer", "inner_sum"}
+    assert {"first", "last", "outer_sum"} <= names
+
+
 def test_channels_in_no_block_cannot_all_go(deep, context):
     chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="stem"),)))
     with pytest.raises(CompressError, match="channels inside a residual block"):
         PruneChannels(channels=0).apply(Candidate(deep), chosen)
     with pytest.raises(ValueError, match="channels=0"):
         PruneChannels(channels=0, steps=2)
+    with pytest.raises(ValueError, match="round_to=8 only beside channels above 0"):
+        PruneChannels(channels=0, round_to=8)
 
 
 def test_what_does_not_go_together_is_refused():

@@ -6,7 +6,7 @@ Coupled channels go together (DepGraph, arXiv 2301.12900); how important they ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
@@ -22,7 +22,7 @@ from compress.graph.channels.groups import Channels, Group, transferred
 from compress.graph.channels.surgery import masked_model, remove_channels
 from compress.graph.fold import fold_batch_norm
 from compress.graph.kernels import kernels
-from compress.graph.residual import residual_blocks
+from compress.graph.residual import ResidualBlock, residual_blocks
 from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
 from compress.strategies.budget import Budget, one_budget
@@ -57,7 +57,8 @@ class PruneChannels(Strategy):
     One of these says how far to go (``macs`` of 0.5, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept.
         channels: share of the channels that is kept, of those that it may touch. With 0 the residual blocks around them
-            go, and channels that stand in none stay.
+            go, with all their layers, and channels that stand in none stay; criterion, ranking and images choose
+            nothing then.
         bytes: share of the size of the exported file that is kept, as it would be written at this stage.
         latency: share of the latency on the board that is kept; its median is measured a few times.
 
@@ -104,7 +105,9 @@ class PruneChannels(Strategy):
         refuse_without_effect(self, [(self.regularisation != "none", ("strength",), "a regularisation")])
         if self.criterion == RECONSTRUCTION and (self.blocks or self.regularisation != "none"):
             raise ValueError(f"no blocks and no regularisation with criterion={RECONSTRUCTION}")
-        if self.channels == 0 and (self.blocks or self.steps > 1 or self.regularisation != "none"):
+        whole = self.channels == 0
+        refuse_without_effect(self, [(not whole, ("most", "round_to", "allow_partial"), "channels above 0")])
+        if whole and (self.blocks or self.steps > 1 or self.regularisation != "none"):
             raise ValueError("no blocks, no steps and no regularisation with channels=0: whole blocks go at once")
 
     def _budget(self) -> Budget:
@@ -155,9 +158,9 @@ class PruneChannels(Strategy):
         """Return the candidate without the residual blocks around the channels that it may touch, recovered."""
         groups = self._groups(candidate, context)
         blocks = {block.add: block for block in residual_blocks(candidate.model)}
-        around = {g.name: [b for b in blocks.values() if set(g.writers) <= set(b.layers)] for g in groups}
-        gone = tuple(b for b in blocks.values() if any(b in found for found in around.values()))
-        outside = tuple(Skipped(name, _NO_BLOCK, True) for name, found in around.items() if not found)
+        around = {g.name: _innermost(g, blocks.values()) for g in groups}
+        gone = tuple(b for b in blocks.values() if b in around.values())
+        outside = tuple(Skipped(name, _NO_BLOCK, True) for name, block in around.items() if block is None)
         if not gone:
             raise context.nothing_done("channels inside a residual block that can go (channels=0)", outside)
         result, difference = take_out(candidate, gone, context)
@@ -375,6 +378,12 @@ class PruneChannels(Strategy):
         sizes = [start.size.groups.get(group.name, len(group)) for group in groups]
         least = [max(1, int(np.ceil((1 - self.most) * size - 1e-9))) for size in sizes]
         return [min(floor, len(group)) for floor, group in zip(least, groups, strict=True)]
+
+
+def _innermost(group: Group, blocks: Iterable[ResidualBlock]) -> ResidualBlock | None:
+    """Return the smallest block inside which the channels of the group are written; None if there is none."""
+    around = [block for block in blocks if group.writers and set(group.writers) <= set(block.layers)]
+    return min(around, key=lambda block: len(block.layers), default=None)
 
 
 @plain_dataclass(frozen=True)
