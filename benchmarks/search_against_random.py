@@ -41,7 +41,9 @@ FIXED = (
     "strategy=prune_channels+quantize",
     "model=resnet20",
     "data=cifar10",
+    "data.test_limit=2000",
     "recovery=none",
+    "strategy.quantize.rounding_images=100",
     "strategy.quantize.packed=false",
 )
 FOLDER = Path("outputs/search_against_random")

@@ -22,6 +22,8 @@ from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, called_once
 _SHRINKS = tuple(np.linspace(0.4, 1.0, 13))
 """A grid may end before the largest weight: its scale is one of these parts of the smallest that clips nothing."""
 _SWEEPS = 8
+_BLOCK = 32
+"""So many inputs are rounded before the others learn of it, by one matrix product."""
 
 
 def round_layers(repair: Repair, bits: Mapping[str, int]) -> tuple[tf_keras.Model, dict[str, Grid]]:
@@ -93,12 +95,16 @@ def _propagate(gram: np.ndarray, wanted: np.ndarray, steps: np.ndarray, most: in
     order = np.append(np.argsort(-np.diag(gram)[:-1], kind="stable"), size)
     upper = cholesky(np.linalg.inv(gram[np.ix_(order, order)]), lower=False)
     left, result = wanted[order].copy(), np.empty_like(wanted)
-    for position in range(size):
-        value = left[position]
-        level = np.clip(np.rint(value / steps), -most, most) * free[order[position]]
-        error = (value - level * steps) / upper[position, position]
-        left[position + 1 :] -= upper[position, position + 1 :, None] * error
-        result[order[position]] = level * steps
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        errors = np.empty((stop - start, wanted.shape[1]))
+        for position in range(start, stop):
+            value = left[position]
+            level = np.clip(np.rint(value / steps), -most, most) * free[order[position]]
+            errors[position - start] = error = (value - level * steps) / upper[position, position]
+            left[position + 1 : stop] -= upper[position, position + 1 : stop, None] * error
+            result[order[position]] = level * steps
+        left[stop:] -= upper[start:stop, stop:].T @ errors
     result[size] = left[size]
     return result
 
@@ -109,20 +115,26 @@ def _descend(
     """Set each weight to the level that is best given all others, over and over; the bias to its best value."""
     size = len(gram) - 1
     result = start.copy()
-    slope = gram @ (wanted - result)
-    for _ in range(_SWEEPS):
-        changed = False
-        for row in range(size):
-            ideal = result[row] + slope[row] / gram[row, row]
-            value = np.clip(np.rint(ideal / steps), -most, most) * steps * free[row]
-            moved = value - result[row]
+    moving = np.arange(result.shape[1])
+    for sweep in range(_SWEEPS):
+        weights, step, may = result[:, moving], steps[moving], free[:, moving]
+        slope = gram @ (wanted[:, moving] - weights)
+        changed = np.zeros(len(moving), bool)
+        for first in range(0, size, _BLOCK):
+            block = slice(first, min(first + _BLOCK, size))
+            inner, near, before = gram[block, block], slope[block].copy(), weights[block].copy()
+            for row in range(len(inner)):
+                ideal = before[row] + near[row] / inner[row, row]
+                weights[first + row] = np.clip(np.rint(ideal / step), -most, most) * step * may[first + row]
+                near[row + 1 :] -= inner[row + 1 :, row, None] * (weights[first + row] - before[row])
+            moved = weights[block] - before
             if moved.any():
-                changed = True
-                result[row] = value
-                slope -= gram[:, row, None] * moved
-        moved = slope[size] / gram[size, size]
-        result[size] += moved
-        slope -= gram[:, size, None] * moved
-        if not changed:
+                changed |= moved.any(0)
+                slope -= gram[:, block] @ moved
+        weights[size] += slope[size] / gram[size, size]
+        result[:, moving] = weights
+        # The first sweep may have moved the bias alone, to which the weights have not yet answered.
+        moving = moving[changed | (sweep == 0)]
+        if not len(moving):
             break
     return result
