@@ -8,7 +8,7 @@ import numpy as np
 from annotated_types import Ge, Gt
 from pydantic.dataclasses import dataclass
 
-from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, make_data
+from compress.data.source import STRICT, Augmentation, Data, DataSource, EvaluatedPart, Split, make_data
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -19,6 +19,7 @@ class Digits(DataSource):
     shift: Annotated[int, Ge(0)] = 0
     train_limit: Annotated[int, Gt(0)] | None = None
     test_limit: Annotated[int, Gt(0)] | None = None
+    evaluate_on: EvaluatedPart = "test"
 
     def load(self) -> Data:
         """Read the data from the scikit-learn package."""
@@ -35,6 +36,7 @@ class Digits(DataSource):
             augmentation=Augmentation(shift=self.shift),
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            evaluate_on=self.evaluate_on,
             labels=[str(name) for name in bunch.target_names],
             pixels=(0.0, 16.0),
         )

@@ -8,7 +8,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
-from compress.data.source import STRICT, Data, DataSource, Split, make_data
+from compress.data.source import STRICT, Data, DataSource, EvaluatedPart, Split, make_data
 
 Side = Annotated[int, Ge(1), Le(10_000)]
 _SEED = 20171023
@@ -24,6 +24,7 @@ class Noise(DataSource):
     recovery_epochs: Annotated[float, Ge(0)] = 1.0
     train_limit: Annotated[int, Gt(0)] | None = None
     test_limit: Annotated[int, Gt(0)] | None = None
+    evaluate_on: EvaluatedPart = "test"
 
     def load(self) -> Data:
         """Draw the samples, always the same; as many again are the test part."""
@@ -37,5 +38,6 @@ class Noise(DataSource):
             Split(x[self.samples :], y[self.samples :]),
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            evaluate_on=self.evaluate_on,
             pixels=(0.0, 255.0),
         )

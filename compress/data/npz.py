@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
-from compress.data.source import STRICT, Augmentation, Data, DataSource, Split, Unlabelled, find_file, make_data
+from compress.data.source import STRICT, Augmentation, Data, DataSource, EvaluatedPart, Split, Unlabelled, find_file, make_data
 from compress.errors import CompressError
 
 _DAMAGED = (
@@ -48,6 +48,7 @@ class Npz(DataSource):
     mirror: bool = False
     train_limit: Annotated[int, Gt(0)] | None = None
     test_limit: Annotated[int, Gt(0)] | None = None
+    evaluate_on: EvaluatedPart = "test"
     pixels: tuple[float, float] | None = None
 
     def load(self) -> Data:
@@ -75,6 +76,7 @@ class Npz(DataSource):
             augmentation=Augmentation(self.shift, self.mirror),
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            evaluate_on=self.evaluate_on,
             labels=_names(arrays["labels"], name) if "labels" in arrays else labels,
             pixels=self.pixels,
             unlabelled=arrays.get("x_unlabelled"),

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import ConfigDict
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import tf_keras
 
 STRICT = ConfigDict(extra="forbid")
+EvaluatedPart = Literal["test", "validation"]
+"""What accuracies are measured on: what is chosen by them, as in a search, must not have seen the test part."""
 _MOST_CLASSES = 100_000
 NO_LABEL = -1
 """Stands for the label of a sample that has none, beside others that have one."""
@@ -102,10 +104,11 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Data:
-    """A loaded data set. ``identity`` is a digest of every sample and label in it.
+    """A loaded data set. ``identity`` is a digest of every sample and label in it, and of what is done with them.
 
     ``labels``: names of the classes, where they are known. ``pixels``: what a black and a white pixel are in ``x``.
     ``unlabelled``: more training samples [n, ...], of which no label is known: only distillation can use them.
+    ``evaluate_on``: the part that accuracies are measured on.
     """
 
     name: str
@@ -118,6 +121,12 @@ class Data:
     labels: tuple[str, ...] = ()
     pixels: tuple[float, float] = (0.0, 255.0)
     unlabelled: np.ndarray | None = None
+    evaluate_on: EvaluatedPart = "test"
+
+    @property
+    def evaluated(self) -> Split:
+        """The samples that accuracies are measured on."""
+        return self.test if self.evaluate_on == "test" else self.validation
 
     def for_distillation(self) -> Data:
         """Return the data with every training sample, labelled or not; the label of those without is ``NO_LABEL``."""
@@ -232,6 +241,7 @@ def make_data(
     augmentation: Augmentation | None = None,
     train_limit: int | None = None,
     test_limit: int | None = None,
+    evaluate_on: EvaluatedPart = "test",
     labels: Sequence[str] = (),
     pixels: tuple[float, float] | None = None,
     unlabelled: np.ndarray | None = None,
@@ -239,6 +249,7 @@ def make_data(
     """Check the arrays, hold out a validation part where none is given, and build the data set.
 
     The split is the same for every run: it depends on nothing but the number of training samples.
+    ``evaluate_on``: the part that accuracies are measured on.
     ``labels``: names of the classes. ``pixels``: what black and white are; None: as the training samples look.
     ``unlabelled``: more training samples; also ``train``, and with it ``validation``, may be :class:`Unlabelled`.
 
@@ -272,6 +283,13 @@ def make_data(
     train = train.take(train_limit) if train_limit else train
     validation = validation.take(max(1, train_limit // 4)) if train_limit else validation
     test = test.take(test_limit) if test_limit else test
+    if evaluate_on == "validation" and not validation.labelled:
+        raise CompressError(
+            "data.evaluate_on",
+            expected="a validation part with labels",
+            received=f"data {name}, whose training images have none",
+            fix="Write data.evaluate_on=test, or save x_val and y_val beside x_train.",
+        )
     digest = hashlib.sha256()
     parts = [split for split in (train, validation, test, more) if split is not None]
     for split in parts:
@@ -281,6 +299,8 @@ def make_data(
     classes = int(max(split.y.max() for split in parts if split.labelled)) + 1
     augmentation = augmentation or Augmentation()
     digest.update(repr(augmentation).encode())
+    if evaluate_on != "test":
+        digest.update(evaluate_on.encode())
     _check_descriptions(name, labels, classes, pixels)
     pixels = _apparent_pixels(train.x) if pixels is None else pixels
     return Data(
@@ -294,6 +314,7 @@ def make_data(
         tuple(labels),
         (pixels[0], pixels[1]),
         unlabelled,
+        evaluate_on,
     )
 
 

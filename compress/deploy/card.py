@@ -96,7 +96,7 @@ def _summary(report: Mapping[str, Any], interface: Interface) -> str:
     )
     return (
         f"A classifier of {interface.output.shape[-1]} classes: {final['tflite_bytes']:,} bytes, "
-        f"{final['accuracy']:.2f} % right on the test part of {report['data']}{gained}. These are numbers of the "
+        f"{final['accuracy']:.2f} % right on the {_part(report)} part of {report['data']}{gained}. These are numbers of the "
         f"`.tflite` file itself, run by LiteRT.{trained}"
     )
 
@@ -169,7 +169,7 @@ def _verification(found: Mapping[str, Any]) -> str:
     if agreed is not None:
         lines.append(
             "The file and the Keras model that it was made from choose the same class for "
-            f"{agreed['same_class']:.2f} % of {agreed['samples']:,} test samples. Their outputs differ by at most "
+            f"{agreed['same_class']:.2f} % of {agreed['samples']:,} samples. Their outputs differ by at most "
             f"{agreed['max_difference']:.3g}, and by {agreed['mean_difference']:.3g} on average; the largest output is "
             f"{agreed['largest_output']:.3g}."
         )
@@ -190,9 +190,14 @@ def _data(report: Mapping[str, Any], interface: Interface) -> str:
     shown = ", ".join(names[:_SHOWN_LABELS]) + (" and more" if len(names) > _SHOWN_LABELS else "")
     return (
         f"`{report['data']}`: what the stages learned or calibrated, they took from its train part; accuracy and "
-        "agreement are those on its test part.\n\n"
+        f"agreement are those on its {_part(report)} part.\n\n"
         f"Classes, in the order of the outputs: {shown}."
     )
+
+
+def _part(report: Mapping[str, Any]) -> str:
+    # Reports of earlier versions do not say: there was nothing but the test part.
+    return str(report.get("evaluated_on", "test"))
 
 
 def _made(report: Mapping[str, Any]) -> str:

@@ -40,8 +40,8 @@ def measure(
     Raises:
         CompressError: if the runtime rejects the file.
     """
-    outputs = file_outputs(artifact.path, data.test.x)
-    expected = None if model is None else keras_outputs(model, data.test.x)
+    outputs = file_outputs(artifact.path, data.evaluated.x)
+    expected = None if model is None else keras_outputs(model, data.evaluated.x)
     measurement, *others = board.measure_all([artifact] if baseline is None else [artifact, baseline])
     times = [one.cost_ms for one in (measurement, *others)]
     if measurement.failure is not None:
@@ -49,8 +49,8 @@ def measure(
     for note in measurement.notes:
         _LOG.info("board %s: %s", measurement.board, note)
     numbers = Numbers(
-        accuracy=accuracy(outputs, data.test.y),
-        accuracy_keras=None if expected is None else accuracy(expected, data.test.y),
+        accuracy=accuracy(outputs, data.evaluated.y),
+        accuracy_keras=None if expected is None else accuracy(expected, data.evaluated.y),
         params=file.count_params() if model is None else count_params(model),
         nonzero_params=file.count_nonzero_params() if model is None else count_nonzero_params(model),
         macs=count_macs(model) if model is not None and has_layers(model) else file.macs(),

@@ -134,7 +134,7 @@ def complaints(verification: Verification, scheme: Scheme) -> list[str]:
         worst = agreed.max_difference / agreed.largest_output if agreed.largest_output else agreed.max_difference
         if agreed.same_class < LEAST_SAME_CLASS:
             found.append(
-                f"The exported file puts {100 - agreed.same_class:.2f} % of {agreed.samples} test samples into another "
+                f"The exported file puts {100 - agreed.same_class:.2f} % of {agreed.samples} samples into another "
                 f"class than the Keras model (limit {100 - LEAST_SAME_CLASS:g} %)."
             )
         elif scheme == "float32" and worst > LARGEST_DIFFERENCE:

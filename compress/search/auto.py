@@ -199,8 +199,9 @@ class Auto(Strategy):
             return
         with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
             data = context.data
-            before = file_accuracy(export(Candidate(context.reference), data, Path(folder, "a.tflite")).path, data.test)
-            after = file_accuracy(export(result, data, Path(folder, "b.tflite")).path, data.test)
+            original = export(Candidate(context.reference), data, Path(folder, "a.tflite"))
+            before = file_accuracy(original.path, data.evaluated)
+            after = file_accuracy(export(result, data, Path(folder, "b.tflite")).path, data.evaluated)
         if before - after > self.accuracy_drop:
             raise CompressError(
                 "budget.accuracy_drop",

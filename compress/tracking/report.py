@@ -48,6 +48,9 @@ def make_report(
     """
     baseline, final = result.baseline.numbers, result.final
     found = notes(result)
+    evaluated_on = config["data"].get("evaluate_on", "test")
+    if evaluated_on != "test":
+        found.insert(0, f"Accuracies are on the {evaluated_on} part of the data, not on the test part.")
     if verification is not None:
         found += complaints(verification, result.artifact.storage.scheme)
     report = {
@@ -56,6 +59,7 @@ def make_report(
         "model": model_name(result, config),
         "trained": not result.untrained,
         "data": _choice(config["data"]),
+        "evaluated_on": evaluated_on,
         "seed": config["seed"],
         "board": board_name(config["board"]),
         "versions": versions(),

@@ -101,6 +101,26 @@ def test_limits_take_the_first_samples():
     assert part.identity != whole.identity
 
 
+def test_the_part_that_accuracies_are_measured_on():
+    x, y = arrays()["x_train"], arrays()["y_train"]
+    parts = Split(x[:30], y[:30]), Split(x[30:], y[30:])
+    data = make_data("mine", *parts)
+    searched = make_data("mine", *parts, evaluate_on="validation")
+    assert data.evaluated is data.test
+    assert searched.evaluated is searched.validation
+    assert same(data, searched)
+    # What a stage is worth is kept with it: one part's accuracy must not be taken for the other's.
+    assert data.identity != searched.identity
+    with pytest.raises(ValidationError, match="evaluate_on"):
+        Digits(evaluate_on="train")
+
+
+def test_a_validation_part_without_labels_measures_nothing(tmp_path):
+    file = saved(tmp_path / "mine.npz", y_train=None)
+    assert "labels" in refused(Npz(str(file), evaluate_on="validation").load).expected
+    Npz(str(file)).load()
+
+
 @pytest.mark.parametrize("field", ["train_limit", "test_limit", "shift"])
 @pytest.mark.parametrize("source", [Digits, Npz, KerasDataset])
 def test_negative_settings_are_refused(source, field):
