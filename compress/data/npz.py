@@ -12,7 +12,17 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
-from compress.data.source import STRICT, Augmentation, Data, DataSource, EvaluatedPart, Split, Unlabelled, find_file, make_data
+from compress.data.source import (
+    STRICT,
+    Augmentation,
+    Data,
+    DataSource,
+    EvaluatedPart,
+    Split,
+    Unlabelled,
+    find_file,
+    make_data,
+)
 from compress.errors import CompressError
 
 _DAMAGED = (
