@@ -96,8 +96,8 @@ def _summary(report: Mapping[str, Any], interface: Interface) -> str:
     )
     return (
         f"A classifier of {interface.output.shape[-1]} classes: {final['tflite_bytes']:,} bytes, "
-        f"{final['accuracy']:.2f} % right on the {_part(report)} part of {report['data']}{gained}. These are numbers of "
-        f"the `.tflite` file itself, run by LiteRT.{trained}"
+        f"{final['accuracy']:.2f} % right on the {_part(report)} part of {report['data']}{gained}. These are numbers "
+        f"of the `.tflite` file itself, run by LiteRT.{trained}"
     )
 
 
