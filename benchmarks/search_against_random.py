@@ -43,7 +43,8 @@ FIXED = (
     "data=cifar10",
     "data.test_limit=2000",
     "recovery=none",
-    "strategy.quantize.rounding_images=100",
+    "strategy.quantize.rounding=second_order",
+    "strategy.quantize.rounding_images=32",
     "strategy.quantize.packed=false",
 )
 FOLDER = Path("outputs/search_against_random")
