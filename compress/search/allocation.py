@@ -7,19 +7,23 @@ the program: Yao et al., HAWQ-V3 (arXiv 2011.10680, section 3.4), there for bits
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
-from compress.search.sensitivity import Cost, Probe
+from compress.search.sensitivity import Cost, Pair, Probe
 from compress.search.technique import Kind, Technique
+from compress.tracking.pareto import non_dominated
 
 _ATTEMPTS = 12
 _TOLERANCE = 2e-6
 """Of a limit: by less the solver may exceed it, again and again."""
 _GAP = 1e-6
+_MOST_JOINT = 20_000
+"""So many choices for layers that depend on one another are tried all together; where there are more, one by one."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,18 @@ def choose(options: Sequence[Sequence[Option]], budgets: Sequence[float]) -> lis
 
 Combination = tuple[Probe, ...]
 """What is done to one layer: at most one probe of each kind; none: it is left as it is."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Layers of which no technique saves anything elsewhere, and what may become of them: the undominated choices.
+
+    ``costs`` [choices, 2]: bytes and milliseconds of all of the layers.
+    """
+
+    choices: Sequence[Mapping[str, Combination]]
+    errors: np.ndarray
+    costs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -117,20 +133,31 @@ class Allocation:
 class Allocator:
     """Allocates over the probes of a sensitivity table, for one way to write the file.
 
-    A layer's bytes are those that it has, times the share that each technique leaves of them; its milliseconds the part
+    A layer's bytes are those that it has, times the share that each technique leaves of them (zeros and few values
+    together: the share that was measured of both, where it was); its milliseconds the part
     of the whole that its multiply-adds are, times what is left of these. A technique that takes channels away saves in
     the layers that read them, too.
     """
 
     def __init__(
-        self, layers: Mapping[str, Cost], probes: Sequence[Probe], techniques: Sequence[Technique], way: Way
+        self,
+        layers: Mapping[str, Cost],
+        probes: Sequence[Probe],
+        techniques: Sequence[Technique],
+        way: Way,
+        pairs: Sequence[Pair] = (),
     ) -> None:
         self.way = way
         self._layers = layers
         self._techniques = {technique.name: technique for technique in techniques}
         self._macs = max(sum(cost.macs for cost in layers.values()), 1)
         usable = [p for p in probes if p.refused is None and self._fits(self._techniques[p.technique])]
+        self._pairs = {(pair.layer, pair.zeros, pair.values): pair.bytes_kept for pair in pairs}
         self._combinations = {name: self._combined([p for p in usable if p.layer == name]) for name in layers}
+        components = _components(layers, [combo for own in self._combinations.values() for combo in own])
+        joint = [c for c in components if math.prod(len(self._combinations[name]) for name in c) <= _MOST_JOINT]
+        self._units = [self._unit(names) for names in joint]
+        self._single = [name for names in components if names not in joint for name in names]
 
     def _fits(self, technique: Technique) -> bool:
         storage = self.way.storage
@@ -156,19 +183,47 @@ class Allocator:
             for earlier in strategies[:position]
         )
 
-    def bytes_of(self, chosen: Mapping[str, Combination]) -> dict[str, float]:
-        """Return the bytes of each layer's kernels."""
-        left = {name: float(cost.bytes) for name, cost in self._layers.items()}
-        for combination in chosen.values():
+    def _unit(self, names: Sequence[str]) -> _Unit:
+        every = itertools.product(*(self._combinations[name] for name in names))
+        choices = [dict(zip(names, picked, strict=True)) for picked in every]
+        errors = np.array([_divergence(choice) for choice in choices])
+        costs = np.array(
+            [
+                (sum(self.bytes_of(choice, names).values()), sum(self.milliseconds_of(choice, names).values()))
+                for choice in choices
+            ]
+        )
+        best = np.flatnonzero(non_dominated(np.column_stack([errors, costs]), (False, False, False)))
+        return _Unit([choices[place] for place in best], errors[best], costs[best])
+
+    def bytes_of(self, chosen: Mapping[str, Combination], among: Collection[str] | None = None) -> dict[str, float]:
+        """Return the bytes of each layer's kernels; ``among``: of these layers, where no others are chosen for."""
+        names = self._layers if among is None else among
+        left = {name: float(self._layers[name].bytes) for name in names}
+        for layer, combination in chosen.items():
+            left[layer] *= self._own_bytes_kept(layer, combination)
             for probe in combination:
                 for name, share in probe.bytes_kept.items():
-                    left[name] *= share
+                    left[name] *= share if name != layer else 1.0
         return left
 
-    def milliseconds_of(self, chosen: Mapping[str, Combination]) -> dict[str, float]:
-        """Return the time of each layer; zero if it is not known."""
-        whole = self.way.milliseconds or 0.0
-        left = {name: whole * cost.macs / self._macs for name, cost in self._layers.items()}
+    def _own_bytes_kept(self, layer: str, combination: Combination) -> float:
+        """Return the share of a layer's bytes that what is done to it leaves."""
+        kept = math.prod(probe.bytes_kept.get(layer, 1.0) for probe in combination)
+        by_kind = {self._techniques[probe.technique].kind: probe for probe in combination}
+        zeros, values = by_kind.get(Kind.ZEROS), by_kind.get(Kind.VALUES)
+        if zeros is None or values is None:
+            return kept
+        apart = zeros.bytes_kept.get(layer, 1.0) * values.bytes_kept.get(layer, 1.0)
+        key = (layer, (zeros.technique, zeros.value), (values.technique, values.value))
+        return kept / apart * self._pairs.get(key, apart) if apart else kept
+
+    def milliseconds_of(
+        self, chosen: Mapping[str, Combination], among: Collection[str] | None = None
+    ) -> dict[str, float]:
+        """Return the time of each layer; zero if it is not known; ``among`` as for :meth:`bytes_of`."""
+        whole, names = self.way.milliseconds or 0.0, self._layers if among is None else among
+        left = {name: whole * self._layers[name].macs / self._macs for name in names}
         for combination in chosen.values():
             for probe in combination:
                 for name, share in probe.macs_kept.items():
@@ -194,8 +249,9 @@ class Allocator:
     def best(self, limits: Limits) -> Allocation | None:
         """Return the allocation of least divergence within the limits; None if there is none.
 
-        Savings in other layers are linear only where these do not change: they are valued by what the last solution
-        leaves of them, and the program is solved again until what it chose keeps to the limits all together.
+        Where too many layers depend on one another to try all that may become of them, savings in other layers are
+        linear only where these do not change: they are valued by what the last solution leaves of them, and the program
+        is solved again until what it chose keeps to the limits all together.
         """
         goals = list(limits.given)
         start = self.cheapest(limits)
@@ -229,20 +285,24 @@ class Allocator:
         near: Mapping[str, Combination] | None = None,
     ) -> Allocation | None:
         """Solve the program; with ``weights`` the objective is the costs times these, and nothing is limited."""
-        names, options = list(self._layers), []
+        names, options = (
+            self._single,
+            [
+                [Option(float(e), tuple(self._given(c, limits))) for e, c in zip(u.errors, u.costs, strict=True)]
+                for u in self._units
+            ],
+        )
         base_bytes, base_time = self.bytes_of(near or {}), self.milliseconds_of(near or {})
         fixed = [self.way.rest_bytes] if limits.bytes is not None else []
         fixed += [0.0] if limits.milliseconds is not None else []
         for name in names:
             own = []
             for combination in self._combinations[name]:
-                size, time = self._linear(name, combination, base_bytes, base_time, near)
-                costs = [size] if limits.bytes is not None else []
-                costs += [time] if limits.milliseconds is not None else []
-                error = sum(probe.divergence for probe in combination)
-                own.append(Option(error if weights is None else float(weights @ np.array(costs)), tuple(costs)))
+                costs = self._given(self._linear(name, combination, base_bytes, base_time, near), limits)
+                own.append(Option(sum(probe.divergence for probe in combination), tuple(costs)))
             options.append(own)
         if weights is not None:
+            options = [[Option(float(weights @ np.array(o.costs)), o.costs) for o in own] for own in options]
             shift = min((o.error for own in options for o in own), default=0.0)
             options = [[Option(o.error - shift, ()) for o in own] for own in options]
             picked = choose(options, [])
@@ -251,7 +311,18 @@ class Allocator:
             picked = choose(options, allowed) if min(allowed, default=1.0) > 0 else None
         if picked is None:
             return None
-        return self._made({n: self._combinations[n][i] for n, i in zip(names, picked, strict=True)}, limits)
+        units, single = picked[: len(self._units)], picked[len(self._units) :]
+        chosen = {n: c for u, i in zip(self._units, units, strict=True) for n, c in u.choices[i].items()}
+        chosen |= {n: self._combinations[n][i] for n, i in zip(names, single, strict=True)}
+        return self._made({name: chosen[name] for name in self._layers}, limits)
+
+    def _given(self, costs: Sequence[float], limits: Limits) -> list[float]:
+        """Return bytes and milliseconds, those of the two that are limited."""
+        return [
+            float(cost)
+            for cost, limit in zip(costs, (limits.bytes, limits.milliseconds), strict=True)
+            if limit is not None
+        ]
 
     def _linear(
         self,
@@ -263,9 +334,9 @@ class Allocator:
     ) -> tuple[float, float]:
         """Return a layer's bytes and milliseconds under a combination, less what it saves in other layers."""
         whole = self.way.milliseconds or 0.0
-        size, time = float(self._layers[name].bytes), whole * self._layers[name].macs / self._macs
+        time = whole * self._layers[name].macs / self._macs
+        size = self._layers[name].bytes * self._own_bytes_kept(name, combination)
         for probe in combination:
-            size *= probe.bytes_kept.get(name, 1.0)
             time *= self._time_kept(probe, probe.macs_kept.get(name, 1.0))
             taken = near is not None and probe in near.get(name, ())
             for other, share in probe.bytes_kept.items():
@@ -279,5 +350,17 @@ class Allocator:
         return size, time
 
     def _made(self, chosen: Mapping[str, Combination], limits: Limits) -> Allocation:
-        divergence = sum(probe.divergence for combination in chosen.values() for probe in combination)
-        return Allocation(self.way, chosen, divergence, self.costs_of(chosen, limits))
+        return Allocation(self.way, chosen, _divergence(chosen), self.costs_of(chosen, limits))
+
+
+def _divergence(chosen: Mapping[str, Combination]) -> float:
+    return sum(probe.divergence for combination in chosen.values() for probe in combination)
+
+
+def _components(layers: Iterable[str], combinations: Iterable[Combination]) -> list[tuple[str, ...]]:
+    """Return the layers in groups: a technique in one layer of a group saves in no layer of another."""
+    group = {name: {name} for name in layers}
+    for probe in (probe for combination in combinations for probe in combination):
+        joined = set().union(*(group[name] for name in (probe.layer, *probe.bytes_kept, *probe.macs_kept)))
+        group |= dict.fromkeys(joined, joined)
+    return list(dict.fromkeys(tuple(name for name in group if name in group[own]) for own in group))

@@ -32,7 +32,7 @@ _STEP = 1.005
 """How much more than measured is expected next where a file was too large or too slow."""
 _NEAR = 0.97
 """A file that takes this part of a budget has used it."""
-_TRAINING_MARGIN = 0.97
+_TRAINING_MARGIN = 0.9
 """Part of the budget of bytes that is aimed at where training follows: it changes how well levels can be coded."""
 
 
@@ -110,7 +110,8 @@ class Auto(Strategy):
                 fix="Add techniques, or leave the stage out.",
             )
         ways = measure_ways(candidate, sensitivity, self.techniques, context, limits)
-        allocators = [Allocator(sensitivity.layers, sensitivity.probes, self.techniques, way) for way in ways]
+        layers, probes, pairs = sensitivity.layers, sensitivity.probes, sensitivity.pairs
+        allocators = [Allocator(layers, probes, self.techniques, way, pairs) for way in ways]
         found, allocator, result = self._within(candidate, allocators, aim, context)
         if context.recovery.trains:
             result = realise(candidate, found, self.techniques, context, trains=True)

@@ -15,6 +15,7 @@ import tf_keras
 from compress.candidate import Candidate
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm
+from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
 from compress.graph.softmax import gives_probabilities, logits_of
 from compress.metrics.accuracy import accuracy
@@ -33,6 +34,7 @@ from compress.search.technique import (
 from compress.strategies.repair import outputs_of
 from compress.strategies.strategy import Context, Strategy
 
+Level = tuple[Technique, Value]
 _UNCHANGED = "the strategy leaves it as it is"
 
 
@@ -78,12 +80,27 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """What is left of a layer's bytes where weights are zero *and* values few: less is saved than by each alone.
+
+    Few levels are coded in few bits, zeros or not: the shares that both leave must not be multiplied.
+    """
+
+    layer: str
+    zeros: tuple[str, Value]
+    """Technique and level."""
+    values: tuple[str, Value]
+    bytes_kept: float
+
+
+@dataclass(frozen=True)
 class Sensitivity:
-    """The table: what each layer costs as it is, and all probes."""
+    """The table: what each layer costs as it is, and all probes; what zeros and few values save together."""
 
     layers: Mapping[str, Cost]
     probes: tuple[Probe, ...]
     images: int
+    pairs: tuple[Pair, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -92,6 +109,7 @@ class Sensitivity:
             "images": self.images,
             "layers": {name: asdict(cost) for name, cost in self.layers.items()},
             "probes": rows,
+            "pairs": [asdict(pair) for pair in self.pairs],
         }
 
 
@@ -107,7 +125,7 @@ def measure_sensitivity(
     A technique that keeps the shapes of all weights is applied once for each level, to all selected layers, and each
     layer is looked at with its new weights in the network that is else as it was. Where layers make up for changes
     before them (rounding in closed form), that is what they would do in the whole. Other techniques are applied to each
-    layer alone.
+    layer alone. Of two such techniques, zeros and few values, the bytes are measured that both leave of a layer.
 
     Args:
         candidate: the model.
@@ -125,8 +143,10 @@ def measure_sensitivity(
     bench = _Bench(candidate, context, layers, images)
     total = sum(len(technique.levels) for technique in techniques) * len(layers)
     probes: list[Probe] = []
+    pairs: list[Pair] = []
     with progress("sensitivity") as shown:
-        for technique in techniques:
+        # Zeros are there when the values are asked what they save beside them.
+        for technique in sorted(techniques, key=lambda technique: technique.kind):
             for value in technique.levels:
                 probe = bench.prober(technique, value)
                 for layer in layers:
@@ -134,7 +154,24 @@ def measure_sensitivity(
                     plain = context.remember("sensitivity", settings, functools.partial(_plain_probe, probe, layer))
                     probes.append(Probe(**plain))
                     shown.advance(len(probes), total, f"{technique.label(value)}, {layer}")
-    return Sensitivity(bench.costs, tuple(probes), bench.images)
+                if technique.kind is Kind.VALUES:
+                    pairs += _pairs(bench, techniques, (technique, value), layers, context)
+                    bench.forget(technique, value)
+    return Sensitivity(bench.costs, tuple(probes), bench.images, tuple(pairs))
+
+
+def _pairs(
+    bench: _Bench, techniques: Sequence[Technique], values: Level, layers: Sequence[str], context: Context
+) -> list[Pair]:
+    """Return what the values leave of each layer beside each level of zeros."""
+    found = []
+    for technique in (t for t in techniques if t.kind is Kind.ZEROS):
+        for zeros in ((technique, value) for value in technique.levels):
+            settings = [*zeros[0].config(zeros[1]), *values[0].config(values[1]), layers]
+            kept = context.remember("sensitivity of both", settings, functools.partial(bench.both, zeros, values))
+            names = [(level[0].name, level[1]) for level in (zeros, values)]
+            found += [Pair(layer, names[0], names[1], share) for layer, share in kept.items()]
+    return found
 
 
 def _plain_probe(probe: Callable[[str], Probe], layer: str) -> dict[str, Any]:
@@ -153,6 +190,7 @@ class _Bench:
         self._x, self._y = held_out.x.astype(np.float32), held_out.y
         unlabelled = context.for_stage(context.stage, data=replace(context.data, train=held_out))
         self._samples = unlabelled.calibration_samples(self.images) if context.data.augmentation else self._x
+        self._applied: dict[tuple[str, Value], _Spliced | CompressError | None] = {}
 
     @functools.cached_property
     def _wanted(self) -> tf.Tensor:
@@ -178,19 +216,51 @@ class _Bench:
         """Return what probes a layer at a level; work that all layers share is done when the first one asks for it."""
         if technique.kind is Kind.STRUCTURE:
             return lambda layer: self._alone(technique, value, layer)
-        together = functools.cache(lambda: self._together(technique, value))
 
         def probe(layer: str) -> Probe:
-            found = together()
+            found = self._at(technique, value)
             if isinstance(found, CompressError):
                 return _refusal(technique, value, layer, found)
             return found.probe(layer) if found is not None else self._alone(technique, value, layer)
 
         return probe
 
-    def _apply(self, technique: Technique, value: Value, layers: Sequence[str]) -> Candidate:
+    def both(self, zeros: Level, values: Level) -> dict[str, float]:
+        """Return what zeros and few values together leave of the bytes of the layers that both change.
+
+        Values that a file stores as integers stay the levels that they are without the zeros: rounding in closed form
+        takes long. Others are found anew.
+        """
+        one, other = self._at(*zeros), self._at(*values)
+        if not isinstance(one, _Spliced) or not isinstance(other, _Spliced):
+            return {}
+        alive, made = one.alive, other.changed
+        if values[0].strategy.stores is None:
+            made = self._apply(*values, self._layers, one.changed)
+        grids = grids_by_name(made)
+        left = {
+            layer: sum(as_stored(made, k, grids, alive[k.name])[1] for k in found)
+            for layer, found in kernels_by_origin(made.model, self._layers).items()
+            if found and all(k.name in alive and alive[k.name].shape == k.value.shape for k in found)
+        }
+        return {layer: size / self.costs[layer].bytes for layer, size in left.items()}
+
+    def forget(self, technique: Technique, value: Value) -> None:
+        """Let go of the weights of a level."""
+        self._applied.pop((technique.name, value), None)
+
+    def _at(self, technique: Technique, value: Value) -> _Spliced | CompressError | None:
+        """Return what a level makes of all layers; made when it is first asked for."""
+        key = (technique.name, value)
+        if key not in self._applied:
+            self._applied[key] = self._together(technique, value)
+        return self._applied[key]
+
+    def _apply(
+        self, technique: Technique, value: Value, layers: Sequence[str], candidate: Candidate | None = None
+    ) -> Candidate:
         made = stage(technique.name, technique.levels[value], layers)
-        return made.apply(self._candidate, inner_context(self._context, technique.name))
+        return made.apply(candidate or self._candidate, inner_context(self._context, technique.name))
 
     def _together(self, technique: Technique, value: Value) -> _Spliced | CompressError | None:
         """Return the weights of all layers at a level; why it is refused; None if the shapes are others."""
@@ -232,6 +302,11 @@ class _Spliced:
     @functools.cached_property
     def _stored(self) -> Candidate:
         return self.changed.evolve(model=with_stored_values(self.changed, set(self.bench._layers)))
+
+    @functools.cached_property
+    def alive(self) -> dict[str, np.ndarray]:
+        """Kernel -> which of its values are not zero."""
+        return {kernel.name: kernel.value != 0 for kernel in kernels(self.changed.model)}
 
     @functools.cached_property
     def _costs(self) -> dict[str, Cost]:

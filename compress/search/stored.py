@@ -18,7 +18,9 @@ from compress.strategies.strategy import Context
 _INTEGERS = ("int8", "int16", "dynamic", "weight_only")
 
 
-def as_stored(candidate: Candidate, kernel: Kernel, grids: Mapping[str, Grid]) -> tuple[np.ndarray, int]:
+def as_stored(
+    candidate: Candidate, kernel: Kernel, grids: Mapping[str, Grid], alive: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
     """Return the values of a kernel as the file holds them, and about how many bytes they take in the packed file.
 
     Floats, with few distinct values or many zeros or none, are drafted as the packed file's coder would write them. Of
@@ -29,8 +31,9 @@ def as_stored(candidate: Candidate, kernel: Kernel, grids: Mapping[str, Grid]) -
         candidate: its storage says how weights are written.
         kernel: of its model.
         grids: weight name -> grid, of the weights that lie on one.
+        alive: which values of the kernel are not set to zero; all if None.
     """
-    storage, value = candidate.storage, kernel.value
+    storage, value = candidate.storage, kernel.value if alive is None else kernel.value * alive
     floats = kernel.layer.name in storage.float_layers or stays_float(storage.scheme, kernel.size)
     if storage.scheme == "float16":
         value = value.astype(np.float16)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.search.allocation import Allocator, Limits, Option, Way, choose
-from compress.search.sensitivity import Cost, Probe
+from compress.search.sensitivity import Cost, Pair, Probe
 from compress.search.technique import Technique
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.prune import Prune
@@ -138,3 +138,17 @@ def test_what_cannot_be_reached_is_none_and_the_cheapest_says_how_far_it_goes():
     assert allocator.cheapest(Limits(1.0, None)).costs == pytest.approx((least,))
     assert allocator.best(Limits(least - 1, None)) is None
     assert allocator.best(Limits(least + 1, None)) is not None
+
+
+def test_bytes_of_zeros_and_few_values_are_those_that_were_measured_of_both():
+    layers = {name: Cost(100, 1000) for name in "ab"}
+    known = probes(np.random.default_rng(0), list("ab"), coupled=True)
+    pairs = [Pair("a", ("prune", 0.5), ("share", 8), 0.14), Pair("b", ("prune", 0.5), ("share", 8), 0.13)]
+    allocator = Allocator(layers, known, TECHNIQUES, FLOATS, pairs)
+
+    def chosen(layer: str, *names: str) -> tuple[Probe, ...]:
+        return tuple(p for p in known if p.layer == layer and p.technique in names)
+
+    both = {"a": chosen("a", "prune_channels", "prune", "share"), "b": chosen("b", "prune")}
+    assert allocator.bytes_of(both) == pytest.approx({"a": 1000 * 0.5 * 0.14, "b": 1000 * 0.5 * 0.6})
+    assert allocator.cheapest(Limits(1.0, None)).costs == pytest.approx((100 + 500 * 0.14 + 500 * 0.13,))

@@ -110,6 +110,31 @@ def test_bytes_add_up_to_those_of_the_built_file(technique, value, found, model,
     assert built[3] - built[4] == pytest.approx(saved[1], rel=0.05, abs=150)
 
 
+@pytest.mark.parametrize("values", [("share", 8), ("quantize", 3)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_bytes_of_zeros_and_few_values_together_are_those_of_the_built_file(values, sparsity, found, model, data):
+    context = context_of(model, data)
+    own = {t.name: t for t in techniques(**CHOSEN)}
+    last = stage(values[0], own[values[0]].levels[values[1]], ["conv1", "conv2", "fc1", "logits"])
+    zeros = stage("prune", own["prune"].levels[sparsity], ["conv2", "fc1"])
+    sizes = []
+    for stages in ([last], [zeros, last]):
+        made = Candidate(model)
+        for one in stages:
+            made = one.apply(made, context)
+        sizes.append(measure_files(made, context, latency=False)[0])
+    together = apart = 0.0
+    for layer in ("conv2", "fc1"):
+        (pair,) = [p for p in found.pairs if (p.layer, p.zeros, p.values) == (layer, ("prune", sparsity), values)]
+        whole = found.layers[layer].bytes
+        one, other = (probe_of(found, layer, *level).bytes_kept[layer] for level in (("prune", sparsity), values))
+        together += (other - pair.bytes_kept) * whole
+        apart += (other - one * other) * whole
+    assert sizes[0] - sizes[1] == pytest.approx(together, rel=0.2, abs=100)
+    # Few levels are coded in few bits, zeros or not.
+    assert apart > 1.1 * (sizes[0] - sizes[1])
+
+
 def test_a_pass_that_was_stopped_goes_on_where_it_was(model, data, tmp_path, monkeypatch, found):
     cache = StageCache(tmp_path / "cache")
 
