@@ -75,6 +75,8 @@ def metrics_of_report(report: Mapping[str, Any]) -> dict[str, float]:
         **{f"ratio.{key}": value for key, value in report["ratios"].items()},
         **{f"baseline.{key}": value for key, value in _flat(report["baseline"]).items()},
     }
+    if values.get("speedup"):
+        values |= {"relative_latency": 1 / values["speedup"], "baseline.relative_latency": 1.0}
     return {
         key: float(value)
         for key, value in values.items()

@@ -73,6 +73,9 @@ class MlflowRecorder(Recorder):
     def stage(self, result: StageResult) -> None:
         """Log the stage's numbers as ``<stage>.<number>`` and as a step of the plain ``<number>``."""
         metrics = metrics_of(result.numbers)
+        if self._step == 0 and result.numbers.latency_ms is not None:
+            # The baseline, which all others are measured in turns with.
+            metrics["relative_latency"] = 1.0
         named = {f"{result.name}.{key}": value for key, value in {**metrics, **result.measured}.items()}
         named[f"{result.name}.seconds"] = result.seconds
         time = now()
@@ -106,7 +109,10 @@ class MlflowRecorder(Recorder):
 
 
 def metrics_of(numbers: Numbers) -> dict[str, float]:
-    """Return the numbers as MLflow metrics; the latency as ``latency_p50`` and so on."""
+    """Return the numbers as MLflow metrics; the latency as ``latency_p50`` and so on.
+
+    ``relative_latency`` is the share of the baseline's, both measured in turns: runs at other times can be compared.
+    """
     plain = asdict(numbers)
     plain.pop("latency_failure")
     latency = plain.pop("latency_ms") or {}
@@ -114,6 +120,8 @@ def metrics_of(numbers: Numbers) -> dict[str, float]:
     metrics = {key: float(value) for key, value in plain.items() if value is not None}
     metrics.update({f"board_{key}": float(value) for key, value in on_board.items()})
     metrics.update({f"latency_{key}": float(latency[key]) for key in ("p50", "p90", "p99", "mean") if latency.get(key)})
+    if numbers.speedup:
+        metrics["relative_latency"] = 1 / numbers.speedup
     if "accuracy_keras" in metrics:
         metrics["accuracy_gap"] = metrics["accuracy"] - metrics["accuracy_keras"]
     return metrics

@@ -305,3 +305,15 @@ def test_what_a_job_leaves_for_its_search(tmp_path):
     note_given_up(tmp_path, None)
     assert read_outcome(tmp_path)[0] is not None
     assert metrics_of_report({"final": {"x": True, "y": "z"}, "baseline": {}, "ratios": {}}) == {}
+
+
+def test_the_latency_as_a_share_of_the_baselines_is_that_of_the_two_measured_in_turns():
+    report = {
+        "final": {"speedup": 4.0, "latency_ms": {"p50": 0.3}},
+        "baseline": {"speedup": None, "latency_ms": {"p50": 1.0}},
+        "ratios": {"latency_p50": 1.0 / 0.3},
+    }
+    known = metrics_of_report(report)
+    assert (known["relative_latency"], known["baseline.relative_latency"]) == (0.25, 1.0)
+    report["final"]["speedup"] = None
+    assert not [key for key in metrics_of_report(report) if key.endswith("relative_latency")]

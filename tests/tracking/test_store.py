@@ -97,6 +97,8 @@ def test_numbers_as_metrics():
     unmeasured = Numbers(**{**vars(NUMBERS), "latency_ms": None, "latency_failure": "crash", "packed_bytes": 7})
     assert not [key for key in metrics_of(unmeasured) if key.startswith("latency")]
     assert metrics_of(unmeasured)["packed_bytes"] == 7.0
+    assert "relative_latency" not in metrics
+    assert metrics_of(Numbers(**{**vars(NUMBERS), "speedup": 4.0}))["relative_latency"] == 0.25
 
 
 def test_a_run_is_found_again(database, tmp_path):
