@@ -1,7 +1,7 @@
 """``python -m compress.deliver``: send MLflow what was kept while its server was away.
 
     python -m compress.deliver
-    python -m compress.deliver uri=http://mlflow.example:5000 folder=~/work/.compress_unsent
+    python -m compress.deliver uri=http://mlflow.example:5000 folder=~/project/.compress_unsent
 
 The next run in the same folder does so, too, before it starts.
 

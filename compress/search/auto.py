@@ -51,9 +51,9 @@ class Auto(Strategy):
     Attributes:
         latency_ms: milliseconds of one sample on the board, at most.
         bytes: of the packed file, at most.
-        accuracy_drop: points that the file may lose at most against the reference's, on the test part. It decides
-            nothing, and is looked at once, in the end: more is an error, as for any budget that is not met. Null: not
-            looked at.
+        accuracy_drop: points that the file may lose at most against the reference's, on the part of the data that
+            accuracies are measured on. It decides nothing, and is looked at once, in the end: more is an error, as for
+            any budget that is not met. Null: not looked at.
         techniques: what may be done.
         images: of the validation part, for the sensitivities.
     """

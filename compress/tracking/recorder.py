@@ -73,8 +73,9 @@ class MlflowRecorder(Recorder):
     def stage(self, result: StageResult) -> None:
         """Log the stage's numbers as ``<stage>.<number>`` and as a step of the plain ``<number>``."""
         metrics = metrics_of(result.numbers)
-        if self._step == 0 and result.numbers.latency_ms is not None:
-            # The baseline, which all others are measured in turns with.
+        timed = result.numbers.latency_ms is not None or result.numbers.estimate_ms is not None
+        if self._step == 0 and timed:
+            # The baseline, which all others are measured, or estimated, in turns with.
             metrics["relative_latency"] = 1.0
         named = {f"{result.name}.{key}": value for key, value in {**metrics, **result.measured}.items()}
         named[f"{result.name}.seconds"] = result.seconds

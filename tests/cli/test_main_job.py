@@ -85,6 +85,8 @@ def test_the_default_job(cli, tmp_path):
     assert metrics["board_load_ms"] == report["final"]["on_board"]["load_ms"] > 0
     assert report["baseline"]["speedup"] is None
     assert metrics["speedup"] == report["final"]["speedup"] > 0
+    assert metrics["relative_latency"] == 1 / metrics["speedup"]
+    assert metrics["baseline.relative_latency"] == 1.0
     assert metrics["ratio.gzip_bytes"] == report["ratios"]["gzip_bytes"]
     assert children[0].data.params["strategy.prune.ramp"] == "0.25"
     files = {item.path for item in client.list_artifacts(children[0].info.run_id)}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.strategies.least_squares import Moments
+from compress.strategies.quantization import rounding
 from compress.strategies.quantization.rounding import round_to_grid
 
 
@@ -63,6 +64,20 @@ def test_few_weights_are_rounded_as_well_as_by_trying_everything():
     assert min(ratios) > 0.999
     assert np.median(ratios) < 1.05
     assert max(ratios) < 3
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+@pytest.mark.parametrize("block", [7, 32, 200])
+def test_blocks_change_nothing_but_the_time(block, bits, monkeypatch):
+    known, matrix, _ = problem(0, 75, 4)
+    alive = np.random.default_rng(1).random((75, 4)) < 0.8
+    found = []
+    # One input after the other is what the sources say.
+    for size in (1, block):
+        monkeypatch.setattr(rounding, "_BLOCK", size)
+        found.append(round_to_grid(known, matrix, bits, 1e-3, alive))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-9)
+    np.testing.assert_array_equal(found[1][1], found[0][1])
 
 
 def test_weights_that_are_gone_stay_gone():
