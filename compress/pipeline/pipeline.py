@@ -216,7 +216,7 @@ class Pipeline:
             recovery=Recovery(),
             seed=self.seed,
             strict=self.strict,
-            measure=self.board.measure,
+            measure=self.board.measure_all,
             channel_multiple=self.board.channel_multiple,
             keep=self.cache.arrays,
             other_model=functools.cache(

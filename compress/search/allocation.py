@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
 from compress.search.sensitivity import Cost, Pair, Probe
-from compress.search.technique import Kind, Technique
+from compress.search.technique import Kind, Technique, Value
 from compress.tracking.pareto import non_dominated
 
 _ATTEMPTS = 12
@@ -84,6 +84,10 @@ class _Unit:
     costs: np.ndarray
 
 
+Saving = tuple[str, Value, str]
+"""Technique, level and layer."""
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to write the file, and what the whole model costs so, before anything is taken away.
@@ -91,14 +95,17 @@ class Way:
     Args:
         storage: the technique that decides how weights are written; None: floats.
         rest_bytes: of the packed file besides the kernels.
-        milliseconds: of the file on the board; None if there is no such budget.
-        saving: technique -> which part of the time that its saved multiply-adds stand for it saves on the board.
+        times: layer -> milliseconds on the board; empty if there is no such budget.
+        rest_milliseconds: of the file besides.
+        saving: which part of the time that its saved multiply-adds stand for a level saves on the board; 1 for the
+            others.
     """
 
     storage: Technique | None
     rest_bytes: float
-    milliseconds: float | None
-    saving: Mapping[str, float]
+    times: Mapping[str, float] = field(default_factory=dict)
+    rest_milliseconds: float = 0.0
+    saving: Mapping[Saving, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -134,8 +141,8 @@ class Allocator:
     """Allocates over the probes of a sensitivity table, for one way to write the file.
 
     A layer's bytes are those that it has, times the share that each technique leaves of them (zeros and few values
-    together: the share that was measured of both, where it was); its milliseconds the part
-    of the whole that its multiply-adds are, times what is left of these. A technique that takes channels away saves in
+    together: the share that was measured of both, where it was); so its milliseconds, by what each level leaves of its
+    multiply-adds and what the board saves by that. A technique that takes channels away saves in
     the layers that read them, too.
     """
 
@@ -150,7 +157,6 @@ class Allocator:
         self.way = way
         self._layers = layers
         self._techniques = {technique.name: technique for technique in techniques}
-        self._macs = max(sum(cost.macs for cost in layers.values()), 1)
         usable = [p for p in probes if p.refused is None and self._fits(self._techniques[p.technique])]
         self._pairs = {(pair.layer, pair.zeros, pair.values): pair.bytes_kept for pair in pairs}
         self._combinations = {name: self._combined([p for p in usable if p.layer == name]) for name in layers}
@@ -222,8 +228,7 @@ class Allocator:
         self, chosen: Mapping[str, Combination], among: Collection[str] | None = None
     ) -> dict[str, float]:
         """Return the time of each layer; zero if it is not known; ``among`` as for :meth:`bytes_of`."""
-        whole, names = self.way.milliseconds or 0.0, self._layers if among is None else among
-        left = {name: whole * self._layers[name].macs / self._macs for name in names}
+        left = {name: self.way.times.get(name, 0.0) for name in (self._layers if among is None else among)}
         for combination in chosen.values():
             for probe in combination:
                 for name, share in probe.macs_kept.items():
@@ -231,7 +236,8 @@ class Allocator:
         return left
 
     def _time_kept(self, probe: Probe, share: float) -> float:
-        return max(1 - self.way.saving.get(probe.technique, 1.0) * (1 - share), 0.0)
+        saving = self.way.saving.get((probe.technique, probe.value, probe.layer), 1.0)
+        return max(1 - saving * (1 - share), 0.0)
 
     def costs_of(self, chosen: Mapping[str, Combination], limits: Limits) -> tuple[float, ...]:
         """Return what the whole file costs, in the order of ``limits.given``."""
@@ -239,7 +245,7 @@ class Allocator:
         if limits.bytes is not None:
             found.append(self.way.rest_bytes + sum(self.bytes_of(chosen).values()))
         if limits.milliseconds is not None:
-            found.append(sum(self.milliseconds_of(chosen).values()))
+            found.append(self.way.rest_milliseconds + sum(self.milliseconds_of(chosen).values()))
         return tuple(found)
 
     def cheapest(self, limits: Limits) -> Allocation:
@@ -294,7 +300,7 @@ class Allocator:
         )
         base_bytes, base_time = self.bytes_of(near or {}), self.milliseconds_of(near or {})
         fixed = [self.way.rest_bytes] if limits.bytes is not None else []
-        fixed += [0.0] if limits.milliseconds is not None else []
+        fixed += [self.way.rest_milliseconds] if limits.milliseconds is not None else []
         for name in names:
             own = []
             for combination in self._combinations[name]:
@@ -333,8 +339,7 @@ class Allocator:
         near: Mapping[str, Combination] | None,
     ) -> tuple[float, float]:
         """Return a layer's bytes and milliseconds under a combination, less what it saves in other layers."""
-        whole = self.way.milliseconds or 0.0
-        time = whole * self._layers[name].macs / self._macs
+        time = self.way.times.get(name, 0.0)
         size = self._layers[name].bytes * self._own_bytes_kept(name, combination)
         for probe in combination:
             time *= self._time_kept(probe, probe.macs_kept.get(name, 1.0))

@@ -63,7 +63,7 @@ def table(allocation: Allocation, allocator: Allocator) -> tuple[Allocated, ...]
             tuple(f"{probe.technique} {probe.field}={probe.value:g}" for probe in combination),
             sum(probe.divergence for probe in combination),
             round(sizes[name]),
-            times[name] if allocation.way.milliseconds is not None else None,
+            times[name] if allocation.way.times else None,
         )
         for name, combination in allocation.chosen.items()
     )

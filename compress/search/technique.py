@@ -124,6 +124,25 @@ def weighted_layers(model: tf_keras.Model) -> dict[str, int]:
     return found
 
 
+def layers_by_resolution(model: tf_keras.Model, share: float) -> list[list[str]]:
+    """Return the layers with kernels in groups, those first whose kernels are applied at most positions.
+
+    Neighbouring resolutions go together until they make ``share`` of the model's multiply-adds.
+    """
+    macs = weighted_layers(model)
+    positions = {kernel.layer.name: kernel.macs_per_weight for kernel in kernels(model)}
+    found: list[list[str]] = []
+    full = True
+    for resolution in sorted(set(positions.values()), reverse=True):
+        if full:
+            found.append([])
+        found[-1] += [name for name in macs if positions[name] == resolution]
+        full = sum(macs[name] for name in found[-1]) >= share * sum(macs.values())
+    if len(found) > 1 and not full:
+        found[-2:] = [found[-2] + found[-1]]
+    return found
+
+
 def same_shapes(one: tf_keras.Model, other: tf_keras.Model) -> bool:
     """Say whether two models have the same layers with weights of the same shapes."""
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import functools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from compress.candidate import Candidate, Storage
 from compress.errors import CompressError
 from compress.metrics.counts import count_macs
-from compress.search.allocation import Limits, Way
+from compress.progress import progress
+from compress.search.allocation import Limits, Saving, Way
 from compress.search.sensitivity import Sensitivity, costs_of, inner_context
-from compress.search.stored import measure_files
-from compress.search.technique import Kind, Technique, Value, stage
+from compress.search.stored import measure_files, write_files
+from compress.search.technique import Kind, Technique, Value, layers_by_resolution, stage
 from compress.strategies.strategy import Context
 
-_MOST_SAVING = 1.5
-"""A board may save more time than multiply-adds say; more than this is noise."""
+_MOST_SAVING = 3.0
+"""A board may save more time than multiply-adds say, or lose some; more than this is noise."""
+_LEAST_SHARE = 0.1
+"""Of the multiply-adds that layers looked at together make: what fewer of them save is lost in the noise of a board."""
+
+
+@dataclass(frozen=True)
+class _Narrower:
+    """The model after a structural technique at one level, on the layers of some resolutions."""
+
+    technique: Technique
+    value: Value
+    layers: list[str]
+    """All of these resolutions; the technique may refuse some."""
+    candidate: Candidate
 
 
 def measure_ways(
@@ -27,57 +45,111 @@ def measure_ways(
 ) -> list[Way]:
     """Return the ways to write the model's file: floats, and each technique of storage on all layers that it takes.
 
-    With a limit in milliseconds the board measures each of these files, and again after each structural technique at
-    its middle level on all layers that it takes: multiply-adds say little about what a chain of small layers saves.
+    With a limit in milliseconds the board measures each of these files, and in turns with it what it becomes by each
+    level of each structural technique on the layers of a resolution: multiply-adds say little about what is saved by
+    fewer channels, by a block less or by a chain of small layers, at many positions or at few.
 
     Raises:
         CompressError: if the board gives no latency.
     """
+    structural = [technique for technique in techniques if technique.kind is Kind.STRUCTURE]
     stores = [technique for technique in techniques if technique.strategy.stores is not None]
-    latency = limits.milliseconds is not None
-    narrower = _at_middle_level(candidate, sensitivity, techniques, context) if latency else {}
+    narrower = functools.cache(lambda: _narrower(candidate, sensitivity, structural, context))
+    levels = [technique.config(value) for technique in structural for value in technique.levels]
     found = []
     for technique in (None, *stores):
-        made = candidate
+        made: Candidate | None = candidate
         if technique is not None:
-            applied = _applied(candidate, sensitivity, technique, next(iter(technique.levels)), context)
-            if applied is None:
-                continue
-            made = applied
-        size, milliseconds = measure_files(made, context, latency=latency)
+            made = _applied(candidate, sensitivity, technique, next(iter(technique.levels)), context)
+        if made is None:
+            continue
         kernels = sum(cost.bytes for cost in costs_of(made, list(sensitivity.layers)).values())
-        saving = {}
-        for name, other in narrower.items():
-            storage = replace(made.storage, float_layers=(), ranges={}) if technique is not None else Storage()
-            _, time = measure_files(other.evolve(storage=storage), context, latency=True)
-            expected = 1 - count_macs(other.model) / count_macs(candidate.model)
-            if milliseconds and time and expected > 0:
-                saving[name] = min(max((1 - time / milliseconds) / expected, 0.0), _MOST_SAVING)
-        found.append(Way(technique, size - kernels, milliseconds, saving))
+        rest = measure_files(made, context, latency=False)[0] - kernels
+        if limits.milliseconds is None:
+            found.append(Way(technique, rest))
+            continue
+        own = technique.config(next(iter(technique.levels))) if technique is not None else None
+        make = functools.partial(_measured, made, narrower, context, stored=technique is not None)
+        known = context.remember("latency of levels", [own, levels, list(sensitivity.layers)], make)
+        found.append(_way(technique, rest, sensitivity, known))
     return found
 
 
-def _at_middle_level(
+def _way(technique: Technique | None, rest_bytes: float, sensitivity: Sensitivity, known: Mapping[str, Any]) -> Way:
+    whole, layers = known["milliseconds"], sensitivity.layers
+    rates: dict[Saving, float] = {}
+    for row in known["narrower"]:
+        rate = (1 - row["milliseconds"] / whole) / row["macs_saved"]
+        rate = min(max(rate, -_MOST_SAVING), _MOST_SAVING)
+        rates |= {(row["technique"], row["value"], name): rate for name in row["layers"]}
+    # What saves most for its multiply-adds saves all that there is: where a block goes, its time does.
+    largest = {name: 0.0 for _, _, name in rates}
+    for (_, _, name), rate in rates.items():
+        largest[name] = max(largest[name], rate)
+    total = max(sum(cost.macs for cost in layers.values()), 1)
+    times = {name: whole * cost.macs / total * largest.get(name, 1.0) for name, cost in layers.items()}
+    saving = {key: rate / largest[key[2]] for key, rate in rates.items() if largest[key[2]]}
+    return Way(technique, rest_bytes, times, whole - sum(times.values()), saving)
+
+
+def _measured(
+    made: Candidate, narrower: Callable[[], Sequence[_Narrower]], context: Context, *, stored: bool
+) -> dict[str, Any]:
+    """Return what the board says of a file and of the narrower ones, as plain values."""
+    storage = replace(made.storage, float_layers=(), ranges={}) if stored else Storage()
+    others = narrower()
+    whole = count_macs(made.model)
+    with tempfile.TemporaryDirectory(prefix=".measured-") as folder, progress("latency of levels") as shown:
+        artifacts = []
+        for number, one in enumerate((made, *(other.candidate.evolve(storage=storage) for other in others))):
+            place = Path(folder, str(number))
+            place.mkdir()
+            artifacts.append(write_files(one, context, place))
+            shown.advance(number + 1, len(others) + 1, "files")
+        first, *times = context.median_latencies(artifacts, "bytes")
+    rows = [
+        {
+            "technique": other.technique.name,
+            "value": other.value,
+            "layers": other.layers,
+            "macs_saved": 1 - count_macs(other.candidate.model) / whole,
+            "milliseconds": time,
+        }
+        for other, time in zip(others, times, strict=True)
+    ]
+    return {"milliseconds": first, "narrower": rows}
+
+
+def _narrower(
     candidate: Candidate, sensitivity: Sensitivity, techniques: Sequence[Technique], context: Context
-) -> dict[str, Candidate]:
-    found = {}
+) -> list[_Narrower]:
+    found = []
+    groups = layers_by_resolution(candidate.model, _LEAST_SHARE)
+    whole = count_macs(candidate.model)
     for technique in techniques:
-        if technique.kind is Kind.STRUCTURE:
-            values = list(technique.levels)
-            made = _applied(candidate, sensitivity, technique, values[len(values) // 2], context)
-            if made is not None:
-                found[technique.name] = made
+        for value in technique.levels:
+            for layers in groups:
+                made = _applied(candidate, sensitivity, technique, value, context, layers)
+                if made is not None and count_macs(made.model) < whole:
+                    found.append(_Narrower(technique, value, layers, made))
     return found
 
 
 def _applied(
-    candidate: Candidate, sensitivity: Sensitivity, technique: Technique, value: Value, context: Context
+    candidate: Candidate,
+    sensitivity: Sensitivity,
+    technique: Technique,
+    value: Value,
+    context: Context,
+    among: Sequence[str] | None = None,
 ) -> Candidate | None:
     """Return the candidate after a level on all layers that take it; None if none does, or not together."""
     layers = [
         probe.layer
         for probe in sensitivity.probes
-        if (probe.technique, probe.value) == (technique.name, value) and probe.refused is None
+        if (probe.technique, probe.value) == (technique.name, value)
+        and probe.refused is None
+        and (among is None or probe.layer in among)
     ]
     if not layers:
         return None

@@ -58,7 +58,7 @@ class Context:
     seed: int
     selection: Selection = field(default_factory=Selection)
     strict: bool = False
-    measure: Callable[[Artifact], Measurement] | None = None
+    measure: Callable[[Sequence[Artifact]], Sequence[Measurement]] | None = None
     """Runs an exported file on the target board; None if there is none."""
     remember: Callable[[str, Sequence[Any], Callable[[], Any]], Any] = _anew
     """Returns what the callable makes, in JSON's types; what it made before for the same name, settings and candidate.
@@ -167,24 +167,30 @@ class Context:
         return model
 
     def median_latency(self, artifact: Artifact, instead: str) -> float:
-        """Return the median latency of a file on the board, in milliseconds; its estimate, if it runs nothing.
+        """Return the median latency of a file on the board, as :meth:`median_latencies` of one."""
+        return self.median_latencies([artifact], instead)[0]
+
+    def median_latencies(self, artifacts: Sequence[Artifact], instead: str) -> list[float]:
+        """Return the median latencies of files on the board, in milliseconds; its estimates, if it runs nothing.
 
         Args:
-            artifact: the file.
+            artifacts: the files, which take turns where the board's times are noisy.
             instead: the field of the stage that says how much in another unit, for the error.
 
         Raises:
             CompressError: if there is no board, or it gives none.
         """
-        measurement = None if self.measure is None else self.measure(artifact)
-        if measurement is None or measurement.cost_ms is None:
+        found = [] if self.measure is None else self.measure(artifacts)
+        costs = [measurement.cost_ms for measurement in found if measurement.cost_ms is not None]
+        if not found or len(costs) < len(found):
+            failure = next((f"{one.board}: {one.failure}" for one in found if one.cost_ms is None), "no board")
             raise CompressError(
                 f"strategy.{self.stage}.latency",
                 expected="a board that measures latency",
-                received="no board" if measurement is None else f"{measurement.board}: {measurement.failure}",
+                received=failure,
                 fix=f"Choose another board, or give strategy.{self.stage}.{instead} instead.",
             )
-        return measurement.cost_ms
+        return costs
 
     def calibration_samples(self, count: int) -> np.ndarray:
         """Return up to ``count`` samples of the training part, augmented as in training, without their labels.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,8 +26,13 @@ TECHNIQUES = (
     Technique("share", "clusters", {8: Share(clusters=8)}, {}, ""),
     Technique("quantize", "bits", {b: Quantize(bits=b, rounding="second_order") for b in (8, 4)}, {}, ""),
 )
-FLOATS = Way(None, 100.0, 2.0, {})
 BOTH = Limits(1e9, 1e9)
+
+
+def floats(layers: Mapping[str, Cost]) -> Way:
+    """Two milliseconds for all multiply-adds, and some besides."""
+    macs = sum(cost.macs for cost in layers.values())
+    return Way(None, 100.0, {name: 2 * cost.macs / macs for name, cost in layers.items()}, 0.1)
 
 
 @given(seed=st.integers(0, 10_000), layers=st.integers(1, 4), budgets=st.integers(0, 2), share=st.floats(0, 1.1))
@@ -79,7 +86,9 @@ def probes(rng: np.random.Generator, layers: list[str], *, coupled: bool) -> lis
 def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled, integer):
     rng = np.random.default_rng(seed)
     layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abc"}
-    way = Way(TECHNIQUES[-1], 50.0, 1.0, {"prune_channels": 0.8}) if integer else FLOATS
+    way = floats(layers)
+    if integer:
+        way = replace(way, storage=TECHNIQUES[-1], saving={("prune_channels", 0.5, "b"): 0.8})
     allocator = Allocator(layers, probes(rng, list(layers), coupled=coupled), TECHNIQUES, way)
     low, high = np.array(allocator.cheapest(BOTH).costs), np.array(allocator.costs_of({}, BOTH))
     limits = Limits(*(float(v) for v in low + share * (high - low)))
@@ -119,7 +128,7 @@ def test_of_too_many_layers_for_that_most_choices_are_the_best_and_the_others_ne
     for seed in range(30):
         rng = np.random.default_rng(seed)
         layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abc"}
-        allocator = Allocator(layers, probes(rng, list(layers), coupled=True), TECHNIQUES, FLOATS)
+        allocator = Allocator(layers, probes(rng, list(layers), coupled=True), TECHNIQUES, floats(layers))
         low, high = (np.array(allocator.costs_of(c, BOTH)) for c in (allocator.cheapest(BOTH).chosen, {}))
         limits = Limits(*(float(v) for v in low + rng.uniform(0.1, 1) * (high - low)))
         choice = allocator.best(limits)
@@ -133,7 +142,9 @@ def test_of_too_many_layers_for_that_most_choices_are_the_best_and_the_others_ne
 
 def test_what_cannot_be_reached_is_none_and_the_cheapest_says_how_far_it_goes():
     layers = {name: Cost(100, 1000) for name in "ab"}
-    allocator = Allocator(layers, probes(np.random.default_rng(0), list("ab"), coupled=False), TECHNIQUES, FLOATS)
+    allocator = Allocator(
+        layers, probes(np.random.default_rng(0), list("ab"), coupled=False), TECHNIQUES, floats(layers)
+    )
     # Half of the channels of a, zeros, and few clusters in both.
     least = 100 + 1000 * 0.5 * 0.6 * 0.15 + 1000 * 0.6 * 0.15
     assert allocator.cheapest(Limits(1.0, None)).costs == pytest.approx((least,))
@@ -145,7 +156,7 @@ def test_bytes_of_zeros_and_few_values_are_those_that_were_measured_of_both():
     layers = {name: Cost(100, 1000) for name in "ab"}
     known = probes(np.random.default_rng(0), list("ab"), coupled=True)
     pairs = [Pair("a", ("prune", 0.5), ("share", 8), 0.14), Pair("b", ("prune", 0.5), ("share", 8), 0.13)]
-    allocator = Allocator(layers, known, TECHNIQUES, FLOATS, pairs)
+    allocator = Allocator(layers, known, TECHNIQUES, floats(layers), pairs)
 
     def chosen(layer: str, *names: str) -> tuple[Probe, ...]:
         return tuple(p for p in known if p.layer == layer and p.technique in names)
@@ -163,7 +174,7 @@ def test_blocks_are_chosen_for_exactly_however_many_there_are():
     for number in range(20):
         pair = [f"a{number}", f"b{number}"]
         known += probes(rng, pair, coupled=True)
-    allocator = Allocator(layers, known, TECHNIQUES, FLOATS)
+    allocator = Allocator(layers, known, TECHNIQUES, floats(layers))
     # A price for a byte splits the program into one for each pair; what it spends is a limit that it is the best for.
     price, spent, lost = 1e-4, 100.0, 0.0
     for number in range(20):

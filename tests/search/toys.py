@@ -44,6 +44,10 @@ def measure(artifact: Artifact) -> Measurement:
     return Measurement("toy", Latency(milliseconds, None, None, milliseconds, 100, 1))
 
 
+def measure_all(artifacts: Sequence[Artifact]) -> list[Measurement]:
+    return [measure(artifact) for artifact in artifacts]
+
+
 def context_of(
     model: tf_keras.Model,
     data: Data,
@@ -51,7 +55,7 @@ def context_of(
     epochs: float = 0.0,
 ) -> Context:
     recovery = Recovery(method="finetune" if epochs else "none", epochs=epochs, batch_size=32)
-    context = Context("auto", data, model, recovery, seed=0, measure=measure)
+    context = Context("auto", data, model, recovery, seed=0, measure=measure_all)
     return context if remember is None else context.for_stage("auto", remember=remember)
 
 

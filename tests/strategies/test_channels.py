@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -268,17 +269,17 @@ def test_a_budget_in_bytes_is_that_of_the_exported_file(model, context, tmp_path
 def test_a_budget_in_latency_asks_the_board(model, context):
     asked: list[int] = []
 
-    def measure(artifact: Artifact) -> Measurement:
+    def measure(artifacts: Sequence[Artifact]) -> list[Measurement]:
         """A board whose time is what it has to read."""
-        time = artifact.path.stat().st_size / 10_000
-        asked.append(artifact.path.stat().st_size)
-        return Measurement("board", Latency(time, time, time, time, 100, 1))
+        (size,) = (artifact.path.stat().st_size for artifact in artifacts)
+        asked.append(size)
+        return [Measurement("board", Latency(size / 1e4, size / 1e4, size / 1e4, size / 1e4, 100, 1))]
 
     result = PruneChannels(latency=0.8).apply(Candidate(model), dataclasses.replace(context, measure=measure))
     assert 2 <= len(asked) <= 14
     assert any(0.76 <= size / asked[0] <= 0.8 for size in asked)
     assert macs(result.model) < 0.8 * macs(model)
-    for silent in (None, lambda artifact: Measurement("board", None, "it is switched off")):
+    for silent in (None, lambda artifacts: [Measurement("board", None, "it is switched off")]):
         with pytest.raises(CompressError, match=r"no board|switched off"):
             PruneChannels(latency=0.7).apply(Candidate(model), dataclasses.replace(context, measure=silent))
 

@@ -312,9 +312,9 @@ def measuring(milliseconds) -> Context:
     x = np.random.default_rng(3).normal(size=(8, 10, 10, 6)).astype(np.float32)
     part = Split(x, np.arange(8) % 2)
 
-    def measure(artifact: Artifact) -> Measurement:
-        time = milliseconds(TFLiteFile.read(artifact.path))
-        return Measurement("imagined", Latency(time, time, time, time, 1, 1))
+    def measure(artifacts: Sequence[Artifact]) -> list[Measurement]:
+        times = [milliseconds(TFLiteFile.read(artifact.path)) for artifact in artifacts]
+        return [Measurement("imagined", Latency(time, time, time, time, 1, 1)) for time in times]
 
     model = network("same")
     return Context("lowrank", make_data("random", part, part), model, Recovery(method="none"), 0, measure=measure)

@@ -60,11 +60,11 @@ def test_floats_are_those_that_are_worth_most(seed, layers, most):
     assert sum(gains[name] for name in found) >= best * (1 - 1e-6)
 
 
-def weighted_board(artifact) -> Measurement:
+def weighted_board(artifacts) -> list[Measurement]:
     """A board that takes one millisecond for each kernel, and a tenth for an integer one."""
-    kinds = [tensor.dtype for _, tensor in TFLiteFile.read(artifact.path).weighted]
-    time = sum(1.0 if kind == np.float32 else 0.1 for kind in kinds)
-    return Measurement("weighted", Latency(time, time, time, time, 100, 1))
+    kinds = [[tensor.dtype for _, tensor in TFLiteFile.read(artifact.path).weighted] for artifact in artifacts]
+    times = [sum(1.0 if kind == np.float32 else 0.1 for kind in own) for own in kinds]
+    return [Measurement("weighted", Latency(time, time, time, time, 100, 1)) for time in times]
 
 
 @pytest.fixture(scope="module")

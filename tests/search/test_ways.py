@@ -1,0 +1,107 @@
+"""What levels save on the board: as it measures it, at each resolution of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import tf_keras
+
+from compress.candidate import Artifact, Candidate, Latency, Measurement
+from compress.deploy.tflite import export
+from compress.metrics.tflite_file import TFLiteFile
+from compress.search.allocation import Allocator, Limits
+from compress.search.auto import Auto
+from compress.search.sensitivity import measure_sensitivity
+from compress.search.technique import layers_by_resolution, weighted_layers
+from compress.search.ways import measure_ways
+from tests.search.toys import Memory, context_of, small_data, techniques
+
+layers = tf_keras.layers
+NARROWER = {"prune_channels": {"channels": [0.5, 0], "ranking": "layer"}}
+PART = 0.01
+
+
+def blocks() -> tf_keras.Model:
+    """Two residual blocks at 8 x 8, two at 4 x 4."""
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image))
+    for number in range(4):
+        if number == 2:
+            x = layers.Conv2D(16, 3, strides=2, padding="same", activation="relu", name="reduce")(x)
+        width = x.shape[-1]
+        y = layers.Conv2D(width, 3, padding="same", activation="relu", name=f"first{number}")(x)
+        x = layers.Add(name=f"add{number}")([x, layers.Conv2D(width, 3, padding="same", name=f"second{number}")(y)])
+    return tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
+
+
+def board(artifacts: Sequence[Artifact]) -> list[Measurement]:
+    """A board to which a layer at 8 x 8 is a layer, however narrow; at 4 x 4 it takes its time for multiply-adds."""
+    found = []
+    for artifact in artifacts:
+        file = TFLiteFile.read(artifact.path)
+        time = 1.0
+        for operator in file.operators:
+            shape = file.tensors[operator.outputs[0]].shape
+            if operator.name == "CONV_2D":
+                weights = int(np.prod(file.tensors[operator.inputs[1]].shape))
+                time += PART if shape[1] == 8 else PART * weights / (9 * 16 * 16)
+        found.append(Measurement("toy", Latency(time, None, None, time, 100, 1)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return blocks()
+
+
+@pytest.fixture(scope="module")
+def context(model):
+    return context_of(model, small_data(), Memory()).for_stage("auto", measure=board)
+
+
+def test_layers_are_looked_at_together_by_their_resolution(model):
+    groups = layers_by_resolution(model, 0.0)
+    fine = [f"{part}{number}" for number in (0, 1) for part in ("first", "second")]
+    coarse = [f"{part}{number}" for number in (2, 3) for part in ("first", "second")]
+    assert groups == [["stem", *fine], ["reduce", *coarse], ["logits"]]
+    for share in (0.1, 0.6, 1.0):
+        joined = layers_by_resolution(model, share)
+        assert sorted(name for group in joined for name in group) == sorted(weighted_layers(model))
+        macs = weighted_layers(model)
+        assert all(sum(macs[n] for n in group) >= share * sum(macs.values()) for group in joined)
+
+
+def test_expected_times_are_those_that_the_board_takes(model, context):
+    chosen = techniques(**NARROWER)
+    candidate = Candidate(model)
+    found = measure_sensitivity(candidate, chosen, context, 30)
+    (way,) = measure_ways(candidate, found, chosen, context, Limits(None, 1.0))
+    allocator = Allocator(found.layers, found.probes, chosen, way)
+    probes = {(p.layer, p.value): p for p in found.probes if p.refused is None}
+
+    def expected(*picked: tuple[str, float]) -> float:
+        (cost,) = allocator.costs_of({layer: (probes[layer, value],) for layer, value in picked}, Limits(None, 1.0))
+        return cost
+
+    whole = expected()
+    assert whole == pytest.approx(1 + 5 * PART + 4.5 * PART)
+    assert whole - expected(("first0", 0.5)) == pytest.approx(0.0, abs=1e-9), "as long as before, where it is narrow"
+    assert whole - expected(("first1", 0)) == pytest.approx(2 * PART)
+    assert whole - expected(("first2", 0.5)) == pytest.approx(PART)
+    assert whole - expected(("first3", 0)) == pytest.approx(2 * PART)
+    assert whole - expected(("first1", 0), ("first2", 0.5), ("first3", 0)) == pytest.approx(5 * PART)
+
+
+def test_what_saves_no_time_is_left_alone(model, context, tmp_path):
+    """Half of the channels of a layer at 8 x 8 change the outputs less than those of the others, and save nothing."""
+    result = Auto(latency_ms=1 + 8.1 * PART, techniques=techniques(**NARROWER), images=30).apply(
+        Candidate(model), context
+    )
+    (measured,) = board([export(result, context.data, tmp_path / "model.tflite")])
+    assert measured.cost_ms is not None
+    assert measured.cost_ms <= 1 + 8.1 * PART
+    rows = {row.layer: row.chosen for row in result.allocation}
+    assert not any("channels=0.5" in choice for name in ("stem", "first0", "first1") for choice in rows[name])
