@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.candidate import Artifact, Candidate, Latency, Measurement
@@ -292,7 +292,9 @@ def test_reconstruction_meets_a_budget_in_bytes(model, context, tmp_path):
     assert 0.65 <= size(result.model) / size(model) <= 0.8
 
 
+@example(0.0546875, 0.01171875, 0.5)
 @given(st.floats(0.05, 0.95), st.floats(0.0, 0.4), st.floats(0.5, 2.5))
+@settings(max_examples=500)
 def test_the_largest_share_is_found_in_a_few_probes(goal, fixed, power):
     asked = []
 

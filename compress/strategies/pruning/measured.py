@@ -93,5 +93,5 @@ def largest_share(measured: Callable[[float], float], goal: float) -> tuple[floa
 
     if above(_LEAST) >= 0:
         return _LEAST, known[_LEAST]
-    brentq(above, _LEAST, 1.0, xtol=1e-3, rtol=1e-3, maxiter=_PROBES, disp=False)
+    brentq(above, _LEAST, 1.0, xtol=1e-4, rtol=1e-3, maxiter=_PROBES, disp=False)
     return max((share, value) for share, value in known.items() if value <= goal)
