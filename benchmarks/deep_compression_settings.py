@@ -23,8 +23,9 @@ import_tensorflow()
 import tf_keras  # noqa: E402
 from finished_rows import FinishedRows, Row  # noqa: E402
 
-from compress.cli.build import make_plan, to_plain  # noqa: E402
+from compress.cli.build import make_plan  # noqa: E402
 from compress.cli.compose import compose_config  # noqa: E402
+from compress.cli.construct import to_plain  # noqa: E402
 from compress.cli.experiment import machine, provenance  # noqa: E402
 from compress.data.source import Data  # noqa: E402
 from compress.errors import CompressError  # noqa: E402

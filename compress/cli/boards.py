@@ -10,8 +10,8 @@ from pathlib import Path
 
 from compress.boards.board import Board
 from compress.candidate import Artifact, Measurement, Storage
-from compress.cli.build import construct, to_plain
 from compress.cli.compose import compose_config
+from compress.cli.construct import construct, to_plain
 from compress.cli.experiment import machine
 from compress.cli.places import conf_dir
 from compress.errors import CompressError, did_you_mean

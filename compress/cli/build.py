@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, cast
 
 from annotated_types import Ge, Gt, Lt, MinLen
 from omegaconf import DictConfig, OmegaConf
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
-from pydantic_core import ArgsKwargs, ErrorDetails
 
 from compress.boards.board import Board
-from compress.cache.code import code_digest
 from compress.cache.store import StageCache
+from compress.cli.construct import check, construct, field_names, find_class, invalid, to_plain, unknown_key
 from compress.cli.places import conf_dir
+from compress.cli.techniques import make_techniques
 from compress.data.source import STRICT, DataSource
 from compress.distribution.settings import DistributionSettings
 from compress.errors import CompressError, did_you_mean
@@ -27,14 +26,12 @@ from compress.models.source import RANDOM, ModelSource, TrainableSource
 from compress.networks import Networks
 from compress.pipeline.pipeline import Pipeline
 from compress.pipeline.stage import Stage
-from compress.search.technique import Technique
 from compress.strategies.distillation.student import AGAIN
 from compress.strategies.distillation.terms import chosen_losses
 from compress.strategies.strategy import PREVIOUS, REFERENCE, Strategy
 from compress.tracking.store import TrackingSettings
 from compress.training import Recovery
 
-T = TypeVar("T")
 Seed = Annotated[int, Ge(0), Lt(2**31)]
 _GROUPS = (
     "strategy",
@@ -134,7 +131,7 @@ def _check_shape(plain: Mapping[str, Any]) -> None:
     """Refuse a configuration that lacks a part or has one too many, as ``~model`` or ``+foo=1`` make it."""
     for key in plain:
         if key not in (*_GROUPS, *_VALUES):
-            raise _unknown_key(key, key, {*_GROUPS, *_VALUES})
+            raise unknown_key(key, key, {*_GROUPS, *_VALUES})
     for key in (*_GROUPS, *_VALUES):
         if key not in plain or (key in _GROUPS and not isinstance(plain[key], Mapping)):
             raise CompressError(
@@ -143,44 +140,6 @@ def _check_shape(plain: Mapping[str, Any]) -> None:
                 received=repr(plain.get(key)),
                 fix=f"Write {key}=<choice>" + (", or strategy=none." if key == "strategy" else "."),
             )
-
-
-def to_plain(config: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain dictionaries, with every interpolation resolved."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(plain, dict):
-        raise TypeError(f"the configuration is a {type(plain).__name__}")
-    return {str(key): value for key, value in plain.items()}
-
-
-def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Return the object that ``values`` describe: ``_target_`` names a subclass of ``base``, the rest its fields.
-
-    Raises:
-        CompressError: if the class is not one, or a field is unknown or out of range.
-    """
-    fields = dict(values)
-    kind = _find_class(base, fields.pop("_target_", None), where)
-    known = _field_names(kind)
-    for name in fields:
-        if name not in known:
-            raise _unknown_key(f"{where}.{name}", name, known)
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        raise _invalid(error, where, _defaults(kind)) from error
-
-
-def check(kind: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as ``kind``.
-
-    Raises:
-        CompressError: if it is not one.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise _invalid(error, where, {}) from error
 
 
 def _stage(name: str, values: Any) -> Stage:
@@ -195,12 +154,12 @@ def _stage(name: str, values: Any) -> Stage:
         )
     wrappers = {key: values[key] for key in _WRAPPERS}
     fields = {key: value for key, value in values.items() if key not in _WRAPPERS}
-    known = _field_names(_find_class(Strategy, fields.get("_target_"), where))
+    known = field_names(find_class(Strategy, fields.get("_target_"), where))
     if "techniques" in known:
         fields["techniques"] = make_techniques(fields.get("techniques"), "techniques")
     for key in fields:
         if key != "_target_" and key not in known:
-            raise _unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
+            raise unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
     recovery = wrappers["recovery"]
     release = wrappers["release"]
     return Stage(
@@ -221,80 +180,6 @@ def make_selection(only: Any, skip: Any, prefix: str) -> Selection:
     """
     where = prefix.removesuffix(".")
     return Selection(_rules(only, f"{prefix}only"), _rules(skip, f"{prefix}skip"), where=where)
-
-
-def make_techniques(values: Any, where: str) -> tuple[Technique, ...]:
-    """Return the techniques that ``values`` describe: strategy -> its fields, one of which is a list of levels.
-
-    Raises:
-        CompressError: if there is no such strategy, field or level.
-    """
-    if not isinstance(values, Mapping) or not values:
-        raise CompressError(
-            where,
-            expected="strategies with a list of levels for one field of each",
-            received=repr(values)[:100],
-            fix=f"Write for example '{where}={{quantize: {{bits: [8, 4]}}}}', or {where}=standard.",
-        )
-    return tuple(_technique(str(name), fields, f"{where}.{name}") for name, fields in values.items())
-
-
-def _technique(name: str, given: Any, where: str) -> Technique:
-    fields = dict(given) if isinstance(given, Mapping) else {}
-    trained = fields.pop("trained", None)
-    defaults, code = _strategy_fields(name, where)
-    levels = [key for key, value in fields.items() if isinstance(value, list) and not _is_list(defaults.get(key))]
-    if len(levels) != 1 or not fields[levels[0]]:
-        raise CompressError(
-            where,
-            expected="one field with a list of levels",
-            received=f"{given!r}"[:120] if not levels else f"lists for {', '.join(levels)}",
-            fix=f"Write for example {where}.<field>=[0.5,0.25].",
-        )
-    (field,) = levels
-    values = fields.pop(field)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CompressError(f"{where}.{field}", expected="numbers", received=repr(value), fix="Correct it.")
-    if len(set(values)) < len(values):
-        raise CompressError(f"{where}.{field}", expected="different levels", received=str(values), fix="Correct it.")
-
-    def strategies(base: Mapping[str, Any], others: Mapping[str, Any], where: str) -> dict[Any, Strategy]:
-        return {value: construct(Strategy, {**base, **others, field: value}, where) for value in values}
-
-    found = strategies(defaults, fields, where)
-    learnt: dict[Any, Strategy] = {}
-    if trained is not None:
-        own = {str(k): v for k, v in trained.items()} if isinstance(trained, Mapping) else {"strategy": trained}
-        other = str(own.pop("strategy", name))
-        base, more = _strategy_fields(other, f"{where}.trained")
-        if field in own or field not in base:
-            raise CompressError(
-                f"{where}.trained",
-                expected=f"a strategy with the field {field}, whose levels are those of {where}.{field}",
-                received=f"{other}, which has none" if field not in base else f"{field}={own[field]}",
-                fix="Leave it out."
-                if field in base
-                else f"Choose another strategy, or vary another field than {field}.",
-            )
-        learnt, code = strategies(base, own, f"{where}.trained"), code if other == name else code + more
-    return Technique(name, field, found, learnt, code)
-
-
-def _strategy_fields(name: str, where: str) -> tuple[dict[str, Any], str]:
-    """Return the fields of a strategy of ``conf/strategy``, and the digest of its code."""
-    choices = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
-    if name not in choices:
-        raise CompressError(where, expected="a strategy", received=name, fix=did_you_mean(name, choices))
-    values = cast(DictConfig, OmegaConf.load(conf_dir() / "strategy" / f"{name}.yaml"))
-    kind = _find_class(Strategy, values.get("_target_"), where)
-    if "techniques" in _field_names(kind):
-        raise CompressError(where, expected="a strategy that is no search itself", received=name, fix="Leave it out.")
-    return to_plain(values), code_digest(kind)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = True) -> ModelSource:
@@ -329,12 +214,12 @@ def _untrained(name: str, where: str) -> ModelSource:
 
 def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
     for key in values:
-        if key not in _field_names(Recovery):
-            raise _unknown_key(f"{where}.{key}", key, _field_names(Recovery))
+        if key not in field_names(Recovery):
+            raise unknown_key(f"{where}.{key}", key, field_names(Recovery))
     try:
         recovery = Recovery(**values)
     except ValidationError as error:
-        raise _invalid(error, where, {}) from error
+        raise invalid(error, where, {}) from error
     chosen_losses(recovery, where)
     return recovery
 
@@ -377,91 +262,3 @@ def _rules(value: Any, where: str) -> tuple[Rule | Position, ...]:
                 fix=f"Write for example '{where}={{type: Dense}}' or '{where}={{name: conv1}}'.",
             )
     return tuple(rules)
-
-
-def _field_names(kind: Any) -> set[str]:
-    return {item.name for item in dataclasses.fields(kind)}
-
-
-def _find_class(base: type[T], target: Any, where: str) -> type[T]:
-    if not isinstance(target, str) or "." not in target:
-        raise CompressError(
-            f"{where}._target_",
-            expected="the import path of a class",
-            received=repr(target),
-            fix="The YAML of every choice names its class under _target_.",
-        )
-    module, _, name = target.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise CompressError(
-            f"{where}._target_", expected="an importable module", received=f"{module} ({error})", fix="Install it."
-        ) from error
-    if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, base)):
-        raise CompressError(
-            f"{where}._target_",
-            expected=f"a dataclass that is a {base.__module__}.{base.__name__}",
-            received=target,
-            fix="Name the class of the strategy, model, data source or board.",
-        )
-    return kind
-
-
-def _unknown_key(where: str, name: str, known: set[str]) -> CompressError:
-    return CompressError(where, expected="a key that exists", received=name, fix=did_you_mean(name, known))
-
-
-def _defaults(kind: Any) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-
-
-def _invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) -> CompressError:
-    first, *others = error.errors()
-    path = [part for part in _place(first) if isinstance(part, str)]
-    key = ".".join([where, *path])
-    also = [_wanted(other) for other in others if _place(other) == _place(first)]
-    expected = " or ".join(dict.fromkeys([_wanted(first), *also]))
-    received = first["input"]
-    if isinstance(received, ArgsKwargs):
-        # The fields do not go together; each alone is valid.
-        set_ = {k: v for k, v in (received.kwargs or {}).items() if v != defaults.get(k)}
-        return CompressError(
-            key,
-            expected=expected[:300],
-            received=", ".join(f"{k}={v}" for k, v in set_.items())[:300],
-            fix="Take back the ones that you do not mean.",
-        )
-    fix = f"Change it: {key}=<value>."
-    if first["type"] == "unexpected_keyword_argument":
-        fix = "Leave it out."
-    elif first["type"] == "missing" and len(path) > 1:
-        # Below a value that is null by default, a key of its own cannot be set.
-        fix = f"Write '{key.rpartition('.')[0]}={{{path[-1]}: <value>}}'."
-    return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=fix)
-
-
-def _place(error: ErrorDetails) -> tuple[str | int, ...]:
-    """Return where in the configuration it is, without the names that the check has for its alternatives."""
-    return tuple(
-        part for part in error["loc"] if isinstance(part, int) or ("[" not in part and part not in _UNION_TAGS)
-    )
-
-
-def _wanted(error: ErrorDetails) -> str:
-    """Return what was expected, in words about the value."""
-    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
-        # A place of a list of fixed length.
-        return f"a list of {error['loc'][-1] + 1} values"
-    if error["type"] in _WANTED:
-        return _WANTED[error["type"]].format(**error.get("ctx", {}))
-    return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-
-
-_WANTED = {
-    "missing": "a value for this key",
-    "unexpected_keyword_argument": "a key that exists",
-    "too_short": "at least {min_length} items",
-    "dataclass_type": "a mapping of its keys to values",
-}
-_UNION_TAGS = ("float", "int", "bool", "str", "none")

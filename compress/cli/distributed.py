@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.cli.build import construct
+from compress.cli.construct import construct
 from compress.distribution.replicas import Distribution
 from compress.distribution.settings import DistributionSettings, MultiWorker, Single
 from compress.errors import CompressError

@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 from omegaconf import DictConfig
 
-from compress.cli.build import make_plan, to_plain
+from compress.cli.build import make_plan
+from compress.cli.construct import to_plain
 from compress.cli.distributed import folder_of, start_distribution
 from compress.cli.errors import translate
 from compress.cli.failures import record_failure

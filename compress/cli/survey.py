@@ -12,7 +12,9 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
-from compress.cli.build import check, make_plan, make_selection, make_techniques, to_plain
+from compress.cli.build import make_plan, make_selection
+from compress.cli.construct import check, to_plain
+from compress.cli.techniques import make_techniques
 from compress.distribution.settings import Single
 from compress.errors import CompressError
 from compress.pipeline.stage import Stage

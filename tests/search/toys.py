@@ -9,7 +9,7 @@ from typing import Any
 import tf_keras
 
 from compress.candidate import Artifact, Latency, Measurement
-from compress.cli.build import make_techniques
+from compress.cli.techniques import make_techniques
 from compress.data.digits import Digits
 from compress.data.source import Data
 from compress.search.technique import Technique

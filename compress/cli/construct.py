@@ -1,0 +1,150 @@
+"""Objects from plain values: a class named by ``_target_``, its fields checked, every mistake in one paragraph."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs, ErrorDetails
+
+from compress.errors import CompressError, did_you_mean
+
+T = TypeVar("T")
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain dictionaries, with every interpolation resolved."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(plain, dict):
+        raise TypeError(f"the configuration is a {type(plain).__name__}")
+    return {str(key): value for key, value in plain.items()}
+
+
+def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Return the object that ``values`` describe: ``_target_`` names a subclass of ``base``, the rest its fields.
+
+    Raises:
+        CompressError: if the class is not one, or a field is unknown or out of range.
+    """
+    fields = dict(values)
+    kind = find_class(base, fields.pop("_target_", None), where)
+    known = field_names(kind)
+    for name in fields:
+        if name not in known:
+            raise unknown_key(f"{where}.{name}", name, known)
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise invalid(error, where, _defaults(kind)) from error
+
+
+def check(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as ``kind``.
+
+    Raises:
+        CompressError: if it is not one.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise invalid(error, where, {}) from error
+
+
+def field_names(kind: Any) -> set[str]:
+    """Return the names of a dataclass's fields."""
+    return {item.name for item in dataclasses.fields(kind)}
+
+
+def find_class(base: type[T], target: Any, where: str) -> type[T]:
+    """Return the class that ``target`` is the import path of.
+
+    Raises:
+        CompressError: if there is none, or it is no dataclass below ``base``.
+    """
+    if not isinstance(target, str) or "." not in target:
+        raise CompressError(
+            f"{where}._target_",
+            expected="the import path of a class",
+            received=repr(target),
+            fix="The YAML of every choice names its class under _target_.",
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise CompressError(
+            f"{where}._target_", expected="an importable module", received=f"{module} ({error})", fix="Install it."
+        ) from error
+    if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, base)):
+        raise CompressError(
+            f"{where}._target_",
+            expected=f"a dataclass that is a {base.__module__}.{base.__name__}",
+            received=target,
+            fix="Name the class of the strategy, model, data source or board.",
+        )
+    return kind
+
+
+def unknown_key(where: str, name: str, known: set[str]) -> CompressError:
+    """Return what is said of a key that is none of the ``known`` ones."""
+    return CompressError(where, expected="a key that exists", received=name, fix=did_you_mean(name, known))
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+
+
+def invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) -> CompressError:
+    """Return what is said of the first value that is not valid; ``defaults``: of the fields, which are not named."""
+    first, *others = error.errors()
+    path = [part for part in _place(first) if isinstance(part, str)]
+    key = ".".join([where, *path])
+    also = [_wanted(other) for other in others if _place(other) == _place(first)]
+    expected = " or ".join(dict.fromkeys([_wanted(first), *also]))
+    received = first["input"]
+    if isinstance(received, ArgsKwargs):
+        # The fields do not go together; each alone is valid.
+        set_ = {k: v for k, v in (received.kwargs or {}).items() if v != defaults.get(k)}
+        return CompressError(
+            key,
+            expected=expected[:300],
+            received=", ".join(f"{k}={v}" for k, v in set_.items())[:300],
+            fix="Take back the ones that you do not mean.",
+        )
+    fix = f"Change it: {key}=<value>."
+    if first["type"] == "unexpected_keyword_argument":
+        fix = "Leave it out."
+    elif first["type"] == "missing" and len(path) > 1:
+        # Below a value that is null by default, a key of its own cannot be set.
+        fix = f"Write '{key.rpartition('.')[0]}={{{path[-1]}: <value>}}'."
+    return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=fix)
+
+
+def _place(error: ErrorDetails) -> tuple[str | int, ...]:
+    """Return where in the configuration it is, without the names that the check has for its alternatives."""
+    return tuple(
+        part for part in error["loc"] if isinstance(part, int) or ("[" not in part and part not in _UNION_TAGS)
+    )
+
+
+def _wanted(error: ErrorDetails) -> str:
+    """Return what was expected, in words about the value."""
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        # A place of a list of fixed length.
+        return f"a list of {error['loc'][-1] + 1} values"
+    if error["type"] in _WANTED:
+        return _WANTED[error["type"]].format(**error.get("ctx", {}))
+    return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+_WANTED = {
+    "missing": "a value for this key",
+    "unexpected_keyword_argument": "a key that exists",
+    "too_short": "at least {min_length} items",
+    "dataclass_type": "a mapping of its keys to values",
+}
+_UNION_TAGS = ("float", "int", "bool", "str", "none")
