@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 import tf_keras
 
 from compress.data.source import Data
-from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
 from compress.models.source import ModelSource
-from compress.reference import make_reference
 from compress.strategies.distillation.judging import require_same_classes, require_same_values
 
 
@@ -31,16 +29,16 @@ class Networks:
         return [sources[name] for sources, names in named for name in names if name in sources]
 
     def teacher(
-        self, name: str, reference: tf_keras.Model, data: Data, seed: int, distribution: Distribution = SINGLE
+        self, name: str, reference: tf_keras.Model, data: Data, trained: Callable[[ModelSource], tf_keras.Model]
     ) -> tf_keras.Model:
-        """Return the trained teacher; ``distribution``: who trains it, if nobody has.
+        """Return the trained teacher; ``trained``: returns the model of a source with its weights.
 
         Raises:
             CompressError: if it does not fit the data, or reads other values than the reference model.
         """
         where = f"recovery.teachers, {name}"
         with _said_of(where):
-            model = make_reference(self.teachers[name], data, seed, distribution=distribution)
+            model = trained(self.teachers[name])
         require_same_classes(model, name, reference, where, "teacher")
         require_same_values(model, name, reference, data, where)
         return model

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tf_keras
 
 from compress.boards.board import Board
@@ -29,6 +30,7 @@ from compress.deploy.packing import write_cmp
 from compress.deploy.tflite import export
 from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
+from compress.graph.rewrite import copy_model
 from compress.graph.saved_graph import has_layers
 from compress.metrics.tflite_file import TFLiteFile
 from compress.models.source import ModelSource
@@ -219,12 +221,30 @@ class Pipeline:
             measure=self.board.measure_all,
             channel_multiple=self.board.channel_multiple,
             keep=self.cache.arrays,
-            other_model=functools.cache(
-                lambda name: self.networks.teacher(name, reference, self.data, self.seed, self.distribution)
-            ),
+            other_model=functools.cache(lambda name: self.networks.teacher(name, reference, self.data, self._trained)),
             distribution=self.distribution,
             untrained_model=lambda name, seed: self.networks.student(name, reference, data, seed),
         )
+
+    def _trained(self, source: ModelSource) -> tf_keras.Model:
+        """Return a further network with its weights: the cache keeps those that have to be trained."""
+        if source.origin().schedule is None:
+            return make_reference(source, self.data, self.seed)
+        key = digest_of(
+            ["network", *_identity(source), self.data.identity, self.seed, *self.distribution.identity],
+        )
+        trainings = self.cache.trainings(key)
+
+        def make() -> dict[str, np.ndarray]:
+            model = make_reference(source, self.data, self.seed, trainings.next(), self.distribution)
+            return {str(place): weights for place, weights in enumerate(model.get_weights())}
+
+        weights = self.cache.arrays(key, "weights of a teacher", make)
+        trainings.forget()
+        tf_keras.backend.reset_uids()
+        model = copy_model(source.build(self.data, self.seed))
+        model.set_weights([weights[str(place)] for place in range(len(weights))])
+        return model
 
     def _of_stage(self, context: Context, stage: Stage, number: int, before: str) -> Context:
         """Return the context with the seed and the memory of the ``number``-th stage, given the key of what it gets."""

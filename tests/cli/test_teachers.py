@@ -76,3 +76,20 @@ def test_a_teachers_outputs_are_kept_for_other_runs(cli, tmp_path):
         assert code == 0, error
     kept = [entry.stages for entry in entries(tmp_path / "cache")]
     assert sorted(kept) == [(), ("distill",), ("distill",), ("teacher outputs of digits_cnn",)]
+
+
+def test_a_teacher_that_has_to_be_trained_is_trained_once(cli, tmp_path):
+    settings = (*SHORT, "data.train_limit=256", "strategy.distill.recovery.teachers=[digits_cnn]", "hydra.run.dir=out")
+
+    def made(*more: str) -> bytes:
+        code, _, error = cli(*settings, *more)
+        assert code == 0, error
+        return (tmp_path / "out" / "model.tflite").read_bytes()
+
+    anew = made("cache=off")
+    made("cache.dir=kept", "recovery.epochs=0.5")
+    # Another length of the recovery is another stage, with the same teacher.
+    assert made("cache.dir=kept") == anew
+    kept = [entry.stages for entry in entries(tmp_path / "kept")]
+    stages = [(), ("distill",), ("distill",)]
+    assert sorted(kept) == [*stages, ("teacher outputs of digits_cnn",), ("weights of a teacher",)]
