@@ -1,30 +1,25 @@
-"""Channel pruning: budgets, criteria against NumPy, rounding, steps, what an earlier stage established."""
+"""Channel pruning: criteria against NumPy, selection, what an earlier stage established."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from compress.candidate import Artifact, Candidate, Latency, Measurement
+from compress.candidate import Candidate
 from compress.data.digits import Digits
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.channels.groups import Channels
-from compress.graph.kernels import kernels
-from compress.graph.rewrite import copy_model, rewrite
+from compress.graph.rewrite import rewrite
 from compress.graph.selection import Rule, Selection
 from compress.metrics.counts import count_params
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.pruning.channels import PruneChannels
-from compress.strategies.pruning.measured import largest_share, measured_once
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.saliency import Evidence, criteria
 from compress.strategies.pruning.widths import written_channels
@@ -32,6 +27,7 @@ from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 from tests.graph.zoo import ZOO
+from tests.strategies.channel_networks import four_blocks, macs, one_block
 
 layers = tf_keras.layers
 
@@ -43,15 +39,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def model() -> tf_keras.Model:
-    tf_keras.utils.set_random_seed(0)
-    image = tf_keras.Input((8, 8, 1))
-    x = layers.Conv2D(16, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image))
-    y = layers.ReLU()(layers.BatchNormalization(name="norm")(layers.Conv2D(24, 3, padding="same", name="inner")(x)))
-    x = layers.ReLU()(layers.Add()([x, layers.Conv2D(16, 3, padding="same", name="outer")(y)]))
-    built = tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
-    rng = np.random.default_rng(0)
-    built.get_layer("norm").set_weights([rng.uniform(0.5, 2, 24), rng.normal(size=24) / 9, np.zeros(24), np.ones(24)])
-    return rewrite(built)
+    return one_block()
 
 
 @pytest.fixture
@@ -59,22 +47,9 @@ def context(data, model) -> Context:
     return Context("prune_channels", data, model, Recovery(method="none"), 0)
 
 
-def macs(model: tf_keras.Model) -> int:
-    return sum(k.macs for k in kernels(model))
-
-
-@pytest.mark.parametrize("ranking", ["global", "layer"])
-@pytest.mark.parametrize(("unit", "keep"), [("macs", 0.5), ("macs", 0.25), ("params", 0.5), ("channels", 0.5)])
-def test_a_budget_is_met_and_not_by_far(ranking, unit, keep, model, context):
-    result = PruneChannels(**{unit: keep}, ranking=ranking).apply(Candidate(model), context)
-    if unit == "channels":
-        left = sum(result.model.get_layer(name).output_shape[-1] for name in ("stem", "inner")) / 40
-    else:
-        count = {"macs": macs, "params": count_params}[unit]
-        left = count(result.model) / count(model)
-    assert keep - 0.07 <= left <= keep + 1e-9
-    assert result.measured["oracle_difference"] < 1e-5
-    assert result.model.get_layer("stem").output_shape == result.model.get_layer("outer").output_shape
+@pytest.fixture(scope="module")
+def deep() -> tf_keras.Model:
+    return four_blocks()
 
 
 def test_a_channel_that_does_nothing_goes_first(model, context):
@@ -136,23 +111,6 @@ def test_every_criterion_scores_every_unit_and_is_a_function_of_its_seed(name, m
     np.testing.assert_array_equal(*scores)
     result = PruneChannels(criterion=name).apply(Candidate(model), context)
     assert macs(result.model) <= 0.5 * macs(model)
-
-
-def test_round_to_leaves_multiples(model, context):
-    result = PruneChannels(macs=0.4, round_to=8).apply(Candidate(model), context)
-    assert [result.model.get_layer(name).output_shape[-1] % 8 for name in ("stem", "inner", "outer")] == [0, 0, 0]
-
-
-@pytest.mark.parametrize("criterion", ["l2", "reconstruction"])
-def test_what_rounding_leaves_of_the_budget_is_spent(criterion, deep, context):
-    budget = 0.7
-    result = PruneChannels(macs=budget, round_to=4, criterion=criterion, images=32).apply(Candidate(deep), context)
-    stem, *inner = (result.model.get_layer(name).filters for name in ("stem", *(f"inner{n}" for n in range(4))))
-    kept = result.measured["macs_kept"]
-    assert kept <= budget
-    assert all(width % 4 == 0 for width in (stem, *inner))
-    # No inner group may be wider: the multiply-adds of the two convolutions around it are linear in its width.
-    assert min(inner) == 8 or kept + 2 * 64 * 9 * stem * 4 / macs(deep) > budget
 
 
 def test_channels_of_steps_that_a_wrapper_calls_have_activations(context):
@@ -217,22 +175,6 @@ def test_only_cuts_what_is_selected(model, context):
         )
 
 
-def test_a_budget_out_of_reach_names_the_groups_and_what_was_reached(model, context):
-    with pytest.raises(CompressError) as caught:
-        PruneChannels(macs=0.01, most=0.5).apply(Candidate(model), context)
-    assert "inner" in caught.value.received
-    assert "0.01" in caught.value.received
-    assert "allow_partial" in caught.value.fix
-    result = PruneChannels(macs=0.01, most=0.5, allow_partial=True).apply(Candidate(model), context)
-    assert result.model.get_layer("inner").output_shape[-1] == 12
-
-
-def test_several_steps_reach_the_same_budget(model, context):
-    training = dataclasses.replace(context, recovery=Recovery(epochs=1, batch_size=32, learning_rate=1e-3))
-    result = PruneChannels(macs=0.5, steps=3).apply(Candidate(model), training)
-    assert 0.43 <= macs(result.model) / macs(model) <= 0.5
-
-
 def test_zeros_of_an_earlier_stage_are_cut_with_their_channels(model, context):
     pruned = Prune(sparsity=0.5).apply(Candidate(model), context)
     training = dataclasses.replace(context, recovery=Recovery(epochs=1, batch_size=32))
@@ -254,79 +196,6 @@ def test_a_model_without_anything_to_cut(context):
 def test_an_unknown_criterion_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="geometric_median"):
         PruneChannels(criterion="geometric_medium")
-
-
-def test_a_budget_in_bytes_is_that_of_the_exported_file(model, context, tmp_path):
-    def size(of: tf_keras.Model) -> int:
-        return export(Candidate(of), context.data, tmp_path / "model.tflite").path.stat().st_size
-
-    result = PruneChannels(bytes=0.6).apply(Candidate(model), context)
-    assert 0.5 <= size(result.model) / size(model) <= 0.6
-    with pytest.raises(CompressError, match="clamped: "):
-        PruneChannels(bytes=0.05).apply(Candidate(model), context)
-
-
-def test_a_budget_in_latency_asks_the_board(model, context):
-    asked: list[int] = []
-
-    def measure(artifacts: Sequence[Artifact]) -> list[Measurement]:
-        """A board whose time is what it has to read."""
-        (size,) = (artifact.path.stat().st_size for artifact in artifacts)
-        asked.append(size)
-        return [Measurement("board", Latency(size / 1e4, size / 1e4, size / 1e4, size / 1e4, 100, 1))]
-
-    result = PruneChannels(latency=0.8).apply(Candidate(model), dataclasses.replace(context, measure=measure))
-    assert 2 <= len(asked) <= 14
-    assert any(0.76 <= size / asked[0] <= 0.8 for size in asked)
-    assert macs(result.model) < 0.8 * macs(model)
-    for silent in (None, lambda artifacts: [Measurement("board", None, "it is switched off")]):
-        with pytest.raises(CompressError, match=r"no board|switched off"):
-            PruneChannels(latency=0.7).apply(Candidate(model), dataclasses.replace(context, measure=silent))
-
-
-def test_reconstruction_meets_a_budget_in_bytes(model, context, tmp_path):
-    def size(of: tf_keras.Model) -> int:
-        return export(Candidate(of), context.data, tmp_path / "model.tflite").path.stat().st_size
-
-    result = PruneChannels(bytes=0.8, criterion="reconstruction", images=64).apply(Candidate(model), context)
-    assert 0.65 <= size(result.model) / size(model) <= 0.8
-
-
-@example(0.0546875, 0.01171875, 0.5)
-@given(st.floats(0.05, 0.95), st.floats(0.0, 0.4), st.floats(0.5, 2.5))
-@settings(max_examples=500)
-def test_the_largest_share_is_found_in_a_few_probes(goal, fixed, power):
-    asked = []
-
-    def measured(share: float) -> float:
-        asked.append(share)
-        return fixed + (1 - fixed) * share**power
-
-    share, value = largest_share(measured, goal)
-    assert len(asked) <= 12
-    assert value == measured(share)
-    if measured(1e-3) < 0.9 * goal:
-        assert 0.85 * goal <= value <= goal
-
-
-def test_shares_that_leave_the_same_units_are_measured_once():
-    asked = []
-
-    def measure(stay: np.ndarray) -> float:
-        asked.append(int(stay.sum()))
-        return stay.mean()
-
-    share = measured_once(lambda share: np.arange(4) < int(4 * share), measure)
-    assert [share(x) for x in (0.5, 0.6, 0.55, 1.0)] == [0.5, 0.5, 0.5, 1.0]
-    assert asked == [2, 4]
-
-
-def test_the_board_says_what_widths_are_rounded_to(model, context):
-    board = dataclasses.replace(context, channel_multiple=8)
-    result = PruneChannels(macs=0.4).apply(Candidate(model), board)
-    assert [result.model.get_layer(name).output_shape[-1] % 8 for name in ("stem", "inner")] == [0, 0]
-    result = PruneChannels(channels=0.85, round_to=1).apply(Candidate(model), board)
-    assert [result.model.get_layer(name).output_shape[-1] % 8 for name in ("stem", "inner")] != [0, 0]
 
 
 @pytest.mark.parametrize("regularisation", ["group_lasso", "growing"])
@@ -361,41 +230,6 @@ def test_regularisation_needs_training(model, context):
         PruneChannels(regularisation="growing").apply(Candidate(model), context)
 
 
-@pytest.fixture(scope="module")
-def deep() -> tf_keras.Model:
-    """Four residual blocks; the branch of the third adds next to nothing."""
-    tf_keras.utils.set_random_seed(0)
-    image = tf_keras.Input((8, 8, 1))
-    x = layers.Conv2D(8, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image))
-    for number in range(4):
-        y = layers.Conv2D(8, 3, padding="same", activation="relu", name=f"inner{number}")(x)
-        x = layers.Add(name=f"sum{number}")([x, layers.Conv2D(8, 3, padding="same", name=f"outer{number}")(y)])
-    built = rewrite(tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x))))
-    built.get_layer("outer2").kernel.assign(built.get_layer("outer2").kernel * 0.01)
-    return built
-
-
-def test_the_block_whose_branch_adds_least_goes_as_a_whole(deep, context):
-    pruned = Prune(sparsity=0.5).apply(Candidate(deep), context)
-    result = PruneChannels(macs=0.76, blocks=True, images=64).apply(pruned, context)
-    names = {layer.name for layer in result.model.layers}
-    assert not names & {"inner2", "outer2", "sum2"}
-    assert {"inner0", "outer0"} <= names
-    assert 0.7 <= macs(result.model) / macs(deep) <= 0.76
-    assert result.measured["oracle_difference"] < 1e-5
-    assert result.measured["blocks_removed"] == 1
-    assert all(guarantee.layers <= names for guarantee in result.guarantees)
-    assert all(guarantee.check(result.model) == [] for guarantee in result.guarantees)
-    kept = PruneChannels(macs=0.6, images=64).apply(pruned, context)
-    assert "sum2" in {layer.name for layer in kept.model.layers}
-
-
-def test_where_a_block_is_enough_no_channel_goes(deep, context):
-    result = PruneChannels(macs=0.79, blocks=True, images=64).apply(Candidate(deep), context)
-    assert result.measured["blocks_removed"] == 1
-    assert {layer.filters for layer in result.model.layers if isinstance(layer, layers.Conv2D)} == {8}
-
-
 def test_reconstruction_tells_what_it_leaves_alone(deep, context):
     result = PruneChannels(macs=0.7, criterion="reconstruction", images=64).apply(Candidate(deep), context)
     reasons = {item.layer: item.reason for item in result.skipped}
@@ -425,71 +259,6 @@ def test_a_criterion_without_anything_to_look_at(deep, context):
         PruneChannels(criterion="gamma").apply(Candidate(deep), context)
 
 
-def test_a_share_of_the_channels_counts_those_of_the_blocks_that_go(deep, context):
-    result = PruneChannels(channels=0.6, blocks=True, images=64).apply(Candidate(deep), context)
-    widths = {x.name: x.filters for x in result.model.layers if isinstance(x, layers.Conv2D)}
-    left = sum(width for name, width in widths.items() if name.startswith(("stem", "inner")))
-    assert result.measured["blocks_removed"] >= 1
-    assert 0.5 <= left / 40 <= 0.6
-    assert result.measured["channels_kept"] == pytest.approx(left / 40)
-
-
-def test_blocks_that_are_not_selected_stay(deep, context):
-    chosen = dataclasses.replace(context, selection=Selection(skip=(Rule(name="outer2"),)))
-    result = PruneChannels(macs=0.6, blocks=True, images=64).apply(Candidate(deep), chosen)
-    assert "outer2" in {layer.name for layer in result.model.layers}
-
-
-def test_without_any_channel_the_block_goes(deep, context):
-    chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="inner[12]"),)))
-    pruned = Prune(sparsity=0.5).apply(Candidate(deep), context)
-    result = PruneChannels(channels=0).apply(pruned, chosen)
-    names = {layer.name for layer in result.model.layers}
-    assert not names & {"inner1", "outer1", "sum1", "inner2", "outer2", "sum2"}
-    assert {"inner0", "outer0", "sum0", "inner3"} <= names
-    assert result.measured["blocks_removed"] == 2
-    assert result.measured["oracle_difference"] < 1e-5
-    assert all(guarantee.layers <= names for guarantee in result.guarantees)
-    x = np.random.default_rng(0).uniform(0, 16, (8, 8, 8, 1)).astype(np.float32)
-    silent = copy_model(pruned.model)
-    for name in ("outer1", "outer2"):
-        silent.get_layer(name).set_weights([np.zeros_like(w) for w in silent.get_layer(name).get_weights()])
-    np.testing.assert_allclose(result.model(x), silent(x), rtol=1e-4, atol=1e-5)
-
-
-def test_of_blocks_inside_each_other_the_inner_one_goes(context):
-    image = tf_keras.Input((8, 8, 1))
-    start = layers.Conv2D(8, 3, padding="same", name="stem")(image)
-    x = layers.Conv2D(8, 3, padding="same", name="first")(start)
-    y = layers.Conv2D(8, 3, padding="same", activation="relu", name="inner")(x)
-    x = layers.Add(name="inner_sum")([x, layers.Conv2D(8, 3, padding="same", name="outer")(y)])
-    x = layers.Add(name="outer_sum")([start, layers.Conv2D(8, 3, padding="same", name="last")(x)])
-    nested = rewrite(tf_keras.Model(image, layers.Dense(10)(layers.GlobalAveragePooling2D()(x))))
-    chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="inner"),)))
-    names = {layer.name for layer in PruneChannels(channels=0).apply(Candidate(nested), chosen).model.layers}
-    assert not names & {"inner", "outer", "inner_sum"}
-    assert {"first", "last", "outer_sum"} <= names
-
-
-def test_channels_in_no_block_cannot_all_go(deep, context):
-    chosen = dataclasses.replace(context, selection=Selection(only=(Rule(name="stem"),)))
-    with pytest.raises(CompressError, match="channels inside a residual block"):
-        PruneChannels(channels=0).apply(Candidate(deep), chosen)
-    with pytest.raises(ValueError, match="channels=0"):
-        PruneChannels(channels=0, steps=2)
-    with pytest.raises(ValueError, match="round_to=8 only beside channels above 0"):
-        PruneChannels(channels=0, round_to=8)
-
-
-def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="reconstruction"):
-        PruneChannels(criterion="reconstruction", blocks=True)
-    with pytest.raises(ValueError, match=r"strength=1\.0 only beside a regularisation"):
-        PruneChannels(strength=1.0)
-    with pytest.raises(ValueError, match="one of macs"):
-        PruneChannels(bytes=0.5, macs=0.5)
-
-
 def test_fisher_is_the_mean_of_the_samples_squared_gradients(model, context):
     evidence = Evidence(Channels(model), context.data, 0, images=40)
     chosen = np.random.default_rng(0).permutation(len(context.data.train))[:40]
@@ -513,31 +282,6 @@ def test_labels_or_gradients_that_say_nothing_are_refused(criterion, model, cont
     dead.get_layer("logits").trainable = False
     with pytest.raises(CompressError, match="all the same"):
         PruneChannels(criterion=criterion).apply(Candidate(dead), context)
-
-
-def test_the_limit_of_a_group_holds_over_all_steps(model, context):
-    strategy = PruneChannels(macs=0.1, most=0.5, steps=3, allow_partial=True)
-    result = strategy.apply(Candidate(model), context)
-    assert result.model.get_layer("inner").output_shape[-1] == 12
-    assert result.model.get_layer("stem").output_shape[-1] == 8
-    assert result.measured["macs_kept"] == pytest.approx(macs(result.model) / macs(model))
-    with pytest.raises(CompressError, match="clamped"):
-        dataclasses.replace(strategy, allow_partial=False).apply(Candidate(model), context)
-
-
-def test_a_rounding_that_leaves_nothing_to_cut_is_named(model, context):
-    with pytest.raises(CompressError, match="multiples of 64"):
-        PruneChannels(macs=0.5, round_to=64).apply(Candidate(model), context)
-    with pytest.raises(CompressError, match="round_to"):
-        PruneChannels(macs=0.5, round_to=64, allow_partial=True).apply(Candidate(model), context)
-
-
-def test_blocks_where_there_are_none(model, context):
-    image = tf_keras.Input((8, 8, 1))
-    x = layers.Conv2D(8, 3, name="conv")(image)
-    plain = rewrite(tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x))))
-    with pytest.raises(CompressError, match="residual block"):
-        PruneChannels(blocks=True).apply(Candidate(plain), context)
 
 
 def test_a_pattern_clashes_with_a_cut():
