@@ -190,22 +190,38 @@ class StageCache:
         file = self.folder / MEASURED / f"{key}.json"
         with self.alone(key):
             try:
-                return json.loads(file.read_text())
+                return _checked(json.loads(file.read_text()))
             except FileNotFoundError:
                 pass
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
             found = make()
             partial = file.with_name(f"{PARTIAL}{key}-{uuid.uuid4().hex}")
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(json.dumps(found))
+                text = json.dumps(found)
+                partial.write_text(json.dumps({"digest": _text_digest(text), "value": text}))
                 partial.replace(file)
             except OSError as error:
                 _LOG.warning("not kept in the cache, so another run measures it anew: %s", error)
             finally:
                 remove_tree(partial)
             return found
+
+
+def _checked(kept: Mapping[str, str]) -> Any:
+    """Return the value that was kept.
+
+    Raises:
+        ValueError: if it is another than was written.
+    """
+    if _text_digest(kept["value"]) != kept["digest"]:
+        raise ValueError("its digest is that of other content")
+    return json.loads(kept["value"])
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write(folder: Path, entry: Entry) -> None:

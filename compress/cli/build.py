@@ -95,6 +95,7 @@ def make_plan(config: DictConfig) -> Plan:
     """
     plain = to_plain(config)
     _check_shape(plain)
+    _refuse_unread_budget(config, plain["budget"])
     _recovery(plain["recovery"], "recovery")
     model = construct(ModelSource, plain["model"], "model")
     model.origin()
@@ -125,6 +126,20 @@ def make_plan(config: DictConfig) -> Plan:
             },
         ),
     )
+
+
+def _refuse_unread_budget(config: DictConfig, budget: Mapping[str, Any]) -> None:
+    """Refuse a budget that no stage keeps to."""
+    stages = str(OmegaConf.to_container(config.strategy, resolve=False))
+    for key, value in budget.items():
+        if value is not None and f"${{budget.{key}}}" not in stages:
+            raise CompressError(
+                f"budget.{key}",
+                expected="null: no stage of the pipeline reads it",
+                received=repr(value),
+                fix="Write strategy=auto, which keeps to it; or give a stage an amount of its own, such as "
+                "strategy.prune_channels.bytes=0.5.",
+            )
 
 
 def _check_shape(plain: Mapping[str, Any]) -> None:

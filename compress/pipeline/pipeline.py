@@ -164,7 +164,8 @@ class Pipeline:
         shutil.copyfile(artifact.path, first.path)
         for number, stage in enumerate(self.stages, start=1):
             code = code_digest(type(stage.strategy))
-            own = self._of_stage(context, stage, number, key)
+            # What the first stage measures of the reference is the same for any board.
+            own = self._of_stage(context, stage, number, key if number > 1 else self._reference_key())
             others = [
                 _identity(source) for source in self.networks.of(stage.recovery.teachers, stage.strategy.models())
             ]
@@ -203,9 +204,9 @@ class Pipeline:
             folder: where the reference's files go.
         """
         self.cache.open()
-        reference, baseline, _, key = self._reference(folder)
+        reference, baseline, *_ = self._reference(folder)
         data = self.data.fitted_to(reference.model, f"model {reference.model.name}")
-        context = self._of_stage(self._context(reference.model, data), stage, 1, key)
+        context = self._of_stage(self._context(reference.model, data), stage, 1, self._reference_key())
         own = context.for_stage(stage.name, selection=stage.selection, recovery=stage.recovery)
         return reference, baseline, own
 
@@ -219,6 +220,7 @@ class Pipeline:
             seed=self.seed,
             strict=self.strict,
             measure=self.board.measure_all,
+            board=digest_of(self._board()),
             channel_multiple=self.board.channel_multiple,
             keep=self.cache.arrays,
             other_model=functools.cache(lambda name: self.networks.teacher(name, reference, self.data, self._trained)),
@@ -248,26 +250,26 @@ class Pipeline:
 
     def _of_stage(self, context: Context, stage: Stage, number: int, before: str) -> Context:
         """Return the context with the seed and the memory of the ``number``-th stage, given the key of what it gets."""
-        start = [before, code_digest(type(stage.strategy)), self.seed, number]
+        start = [before, code_digest(type(stage.strategy)), self.seed, number, self.board.channel_multiple]
 
         def remember(name: str, settings: Sequence[Any], measure: Callable[[], Any]) -> Any:
             return self.cache.remembered(digest_of([*start, stage.name, name, *settings]), measure)
 
         return dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
 
-    def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
-        origin = self.model.origin()
-        key = digest_of(
-            [
-                "reference",
-                *_identity(self.model),
-                self.data.identity,
-                # A file's weights do not depend on the seed, so neither does the baseline.
-                self.seed if origin.schedule is not None else None,
-                dataclasses.asdict(self.board),  # type: ignore[call-overload]
-                *self.distribution.identity,
-            ]
+    def _board(self) -> list[Any]:
+        return [type(self.board).__qualname__, dataclasses.asdict(self.board)]  # type: ignore[call-overload]
+
+    def _reference_key(self) -> str:
+        """Return a digest of what makes the reference model."""
+        # A file's weights do not depend on the seed, so neither does the baseline.
+        seed = self.seed if self.model.origin().schedule is not None else None
+        return digest_of(
+            ["reference", *_identity(self.model), self.data.identity, seed, *self.distribution.identity],
         )
+
+    def _reference(self, folder: Path) -> tuple[Candidate, StageResult, Artifact, str]:
+        key = digest_of([self._reference_key(), *self._board()])
 
         def make(trainings: Trainings) -> tuple[Candidate, StageResult]:
             model = make_reference(self.model, self.data, self.seed, trainings.next(), self.distribution)

@@ -37,7 +37,8 @@ class Option:
 def choose(options: Sequence[Sequence[Option]], budgets: Sequence[float]) -> list[int] | None:
     """Return which option each layer takes: the least sum of errors whose costs add up to at most the budgets.
 
-    None if there is no such choice. Solved exactly, as a program in one binary variable for each option.
+    None if there is no such choice. Solved exactly, as a program in one binary variable for each option; after a minute
+    the best choice that was found by then is taken.
 
     Args:
         options: of each layer.
@@ -291,13 +292,11 @@ class Allocator:
         near: Mapping[str, Combination] | None = None,
     ) -> Allocation | None:
         """Solve the program; with ``weights`` the objective is the costs times these, and nothing is limited."""
-        names, options = (
-            self._single,
-            [
-                [Option(float(e), tuple(self._given(c, limits))) for e, c in zip(u.errors, u.costs, strict=True)]
-                for u in self._units
-            ],
-        )
+        names = self._single
+        options = [
+            [Option(float(e), tuple(self._given(c, limits))) for e, c in zip(u.errors, u.costs, strict=True)]
+            for u in self._units
+        ]
         base_bytes, base_time = self.bytes_of(near or {}), self.milliseconds_of(near or {})
         fixed = [self.way.rest_bytes] if limits.bytes is not None else []
         fixed += [self.way.rest_milliseconds] if limits.milliseconds is not None else []

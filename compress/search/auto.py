@@ -14,16 +14,16 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Effect, Guarantee
+from compress.candidate import Candidate, Effect, Guarantee, Skipped
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.accuracy import file_accuracy
 from compress.search.allocation import Allocation, Allocator, Limits
 from compress.search.realise import realise, table
-from compress.search.sensitivity import measure_sensitivity
+from compress.search.sensitivity import Sensitivity, measure_sensitivity
 from compress.search.stored import measure_files
 from compress.search.technique import Technique
-from compress.search.ways import measure_ways
+from compress.search.ways import measure_ways, storages
 from compress.strategies.strategy import Context, Strategy
 
 _LOG = logging.getLogger("compress")
@@ -32,6 +32,8 @@ _STEP = 1.005
 """How much more than measured is expected next where a file was too large or too slow."""
 _NEAR = 0.97
 """A file that takes this part of a budget has used it."""
+_NOISE = 1.02
+"""Two files of one structure take as long as each other, but for this."""
 _TRAINING_MARGIN = 0.9
 """Part of the budget of bytes that is aimed at where training follows: it changes how well levels can be coded."""
 
@@ -100,6 +102,7 @@ class Auto(Strategy):
         aim = limits
         if context.recovery.trains and self.bytes is not None:
             aim = Limits(self.bytes * _TRAINING_MARGIN, self.latency_ms)
+        stores = storages(candidate, self.techniques, context, limits)
         sensitivity = measure_sensitivity(candidate, self.techniques, context, self.images)
         if all(probe.refused is not None for probe in sensitivity.probes):
             reasons = dict.fromkeys(f"{p.technique}: {p.refused}" for p in sensitivity.probes)
@@ -109,23 +112,29 @@ class Auto(Strategy):
                 received=f"none ({'; '.join(list(reasons)[:3])})",
                 fix="Add techniques, or leave the stage out.",
             )
-        ways = measure_ways(candidate, sensitivity, self.techniques, context, limits)
+        ways = measure_ways(candidate, sensitivity, self.techniques, stores, context, limits)
         layers, probes, pairs = sensitivity.layers, sensitivity.probes, sensitivity.pairs
         allocators = [Allocator(layers, probes, self.techniques, way, pairs) for way in ways]
-        found, allocator, result = self._within(candidate, allocators, aim, context)
+        best = self._within(candidate, allocators, aim, limits, context)
+        found, allocator, result = best.allocation, best.allocator, best.candidate
         if context.recovery.trains:
             result = realise(candidate, found, self.techniques, context, trains=True)
-        self._check(result, context)
+            self._check_costs(best, result, limits, context)
+        self._check_accuracy(result, context)
+        unused = _unused(sensitivity, self.techniques)
         expected = dict(zip(_units(limits), found.costs, strict=True))
         return result.evolve(
+            skipped=(*result.skipped, *unused),
             allocation=table(found, allocator),
             measured={"expected_divergence": found.divergence, **{f"expected_{k}": v for k, v in expected.items()}},
         )
 
     def _within(
-        self, candidate: Candidate, allocators: Sequence[Allocator], limits: Limits, context: Context
-    ) -> tuple[Allocation, Allocator, Candidate]:
+        self, candidate: Candidate, allocators: Sequence[Allocator], limits: Limits, given: Limits, context: Context
+    ) -> _Built:
         """Return the best allocation whose file, as built without training, keeps to the limits.
+
+        ``given``: the limits without room for the training, for what takes least.
 
         Raises:
             CompressError: if there is none, saying what the least is.
@@ -157,9 +166,9 @@ class Auto(Strategy):
             least = [(a.cheapest(limits), a) for a in allocators]
             found, allocator = min(least, key=lambda item: max(_shares(item[0].costs, limits)))
             best = self._built(candidate, found, allocator, limits, context)
-            if best.share > 1:
-                raise self._out_of_reach(best, limits)
-        return best.allocation, best.allocator, best.candidate
+            if max(_shares(best.costs, given)) > 1:
+                raise self._out_of_reach(best, given)
+        return best
 
     def _built(
         self, candidate: Candidate, found: Allocation, allocator: Allocator, limits: Limits, context: Context
@@ -175,18 +184,35 @@ class Auto(Strategy):
         units = _units(limits)
         reached = [f"{unit}={_number(cost, unit)}" for unit, cost in zip(units, least.costs, strict=True)]
         given = [f"{unit}={_number(limit, unit)}" for unit, limit in zip(units, limits.given, strict=True)]
-        room = " (with room for the training)" if limits.bytes is not None and limits.bytes != self.bytes else ""
         return CompressError(
             "budget",
             expected=f"at least {', '.join(reached)}, the file with every layer at its cheapest level, as measured",
-            received=f"{', '.join(given)}{room}",
+            received=", ".join(given),
             fix=f"Allow more, or add levels or techniques, e.g. techniques.lowrank.ranks=[0.5,0.25,0.125] "
             f"(now: {', '.join(technique.name for technique in self.techniques)}).",
         )
 
-    def _check(self, result: Candidate, context: Context) -> None:
-        """Refuse a file that is too large after the training, or has lost too much."""
-        if self.bytes is not None and context.recovery.trains:
+    def _check_costs(self, built: _Built, result: Candidate, limits: Limits, context: Context) -> None:
+        """Refuse a file that is too large or slow after the training.
+
+        Its time is that of the file before, as it was measured, times how much longer it takes with both in turns.
+        """
+        if limits.milliseconds is not None:
+            with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
+                data, names = context.data, ("before.tflite", "after.tflite")
+                files = [
+                    export(c, data, Path(folder, n)) for c, n in zip((built.candidate, result), names, strict=True)
+                ]
+                before, after = context.median_latencies(files, "latency_ms")
+            time = built.costs[-1] * after / before
+            if time > limits.milliseconds * _NOISE:
+                raise CompressError(
+                    "budget.latency_ms",
+                    expected=f"at most {limits.milliseconds:.4g} ms after the training, too",
+                    received=f"{time:.4g}: what `trained` makes of a technique is slower than what it stands for",
+                    fix=f"Aim lower, budget.latency_ms={limits.milliseconds**2 / time:.4g}, or leave `trained` out.",
+                )
+        if self.bytes is not None:
             size, _ = measure_files(result, context, latency=False)
             if size > self.bytes:
                 raise CompressError(
@@ -196,6 +222,9 @@ class Auto(Strategy):
                     fix=f"Aim lower, budget.bytes={int(self.bytes * self.bytes / size * 0.99)}, and the file will be "
                     f"near {self.bytes:,}.",
                 )
+
+    def _check_accuracy(self, result: Candidate, context: Context) -> None:
+        """Refuse a file that has lost too much."""
         if self.accuracy_drop is None:
             return
         with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
@@ -222,6 +251,17 @@ class _Built:
     candidate: Candidate
     costs: tuple[float, ...]
     share: float
+
+
+def _unused(sensitivity: Sensitivity, techniques: Sequence[Technique]) -> list[Skipped]:
+    """Return the techniques that no layer takes at any level, and why."""
+    found = []
+    for technique in techniques:
+        probes = [probe for probe in sensitivity.probes if probe.technique == technique.name]
+        reasons = dict.fromkeys(probe.refused for probe in probes if probe.refused is not None)
+        if all(probe.refused is not None for probe in probes):
+            found.append(Skipped(f"techniques.{technique.name}", f"no layer takes it: {next(iter(reasons), 'none')}"))
+    return found
 
 
 def _shares(costs: Sequence[float], limits: Limits) -> list[float]:

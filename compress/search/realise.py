@@ -37,10 +37,10 @@ def realise(
     )
     skipped: list[Skipped] = []
     for technique in sorted(early, key=lambda t: t.kind):
-        for made in _stages(result, candidate, allocation, technique, trains=trains):
+        for made in _stages(result, allocation, technique, trains=trains):
             result = _applied(made, result, context)
             skipped += result.skipped
-    makes = {t.name: _stages(result, candidate, allocation, t, trains=trains) for t in late}
+    makes = {t.name: _stages(result, allocation, t, trains=trains) for t in late}
     learning = sum(_learns(stage) for stages in makes.values() for stage in stages)
     if trains and (early or not learning):
         share = _FLOAT_SHARE if learning else 1.0
@@ -82,9 +82,7 @@ def _levels(allocation: Allocation, technique: Technique) -> dict[Value, list[st
     return found
 
 
-def _stages(
-    now: Candidate, before: Candidate, allocation: Allocation, technique: Technique, *, trains: bool
-) -> list[Stage]:
+def _stages(now: Candidate, allocation: Allocation, technique: Technique, *, trains: bool) -> list[Stage]:
     """Return the technique's stages on what stands in the place of the layers by now."""
     places = _places(now, list(allocation.chosen))
     chosen: Mapping[Value, list[str]] = {

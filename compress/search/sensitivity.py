@@ -185,7 +185,8 @@ class _Bench:
         held_out = context.data.validation.take(images)
         self.images = len(held_out)
         self.costs = costs_of(candidate, list(weighted_layers(candidate.model)))
-        self._candidate, self._layers = candidate, layers
+        self.layers = layers
+        self._candidate = candidate
         self._context = context
         self._x, self._y = held_out.x.astype(np.float32), held_out.y
         unlabelled = context.for_stage(context.stage, data=replace(context.data, train=held_out))
@@ -236,12 +237,14 @@ class _Bench:
             return {}
         alive, made = one.alive, other.changed
         if values[0].strategy.stores is None:
-            made = self._apply(*values, self._layers, one.changed)
+            made = self._apply(*values, self.layers, one.changed)
         grids = grids_by_name(made)
         left = {
             layer: sum(as_stored(made, k, grids, alive[k.name])[1] for k in found)
-            for layer, found in kernels_by_origin(made.model, self._layers).items()
-            if found and all(k.name in alive and alive[k.name].shape == k.value.shape for k in found)
+            for layer, found in kernels_by_origin(made.model, list(self.costs)).items()
+            if layer in self.layers
+            and found
+            and all(k.name in alive and alive[k.name].shape == k.value.shape for k in found)
         }
         return {layer: size / self.costs[layer].bytes for layer, size in left.items()}
 
@@ -265,9 +268,9 @@ class _Bench:
     def _together(self, technique: Technique, value: Value) -> _Spliced | CompressError | None:
         """Return the weights of all layers at a level; why it is refused; None if the shapes are others."""
         try:
-            changed = self._apply(technique, value, self._layers)
+            changed = self._apply(technique, value, self.layers)
         except CompressError as error:
-            return error if len(self._layers) == 1 else None
+            return error if len(self.layers) == 1 else None
         for base in (copy_model(self._candidate.model), fold_batch_norm(self._candidate.model)):
             if same_shapes(base, changed.model):
                 return _Spliced(self, technique, value, base, changed)
@@ -278,7 +281,7 @@ class _Bench:
             changed = self._apply(technique, value, [layer])
         except CompressError as error:
             return _refusal(technique, value, layer, error)
-        divergence, change = self.loss(with_stored_values(changed, {layer}))
+        divergence, change = self.loss(with_stored_values(changed, {layer}, list(self.costs)))
         left = {
             n: sum(k.macs for k in found) for n, found in kernels_by_origin(changed.model, list(self.costs)).items()
         }
@@ -301,7 +304,7 @@ class _Spliced:
 
     @functools.cached_property
     def _stored(self) -> Candidate:
-        return self.changed.evolve(model=with_stored_values(self.changed, set(self.bench._layers)))
+        return self.changed.evolve(model=with_stored_values(self.changed, self.bench.layers, list(self.bench.costs)))
 
     @functools.cached_property
     def alive(self) -> dict[str, np.ndarray]:
@@ -358,15 +361,18 @@ def _refusal(technique: Technique, value: Value, layer: str, error: CompressErro
     return Probe(layer, technique.name, technique.field, value, " ".join(reason.split())[:300])
 
 
-def with_stored_values(candidate: Candidate, layers: set[str]) -> tf_keras.Model:
-    """Return the model with the values that the file will hold of the kernels in the place of ``layers``."""
+def with_stored_values(candidate: Candidate, layers: Collection[str], originals: Sequence[str]) -> tf_keras.Model:
+    """Return the model with the values that the file will hold of the kernels in the place of ``layers``.
+
+    ``originals``: all layers with kernels that there were: names begin alike.
+    """
     grids, model = grids_by_name(candidate), candidate.model
     if candidate.storage.scheme == "float32":
         return model
     model = copy_model(model)
     copied = candidate.evolve(model=model)
-    for found in kernels_by_origin(model, sorted(layers)).values():
-        for kernel in found:
+    for layer, found in kernels_by_origin(model, originals).items():
+        for kernel in found if layer in layers else ():
             getattr(kernel.layer, kernel.attribute).assign(as_stored(copied, kernel, grids)[0])
     return model
 

@@ -36,14 +36,46 @@ class _Narrower:
     candidate: Candidate
 
 
+def storages(
+    candidate: Candidate, techniques: Sequence[Technique], context: Context, limits: Limits
+) -> list[Technique | None]:
+    """Return who decides how weights are written: nobody (floats), or a technique.
+
+    With a limit in milliseconds those whose files the board times; this is asked before anything takes long.
+
+    Raises:
+        CompressError: if the board times none of them.
+    """
+    every = [None, *(technique for technique in techniques if technique.strategy.stores is not None)]
+    if limits.milliseconds is None:
+        return every
+    found, reasons = [], []
+    for technique in every:
+        storage = Storage() if technique is None else Storage(technique.strategy.stores or "float32")
+        try:
+            measure_files(candidate.evolve(storage=storage), context, latency=True)
+            found.append(technique)
+        except CompressError as error:
+            reasons.append(f"{technique.name if technique is not None else 'floats'}: {error.received}")
+    if not found:
+        raise CompressError(
+            "budget.latency_ms",
+            expected="a board that gives the latency of the model's file",
+            received="; ".join(reasons),
+            fix="Choose another board, or give budget.bytes instead.",
+        )
+    return found
+
+
 def measure_ways(
     candidate: Candidate,
     sensitivity: Sensitivity,
     techniques: Sequence[Technique],
+    stores: Sequence[Technique | None],
     context: Context,
     limits: Limits,
 ) -> list[Way]:
-    """Return the ways to write the model's file: floats, and each technique of storage on all layers that it takes.
+    """Return the ways to write the model's file: as each of ``stores`` writes all layers that it takes.
 
     With a limit in milliseconds the board measures each of these files, and in turns with it what it becomes by each
     level of each structural technique on the layers of a resolution: multiply-adds say little about what is saved by
@@ -53,11 +85,10 @@ def measure_ways(
         CompressError: if the board gives no latency.
     """
     structural = [technique for technique in techniques if technique.kind is Kind.STRUCTURE]
-    stores = [technique for technique in techniques if technique.strategy.stores is not None]
     narrower = functools.cache(lambda: _narrower(candidate, sensitivity, structural, context))
     levels = [technique.config(value) for technique in structural for value in technique.levels]
     found = []
-    for technique in (None, *stores):
+    for technique in stores:
         made: Candidate | None = candidate
         if technique is not None:
             made = _applied(candidate, sensitivity, technique, next(iter(technique.levels)), context)
@@ -70,7 +101,7 @@ def measure_ways(
             continue
         own = technique.config(next(iter(technique.levels))) if technique is not None else None
         make = functools.partial(_measured, made, narrower, context, stored=technique is not None)
-        known = context.remember("latency of levels", [own, levels, list(sensitivity.layers)], make)
+        known = context.remember("latency of levels", [context.board, own, levels, list(sensitivity.layers)], make)
         found.append(_way(technique, rest, sensitivity, known))
     return found
 
@@ -88,6 +119,9 @@ def _way(technique: Technique | None, rest_bytes: float, sensitivity: Sensitivit
         largest[name] = max(largest[name], rate)
     total = max(sum(cost.macs for cost in layers.values()), 1)
     times = {name: whole * cost.macs / total * largest.get(name, 1.0) for name, cost in layers.items()}
+    # Noise must not make the rest of the file take less than no time.
+    most = whole / max(sum(times.values()), whole)
+    times = {name: time * most for name, time in times.items()}
     saving = {key: rate / largest[key[2]] for key, rate in rates.items() if largest[key[2]]}
     return Way(technique, rest_bytes, times, whole - sum(times.values()), saving)
 

@@ -63,8 +63,10 @@ class Context:
     remember: Callable[[str, Sequence[Any], Callable[[], Any]], Any] = _anew
     """Returns what the callable makes, in JSON's types; what it made before for the same name, settings and candidate.
 
-    For measurements that runs with other budgets share.
+    For measurements that runs with other budgets and boards share: what a board says is kept under ``board``, too.
     """
+    board: str = ""
+    """A digest of what the board is."""
     channel_multiple: int = 1
     """The board computes as long for fewer channels than the next multiple of this."""
     keep: Keep = keep_nothing
@@ -183,7 +185,10 @@ class Context:
         found = [] if self.measure is None else self.measure(artifacts)
         costs = [measurement.cost_ms for measurement in found if measurement.cost_ms is not None]
         if not found or len(costs) < len(found):
-            failure = next((f"{one.board}: {one.failure}" for one in found if one.cost_ms is None), "no board")
+            failure = next(
+                (f"{one.board}: {one.failure or 'it gives no time'}" for one in found if one.cost_ms is None),
+                "no board",
+            )
             raise CompressError(
                 f"strategy.{self.stage}.latency",
                 expected="a board that measures latency",

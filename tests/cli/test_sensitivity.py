@@ -95,3 +95,13 @@ def test_a_wrong_budget_is_refused_before_anything_runs(cli, overrides, said):
     assert code == 2
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "overrides", [["strategy=prune"], ["strategy=none"], ["strategy=auto", "strategy.auto.bytes=60000"]]
+)
+def test_a_budget_that_no_stage_reads_is_refused(cli, overrides):
+    code, _, err = cli(*overrides, "budget.bytes=70000")
+    assert code == 2
+    assert "budget.bytes" in err
+    assert "no stage of the pipeline reads it" in err

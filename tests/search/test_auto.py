@@ -186,6 +186,35 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(model, context, whole):
     assert size_of(search(bytes=int(least * 1.05)).apply(Candidate(model), context), context) <= 1.05 * least
 
 
+def test_a_file_that_keeps_to_the_budget_without_room_to_spare_is_tried(model, data, memory, whole):
+    """Training is given room, but what fits is not refused for the lack of it."""
+    context = context_of(model, data, memory, epochs=0.02)
+    few = {"quantize": {"bits": [4], "trained": "qat"}}
+    with pytest.raises(CompressError) as caught:
+        search(few, bytes=100).apply(Candidate(model), context)
+    assert caught.value.received == "bytes=100"
+    least = int(caught.value.expected.partition("bytes=")[2].partition(",")[0])
+    result = search(few, bytes=int(1.04 * least)).apply(Candidate(model), context)
+    assert size_of(result, context) <= 1.04 * least
+
+
+def test_techniques_that_no_layer_takes_are_told(model, context, whole):
+    chosen = {"prune": {"sparsity": [0.9]}, "lowrank": {"ranks": [0.99]}}
+    result = search(chosen, bytes=int(0.6 * whole)).apply(Candidate(model), context)
+    assert [item.layer for item in result.skipped if item.layer.startswith("techniques.")] == ["techniques.lowrank"]
+
+
+def test_a_latency_that_training_spoils_is_an_error(model, data, memory):
+    """What stands for the level where there is training keeps most channels."""
+    context = context_of(model, data, memory, epochs=0.01)
+    kept = {"ranking": "layer", "most": 0.1, "allow_partial": True}
+    chosen = {"channels": [0.5], "ranking": "layer", "trained": kept}
+    before = measure_files(Candidate(model), context, latency=True)[1]
+    with pytest.raises(CompressError, match="after the training, too") as caught:
+        search({"prune_channels": chosen}, latency_ms=0.6 * before).apply(Candidate(model), context)
+    assert caught.value.where == "budget.latency_ms"
+
+
 def test_a_drop_that_is_exceeded_is_an_error_with_both_numbers(model, context, whole):
     few = {"prune": {"sparsity": [0.97]}}
     with pytest.raises(CompressError, match=r"at most 1 points below .* points below") as caught:

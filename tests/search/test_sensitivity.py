@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tf_keras
 
 from compress.cache.store import StageCache
 from compress.candidate import Candidate
@@ -211,3 +212,21 @@ def test_what_is_no_technique_is_refused(chosen, where, said):
     assert caught.value.where == where
     assert said in str(caught.value)
     assert Path(where).name
+
+
+def test_a_layer_is_not_taken_for_others_whose_names_begin_like_its_own(data):
+    """As Keras names them: conv2d, conv2d_1."""
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((8, 8, 1))
+    x = tf_keras.layers.Conv2D(4, 3, name="conv2d")(image)
+    x = tf_keras.layers.Conv2D(32, 3, name="conv2d_1")(x)
+    x = tf_keras.layers.Dense(10, name="logits")(tf_keras.layers.Flatten()(x))
+    model = tf_keras.Model(image, x)
+    chosen = techniques(prune={"sparsity": [0.5]}, share={"clusters": [8]})
+    whole = measure_sensitivity(Candidate(model), chosen, context_of(model, data), IMAGES)
+    only = context_of(model, data).for_stage("auto", selection=Selection(only=(Rule(name="conv2d"),)))
+    alone = measure_sensitivity(Candidate(model), chosen, only, IMAGES)
+    (pair,) = alone.pairs
+    (same,) = [pair for pair in whole.pairs if pair.layer == "conv2d"]
+    assert pair.bytes_kept == pytest.approx(same.bytes_kept)
+    assert pair.bytes_kept < 1

@@ -10,12 +10,13 @@ import tf_keras
 
 from compress.candidate import Artifact, Candidate, Latency, Measurement
 from compress.deploy.tflite import export
+from compress.errors import CompressError
 from compress.metrics.tflite_file import TFLiteFile
 from compress.search.allocation import Allocator, Limits
 from compress.search.auto import Auto
 from compress.search.sensitivity import measure_sensitivity
 from compress.search.technique import layers_by_resolution, weighted_layers
-from compress.search.ways import measure_ways
+from compress.search.ways import measure_ways, storages
 from tests.search.toys import Memory, context_of, small_data, techniques
 
 layers = tf_keras.layers
@@ -78,7 +79,7 @@ def test_expected_times_are_those_that_the_board_takes(model, context):
     chosen = techniques(**NARROWER)
     candidate = Candidate(model)
     found = measure_sensitivity(candidate, chosen, context, 30)
-    (way,) = measure_ways(candidate, found, chosen, context, Limits(None, 1.0))
+    (way,) = measure_ways(candidate, found, chosen, [None], context, Limits(None, 1.0))
     allocator = Allocator(found.layers, found.probes, chosen, way)
     probes = {(p.layer, p.value): p for p in found.probes if p.refused is None}
 
@@ -93,6 +94,55 @@ def test_expected_times_are_those_that_the_board_takes(model, context):
     assert whole - expected(("first2", 0.5)) == pytest.approx(PART)
     assert whole - expected(("first3", 0)) == pytest.approx(2 * PART)
     assert whole - expected(("first1", 0), ("first2", 0.5), ("first3", 0)) == pytest.approx(5 * PART)
+
+
+def test_a_noisy_board_leaves_no_layer_with_less_than_no_time(model, context):
+    """Every narrower file takes next to nothing, as if all layers took several times what the whole file does."""
+    chosen = techniques(**NARROWER)
+    candidate = Candidate(model)
+    found = measure_sensitivity(candidate, chosen, context, 30)
+
+    def noisy(artifacts: Sequence[Artifact]) -> list[Measurement]:
+        times = [1.0, *(0.01 for _ in artifacts[1:])]
+        return [Measurement("noisy", Latency(time, None, None, time, 100, 1)) for time in times]
+
+    context = context_of(model, context.data).for_stage("auto", measure=noisy)
+    (way,) = measure_ways(candidate, found, chosen, [None], context, Limits(None, 1.0))
+    assert way.rest_milliseconds >= -1e-9
+    assert sum(way.times.values()) + way.rest_milliseconds == pytest.approx(1.0)
+    assert min(Allocator(found.layers, found.probes, chosen, way).cheapest(Limits(None, 1.0)).costs) >= -1e-9
+
+
+def integers_only(artifacts: Sequence[Artifact]) -> list[Measurement]:
+    found = []
+    for artifact in artifacts:
+        floats = any(stored.dtype == np.float32 for _, stored in TFLiteFile.read(artifact.path).weighted)
+        time = Latency(1.0, None, None, 1.0, 100, 1)
+        found.append(Measurement("npu", None, "floats") if floats else Measurement("npu", time))
+    return found
+
+
+def test_a_way_that_the_board_does_not_run_is_left_out(model, context):
+    chosen = techniques(quantize={"bits": [8]})
+    context = context_of(model, context.data).for_stage("auto", measure=integers_only)
+    assert [way and way.name for way in storages(Candidate(model), chosen, context, Limits(None, 1.0))] == ["quantize"]
+    result = Auto(latency_ms=1.0, techniques=chosen, images=30).apply(Candidate(model), context)
+    assert {row.chosen for row in result.allocation} == {("quantize bits=8",)}
+
+
+@pytest.mark.parametrize("failure", [None, "it is switched off"])
+def test_a_board_without_times_is_refused_before_anything_is_measured(failure, model, context):
+    memory = Memory()
+
+    def silent(artifacts: Sequence[Artifact]) -> list[Measurement]:
+        return [Measurement("microcontroller", None, failure) for _ in artifacts]
+
+    context = context_of(model, context.data, memory).for_stage("auto", measure=silent)
+    search = Auto(latency_ms=1.0, techniques=techniques(**NARROWER), images=30)
+    with pytest.raises(CompressError, match=failure or "gives no time") as caught:
+        search.apply(Candidate(model), context)
+    assert caught.value.where == "budget.latency_ms"
+    assert memory.made == 0
 
 
 def test_what_saves_no_time_is_left_alone(model, context, tmp_path):
