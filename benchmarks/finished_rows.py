@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.cli.experiment import machine, provenance
+from compress.tracking.report import versions
+
 Row = dict[str, Any]
 _MARK = "ROW "
 
@@ -31,6 +34,7 @@ class FinishedRows:
 
     def add_all(self, rows: Sequence[Row]) -> None:
         """Keep rows that belong together and write the page anew."""
+        rows = [{"commit": versions()["commit"], **row} for row in rows]
         self._rows.extend(rows)
         with self._file.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -40,6 +44,13 @@ class FinishedRows:
     def write_page(self) -> None:
         """Write ``results/<name>.md``."""
         self._page_file.write_text(self._page(self._rows))
+
+
+def made(command: str, seeds: Sequence[int | str], rows: Sequence[Row]) -> list[str]:
+    """Return the lines that say how a page was made, with the commits that its rows were made at."""
+    commits = dict.fromkeys(str(row["commit"]) for row in rows if "commit" in row)
+    lines = provenance(command, seeds, machine())
+    return [f"- commit: {', '.join(commits)}" if commits and line.startswith("- commit:") else line for line in lines]
 
 
 def hand_over(row: Row) -> None:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.cli.experiment import machine, provenance
+
 SWEEP = (
     "strategy=lowrank,lowrank+prune,lowrank+prune+quantize,prune+share",
     "recovery.epochs=20",
@@ -164,9 +166,8 @@ def main() -> int:
         "|---|---|---|",
         *rows,
         "",
-        f"Command: `python benchmarks/kill_and_resume.py --kills {given.kills} --seed {given.seed}`; "
-        f"the sweep: `{' '.join(given.overrides)}`, {alone:.0f} s undisturbed.",
-        "",
+        f"The sweep: `{' '.join(given.overrides)}`, {alone:.0f} s undisturbed.",
+        *provenance(f"python benchmarks/kill_and_resume.py --kills {given.kills}", [given.seed], machine()),
     ]
     if given.output is not None:
         given.output.write_text("\n".join(lines))

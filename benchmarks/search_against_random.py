@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from finished_rows import FinishedRows, Row
+from finished_rows import FinishedRows, Row, made
 
 from compress.cli.experiment import machine
 from compress.search.trial import metrics_of_report
@@ -117,7 +117,7 @@ def page(rows: list[Row]) -> str:
         f"Fixed: `{' '.join(FIXED)}`. Hypervolumes are counted from no accuracy and from the baseline's bytes and"
     ]
     lines += ["latency, in units of the baseline's values. Accuracies are the file's on 2,000 test images."]
-    lines += ["", "Command: `python benchmarks/search_against_random.py`.", ""]
+    lines += made("python benchmarks/search_against_random.py", SEEDS, rows)
     return "\n".join(lines)
 
 

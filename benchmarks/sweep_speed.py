@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finished_rows import FinishedRows, Row
+from finished_rows import FinishedRows, Row, made
 from kill_and_resume import untimed
 
 TWELVE = (
@@ -139,12 +139,11 @@ def page(rows: list[Row]) -> str:
         ]
     lines += [
         "",
-        "Command: `python benchmarks/sweep_speed.py`. Numbers are the same if all that the reports say is, but for",
+        "Numbers are the same if all that the reports say is, but for times: accuracies to the last digit, bytes,",
+        "parameters. They are not compared where processes have half of the threads each: sums are in another order",
+        "then. Latencies are measured 100 times only.",
     ]
-    lines += [
-        "times: accuracies to the last digit, bytes, parameters. They are not compared where processes have half of the"
-    ]
-    lines += ["threads each: sums are in another order then. Latencies are measured 100 times only.", ""]
+    lines += made("python benchmarks/sweep_speed.py", [0, "0 to 99 for the memory"], rows)
     return "\n".join(lines)
 
 
