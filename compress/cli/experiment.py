@@ -61,7 +61,8 @@ class Grid:
 
     With ``layers``, row name -> layer (``*``: all), a row is a layer of its own run, or of the only run if it has none.
     With ``count`` the untrained models of the runs are counted, and nothing is run. ``compared_with``: row name -> the
-    row that a column with ``compared`` subtracts.
+    row that a column with ``compared`` subtracts. ``allocation``: path of what a search chose, shown layer by layer
+    below the table.
     """
 
     runs: dict[str, list[str]]
@@ -71,6 +72,7 @@ class Grid:
     layers: dict[str, str] = field(default_factory=dict)
     count: bool = False
     compared_with: dict[str, str] = field(default_factory=dict)
+    allocation: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse layers of which nobody knows whose they are, and rows compared that are not there."""
@@ -176,7 +178,7 @@ def _paths(grid: Grid) -> list[str]:
     """Return all that the columns read of a report."""
     columns = grid.columns
     read = [path for column in columns for path in (column.ours, column.removed_from, column.share_of)]
-    return [path.replace("{layer}", "*") for path in read if path is not None]
+    return [path.replace("{layer}", "*") for path in [*read, grid.allocation] if path is not None]
 
 
 def render(
@@ -215,6 +217,9 @@ def render(
                 if verdict is False:
                     misses.append(f"{row}, {column.name}: {_ours(ours)} against {_cell(published)}")
         lines.append("| " + " | ".join(cells) + " |")
+    if grid.allocation is not None:
+        for run, reports in rows.items():
+            lines += _allocation(run, _at(reports[0], grid.allocation.split(".")) or ())
     if misses:
         lines += ["", "Outside the tolerance: " + "; ".join(misses) + "."]
     if table.notes:
@@ -228,6 +233,17 @@ def render(
         "",
     ]
     return "\n".join(lines)
+
+
+def _allocation(run: str, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of what a search chose for each layer."""
+    lines = ["", f"Chosen for each layer, and expected of it ({run}):", ""]
+    lines += ["| layer | chosen | divergence | bytes | ms |", "|---|---|---|---|---|"]
+    for row in chosen:
+        time = "-" if row["milliseconds"] is None else f"{row['milliseconds']:.4f}"
+        what = ", ".join(row["chosen"]) or "as it is"
+        lines.append(f"| {row['layer']} | {what} | {row['divergence']:.1e} | {row['bytes']:,} | {time} |")
+    return lines
 
 
 def provenance(command: str, seeds: Sequence[int | str], where: str) -> list[str]:
@@ -321,7 +337,8 @@ def _number(report: Mapping[str, Any], column: Column, layer: str) -> float | No
     return 100 * column.scale * (1 - share if column.removed_from else share)
 
 
-def _at(value: Any, path: Sequence[str]) -> float | None:
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """Return the number at a path, summed over patterns; or whatever lies there."""
     if path and isinstance(value, list):
         value = dict(zip(map(str, range(len(value))), value, strict=True))
     if not path or not isinstance(value, Mapping):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
 from compress.cli.experiment import Column, Experiment, Grid, PublishedTable, load_experiment, render, run_experiment
+from compress.cli.finished import FinishedRuns
 from compress.cli.places import experiments_dir
 from compress.errors import CompressError
 from compress.reproduce import main, names
@@ -162,3 +163,21 @@ def test_the_first_table_in_short(data_dir, tmp_path, monkeypatch, capsys):
     for value in ("269,722", "853,018", "125,485,696", "command: `python -m compress.reproduce resnet_cifar10"):
         assert value in page
     assert "not run yet" not in page
+
+
+def test_what_a_search_chose_is_shown_layer_by_layer(tmp_path):
+    table = PublishedTable("t", "s", ["row"], [["first"]])
+    column = Column("accuracy", "final.accuracy")
+    experiment = Experiment("x", table, Grid({"first": []}, [column], [], [0], allocation="stages.0.allocation"))
+    chosen = [
+        {"layer": "conv1", "chosen": ["prune sparsity=0.5", "quantize bits=4"], "divergence": 0.0123, "bytes": 1234},
+        {"layer": "fc1", "chosen": [], "divergence": 0.0, "bytes": 80},
+    ]
+    rows = [{**row, "milliseconds": time} for row, time in zip(chosen, (0.25, None), strict=True)]
+    report = {"trained": True, "board": "host", "final": {"accuracy": 90.0}, "stages": [{"allocation": rows}]}
+    kept = FinishedRuns(tmp_path / "x.jsonl", ["final.accuracy", "stages.0.allocation"], kept=False)
+    kept.add("first", 0, [], report)
+    for found in (report, kept.runs[0].report):
+        page = render(experiment, {"first": [found]}, [0], [])
+        assert "| conv1 | prune sparsity=0.5, quantize bits=4 | 1.2e-02 | 1,234 | 0.2500 |" in page
+        assert "| fc1 | as it is | 0.0e+00 | 80 | - |" in page
