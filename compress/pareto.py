@@ -57,11 +57,19 @@ def overlay(arguments: Sequence[str]) -> list[CompressError]:
     from rich.console import Console
     from rich.table import Table
 
-    from compress.tracking.pareto import hypervolume, matrix, non_dominated, read_fronts, require_reported
+    from compress.tracking.pareto import (
+        hypervolume,
+        matrix,
+        non_dominated,
+        read_fronts,
+        require_reference,
+        require_reported,
+    )
     from compress.tracking.pareto_chart import Sweep, pareto_page, pareto_picture
     from compress.tracking.sweeps import compare
 
     fronts = read_fronts(request.objectives, "objectives")
+    require_reference(request.reference, fronts, "reference")
     sweeps, experiments = _read_sweeps(request)
     require_reported(fronts, [run for runs in sweeps.values() for run in runs], "objectives")
     points, scales = compare(sweeps, fronts, request.reference)

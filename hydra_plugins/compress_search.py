@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from compress.errors import CompressError
+from compress.cli.config_source import GROUP, stage_names
+from compress.errors import CompressError, did_you_mean
 
 if TYPE_CHECKING:
-    from compress.search.space import Choice, Interval
+    from compress.search.space import Choice, Interval, Space
     from compress.search.study import Study, Trial
 
 _LOG = logging.getLogger("compress")
+_STAGE = re.compile(rf"[+~]*{GROUP}\.(\w+)")
 
 
 class SearchSweeper(Sweeper):
@@ -92,7 +95,7 @@ class SearchSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Search; leave what was found in ``search.json`` in the sweep's folder."""
-        from compress.search.study import Study
+        from compress.search.study import Study, distributions_of
 
         assert self._config is not None
         assert self._launcher is not None
@@ -111,6 +114,8 @@ class SearchSweeper(Sweeper):
                 received="no key with several values",
                 fix="Write for example 'strategy.prune.sparsity=interval(0.3,0.9)' or strategy=prune,lowrank+prune.",
             )
+        distributions_of(space)
+        self._compose_each(fixed, space)
         sweep = Path(self._config.hydra.sweep.dir)
         sweep.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, sweep / "multirun.yaml")
@@ -127,7 +132,7 @@ class SearchSweeper(Sweeper):
         number = 0
         while (left := study.left(self._trials)) > 0:
             trials = [study.ask() for _ in range(min(self._at_once, left))]
-            jobs = [[*fixed, *trial.overrides] for trial in trials]
+            jobs = [_of_its_pipeline([*fixed, *trial.overrides], space) for trial in trials]
             results = self._launcher.launch(jobs, initial_job_idx=number)
             number += len(jobs)
             for trial, result in zip(trials, results, strict=True):
@@ -149,6 +154,38 @@ class SearchSweeper(Sweeper):
                 received=f"ones for which all {study.finished} trials were given up",
                 fix="Lower the limits, or widen the search space.",
             )
+
+    def _compose_each(self, fixed: Sequence[str], space: Space) -> None:
+        """Compose a job of each pipeline, so that a key that no pipeline knows is told before the study begins."""
+        from compress.search.space import Choice
+
+        assert self._config is not None
+        assert self._context is not None
+        pipelines = space.get(GROUP)
+        choices = [str(value) for value in pipelines.values] if isinstance(pipelines, Choice) else []
+        known = {name for choice in choices for name, _ in stage_names(choice)}
+        for key in (*space, *(text.partition("=")[0] for text in fixed)):
+            stage = _STAGE.match(key)
+            if choices and stage is not None and stage[1] not in known:
+                raise CompressError(
+                    key,
+                    expected="a key of a stage of one of the pipelines",
+                    received=f"{stage[1]}, which none of {', '.join(choices)} has",
+                    fix=did_you_mean(stage[1], sorted(known)),
+                )
+        example = {key: found.at(0.0) for key, found in space.items()}
+        for own in [{**example, GROUP: choice} for choice in choices] or [example]:
+            job = _of_its_pipeline([*fixed, *(f"{key}={value}" for key, value in own.items())], space)
+            self._context.config_loader.load_sweep_config(self._config, job)
+
+
+def _of_its_pipeline(overrides: list[str], space: Space) -> list[str]:
+    """Leave out what is said of stages that the job's pipeline does not have, where the search chooses the pipeline."""
+    if GROUP not in space:
+        return overrides
+    (pipeline,) = (text.partition("=")[2] for text in overrides if text.startswith(f"{GROUP}="))
+    names = {name for name, _ in stage_names(pipeline)}
+    return [text for text in overrides if (stage := _STAGE.match(text)) is None or stage[1] in names]
 
 
 def _require(right: bool, name: str, expected: str, received: object, example: str) -> None:

@@ -41,13 +41,14 @@ class SweepCallback(Callback):
             return
         from compress.tracking.delivery import deliver, end_sweep
         from compress.tracking.journal import require_folder
-        from compress.tracking.pareto import read_fronts
+        from compress.tracking.pareto import read_fronts, require_reference
         from compress.tracking.store import Store, close_orphans, start_parent, write_parent
         from compress.tracking.sweeps import OBJECTIVES_KEY
 
         try:
             settings = _read_settings(config)
-            read_fronts(settings.objectives, OBJECTIVES_KEY)
+            fronts = read_fronts(settings.objectives, OBJECTIVES_KEY)
+            require_reference(settings.reference or {}, fronts, "tracking.reference")
             store = Store(settings.uri, settings.experiment)
             require_folder(Path(settings.unsent))
             store.reach()

@@ -73,7 +73,7 @@ class Study:
         self._space, self._objectives = space, tuple(objectives)
         with _answering(self._where):
             optuna = _import_optuna()
-            self._distributions = _distributions(space)
+            self._distributions = distributions_of(space)
             self._study = optuna.create_study(
                 storage=_storage(optuna, storage),
                 study_name=name,
@@ -216,13 +216,13 @@ def _storage(optuna: Any, uri: str) -> Any:
     return optuna.storages.RDBStorage(uri, engine_kwargs=arguments)
 
 
-def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
+def distributions_of(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
     """Return the space in Optuna's terms.
 
     Raises:
         CompressError: if a key can have no value.
     """
-    from optuna import distributions
+    distributions = _import_optuna().distributions
 
     def one(values: Interval | Choice) -> optuna.distributions.BaseDistribution:
         if isinstance(values, Choice):

@@ -126,6 +126,25 @@ def read_fronts(objectives: Sequence[str | Sequence[str]], where: str) -> tuple[
     return fronts
 
 
+def require_reference(reference: Mapping[str, float], fronts: Sequence[Front], where: str) -> None:
+    """Refuse a point to count hypervolumes from that is none: other metrics than the fronts', or no numbers.
+
+    Raises:
+        CompressError: naming the key.
+    """
+    metrics = {objective.metric for front in fronts for objective in front.objectives}
+    for metric, value in reference.items():
+        if metric not in metrics:
+            raise CompressError(
+                where,
+                expected=f"values of the objectives ({', '.join(sorted(metrics))})",
+                received=metric,
+                fix=did_you_mean(metric, sorted(metrics)),
+            )
+        if not math.isfinite(value):
+            raise CompressError(f"{where}.{metric}", expected="a number", received=str(value), fix="Correct it.")
+
+
 def _objective(text: str, where: str) -> Objective:
     metric, sign, direction = text.partition(":")
     if not metric or (sign and direction not in _DIRECTIONS):

@@ -80,6 +80,10 @@ def finish_sweep(
         # Where all jobs have come back, one that still counts as running has died without a word.
         if not stopped or has_ended(run.data.tags):
             client.set_terminated(run.info.run_id, "FAILED")
+    if stopped and next(_search(client, experiment, _children(parent)), None) is None:
+        # No job has begun: a mistake on the command line is no run.
+        client.delete_run(parent)
+        return Summary()
     summary = _log_fronts(client, parent, runs, objectives, reference or {}, when) if runs else Summary()
     failed = failed or summary.missing is not None
     client.set_terminated(parent, "KILLED" if stopped else "FAILED" if failed else "FINISHED", when)

@@ -332,13 +332,13 @@ def test_an_experiment_that_was_deleted(cli, tmp_path):
     assert_refused(cli("-m", "strategy=none", f"tracking.uri={uri}"), "tracking.experiment", "deleted")
 
 
-def test_a_multirun_that_does_not_come_to_its_end_is_closed(outside, tmp_path):
+def test_a_multirun_of_which_no_job_begins_leaves_no_run(outside, tmp_path):
     uri = f"sqlite:///{tmp_path}/runs.db"
     answer = outside("-m", "compress.run", "-m", "strategy=none,nosuch", f"tracking.uri={uri}")
     assert answer.returncode == 2, answer.stderr
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
-    assert [run.info.status for run in runs] == ["KILLED"]
+    assert [run.info.status for run in runs] == []
 
 
 def test_pickled_arrays_are_refused(cli, tmp_path):

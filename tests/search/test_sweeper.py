@@ -43,6 +43,22 @@ def test_a_search_is_made_continued_and_drawn(cli, tmp_path):
     assert reports(tmp_path) == first, "a trial that is given up leaves no report"
 
 
+def test_each_pipeline_has_fields_of_its_own(cli, tmp_path):
+    space = ("strategy=prune,share", "strategy.prune.sparsity=interval(0.3,0.9)", "strategy.share.clusters=4,8")
+    settings = (
+        "hydra.sweeper.trials=4",
+        "hydra.sweeper.sampler=random",
+        "hydra.sweeper.seed=1",
+        "tracking=none",
+        *QUICK,
+    )
+    code, _, error = cli(*SEARCH, *space, *settings)
+    assert code == 0, error
+    stages = [report["stages"][0]["name"] for report in reports(tmp_path)]
+    assert set(stages) == {"prune", "share"}
+    assert len(stages) == 4
+
+
 def test_a_search_that_gives_everything_up_says_so(cli):
     limit = "hydra.sweeper.give_up={accuracy: 100.5}"
     space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)")
@@ -73,6 +89,8 @@ def test_a_search_that_gives_everything_up_says_so(cli):
         (["strategy=prune", "strategy.prune.sparsity=interval(0.9,0.3)"], ["strategy.prune.sparsity", "0.9", "0.3"]),
         (["strategy=prune", "strategy.prune.sparsity=tag(log,interval(0,0.9))"], ["strategy.prune.sparsity", "log"]),
         (["strategy=share", "strategy.share.clusters=range(9,2)"], ["strategy.share.clusters", "range"]),
+        ([*SPACE, "strategy.shar.clusters=4,8"], ["strategy.shar.clusters", "nearest to it: share"]),
+        ([*SPACE, "strategy.share.cluster=4,8"], ["strategy.share.cluster"]),
     ],
     ids=lambda value: str(value[-1]) if isinstance(value, list) else "",
 )
@@ -82,3 +100,4 @@ def test_mistakes_of_a_search(cli, arguments, parts):
     assert "Traceback" not in error
     said = " ".join(error[error.index("Error in ") :].split())
     assert all(part in said for part in parts), said
+    assert not Path("search.db").exists()

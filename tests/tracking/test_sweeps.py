@@ -12,8 +12,9 @@ from mlflow.tracking import MlflowClient
 
 from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
+from compress.errors import CompressError
 from compress.pareto import main as pareto_command
-from compress.tracking.pareto import Estimate, Point, read_fronts
+from compress.tracking.pareto import Estimate, Point, read_fronts, require_reference
 from compress.tracking.process import process_tags
 from compress.tracking.store import Store, TrackingSettings, connect, start_parent
 from compress.tracking.sweeps import finish_sweep, note
@@ -231,3 +232,15 @@ def test_what_the_readme_says_of_objectives_and_reference_can_be_written():
     settings = compose_config(["tracking.objectives=[accuracy,packed_bytes]", "tracking.reference={accuracy: 80}"])
     assert make_plan(settings).tracking.objectives == ("accuracy", "packed_bytes")
     assert make_plan(settings).tracking.reference == {"accuracy": 80.0}
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [({"acuracy": 80.0}, ["reference", "acuracy", "nearest to it: accuracy"]), ({"accuracy": float("nan")}, ["nan"])],
+)
+def test_a_point_to_count_from_that_is_none_is_refused(reference, parts):
+    fronts = read_fronts(["accuracy", "tflite_bytes"], "")
+    require_reference({"accuracy": 80.0, "tflite_bytes": 1e5}, fronts, "reference")
+    with pytest.raises(CompressError) as caught:
+        require_reference(reference, fronts, "reference")
+    assert all(part in str(caught.value) for part in parts)
