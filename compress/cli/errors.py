@@ -84,11 +84,15 @@ def refuse_passwords(arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         if re.search(r"(?i)://([^\s@:/]*:\S+@|\S*[?&;][\w.-]*(password|passwd|secret|token)[\w.-]*=)", argument):
+            key = argument.partition("=")[0]
+            place = "the whole URI into the environment variable MLFLOW_TRACKING_URI"
+            if key.endswith("storage"):
+                place = "it into the database driver's own file or environment, such as PGPASSWORD"
             raise CompressError(
-                argument.partition("=")[0],
+                key,
                 expected="a URI without a password; the command line is kept in config dumps",
                 received="a URI with a password",
-                fix="Put the whole URI into the environment variable MLFLOW_TRACKING_URI.",
+                fix=f"Put {place}.",
             )
 
 
@@ -139,11 +143,11 @@ def _missing_choice(error: MissingConfigException) -> CompressError:
             received=f"{choice}, which is not",
             fix=f"Write pip install 'compress[{extra}]'.",
         )
-    options += _EXTRAS.get(group, {})
+    options = sorted({*options, *_EXTRAS.get(group, {})})
     best = nearest(choice, options)
     return CompressError(
         group,
-        expected=f"one of {', '.join(sorted(options))}",
+        expected=f"one of {', '.join(options)}",
         received=choice,
         fix=f"Did you mean {group}={best[0]}?" if len(best) < len(options) else "Choose one of them.",
     )

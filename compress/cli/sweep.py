@@ -108,7 +108,7 @@ def _read_settings(config: DictConfig) -> TrackingSettings:
         first = error.errors()[0]
         raise CompressError(
             ".".join(["tracking", *map(str, first["loc"])]),
-            expected=str(first["msg"]),
+            expected=str(first["msg"]).removeprefix("Input should be "),
             received=repr(first["input"])[:200],
             fix="See conf/tracking/mlflow.yaml.",
         ) from error

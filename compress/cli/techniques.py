@@ -41,7 +41,7 @@ def _technique(name: str, given: Any, where: str) -> Technique:
         raise CompressError(
             where,
             expected="one field with a list of levels",
-            received=f"{given!r}"[:120] if not levels else f"lists for {', '.join(levels)}",
+            received=f"lists for {', '.join(levels)}" if len(levels) > 1 else f"{given!r}"[:120],
             fix=f"Write for example {where}.<field>=[0.5,0.25].",
         )
     (field,) = levels

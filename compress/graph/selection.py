@@ -49,10 +49,10 @@ class Selection:
     def _matched(self, rules: Sequence[Rule | Position], model: tf_keras.Model, key: str) -> frozenset[str]:
         result: set[str] = set()
         for rule in rules:
-            found = _match(rule, model, f"{self.where}.{key}")
+            found = _match(rule, model, f"{self.where}.{key}".removeprefix("."))
             if not found:
                 raise CompressError(
-                    f"{self.where}.{key}",
+                    f"{self.where}.{key}".removeprefix("."),
                     expected="a rule that matches at least one layer",
                     received=str(_spelling(rule)),
                     fix=_advice(rule, model),
