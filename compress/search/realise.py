@@ -13,8 +13,10 @@ from compress.search.sensitivity import inner_context
 from compress.search.technique import Kind, Technique, Value, kernels_by_origin
 from compress.strategies.strategy import Context
 
-_FLOAT_SHARE = 0.5
-"""Of the epochs, before values are bound, where something is trained after that, too."""
+_FLOAT_SHARE = 0.8
+"""Of the epochs, before values are bound, where something is trained after that, too: that loses less than cuts do."""
+_LATE_RATE = 0.25
+"""Of the learning rate, in the training after that."""
 
 
 def realise(
@@ -22,8 +24,8 @@ def realise(
 ) -> Candidate:
     """Return the candidate after the stages of the allocation: structure, zeros, values, how the file is written.
 
-    With ``trains`` the recovery's epochs are divided: half of them once structure and zeros are there, half among the
-    stages that train values, all in one place where there is only one.
+    With ``trains`` the recovery's epochs are divided: most of them once structure and zeros are there, the others, at a
+    lower rate, among the stages that train values; all in one place where there is only one.
 
     Raises:
         CompressError: as the stages do.
@@ -43,12 +45,14 @@ def realise(
     makes = {t.name: _stages(result, allocation, t, trains=trains) for t in late}
     learning = sum(_learns(stage) for stages in makes.values() for stage in stages)
     if trains and (early or not learning):
-        share = _FLOAT_SHARE if learning else 1.0
-        result = _recovered(result, context.for_stage(context.stage, recovery=context.recovery.part(share)))
-    share = (_FLOAT_SHARE if early else 1.0) / max(learning, 1)
+        first = context.recovery.part(_FLOAT_SHARE if learning else 1.0)
+        result = _recovered(result, context.for_stage(context.stage, recovery=first))
+    last = context.recovery.part((1 - _FLOAT_SHARE if early else 1.0) / max(learning, 1))
+    if early:
+        last = replace(last, learning_rate=_LATE_RATE * last.learning_rate)
     for technique in late:
         for made in makes[technique.name]:
-            recovery = context.recovery.part(share) if trains and _learns(made) else made.recovery
+            recovery = last if trains and _learns(made) else made.recovery
             result = _applied(replace(made, recovery=recovery), result, context)
             skipped += result.skipped
     return result.evolve(skipped=tuple(dict.fromkeys(skipped)), lineage=candidate.lineage)
