@@ -19,6 +19,7 @@ from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.accuracy import file_accuracy
 from compress.search.allocation import Allocation, Allocator, Limits
+from compress.search.as_trained import as_trained
 from compress.search.realise import realise, table
 from compress.search.sensitivity import Sensitivity, measure_sensitivity
 from compress.search.stored import measure_files
@@ -104,6 +105,8 @@ class Auto(Strategy):
             aim = Limits(self.bytes * _TRAINING_MARGIN, self.latency_ms)
         stores = storages(candidate, self.techniques, context, limits)
         sensitivity = measure_sensitivity(candidate, self.techniques, context, self.images)
+        if context.recovery.trains:
+            sensitivity = as_trained(candidate, sensitivity, self.techniques, context, self.images)
         if all(probe.refused is not None for probe in sensitivity.probes):
             reasons = dict.fromkeys(f"{p.technique}: {p.refused}" for p in sensitivity.probes)
             raise CompressError(

@@ -140,7 +140,7 @@ def measure_sensitivity(
     layers = [name for name in weighted_layers(candidate.model) if name in chosen]
     if not layers:
         raise context.nothing_done("a layer with a kernel", ())
-    bench = _Bench(candidate, context, layers, images)
+    bench = Bench(candidate, context, layers, images)
     total = sum(len(technique.levels) for technique in techniques) * len(layers)
     probes: list[Probe] = []
     pairs: list[Pair] = []
@@ -161,7 +161,7 @@ def measure_sensitivity(
 
 
 def _pairs(
-    bench: _Bench, techniques: Sequence[Technique], values: Level, layers: Sequence[str], context: Context
+    bench: Bench, techniques: Sequence[Technique], values: Level, layers: Sequence[str], context: Context
 ) -> list[Pair]:
     """Return what the values leave of each layer beside each level of zeros."""
     found = []
@@ -178,7 +178,7 @@ def _plain_probe(probe: Callable[[str], Probe], layer: str) -> dict[str, Any]:
     return asdict(probe(layer))
 
 
-class _Bench:
+class Bench:
     """Applies techniques and compares outputs with those of the candidate as it is."""
 
     def __init__(self, candidate: Candidate, context: Context, layers: Sequence[str], images: int) -> None:
@@ -186,8 +186,8 @@ class _Bench:
         self.images = len(held_out)
         self.costs = costs_of(candidate, list(weighted_layers(candidate.model)))
         self.layers = layers
-        self._candidate = candidate
-        self._context = context
+        self.candidate = candidate
+        self.context = context
         self._x, self._y = held_out.x.astype(np.float32), held_out.y
         unlabelled = context.for_stage(context.stage, data=replace(context.data, train=held_out))
         self._samples = unlabelled.calibration_samples(self.images) if context.data.augmentation else self._x
@@ -195,14 +195,14 @@ class _Bench:
 
     @functools.cached_property
     def _wanted(self) -> tf.Tensor:
-        return self._log_probabilities(outputs_of(self._candidate.model, self._samples))
+        return self._log_probabilities(outputs_of(self.candidate.model, self._samples))
 
     @functools.cached_property
     def _accuracy(self) -> float:
-        return accuracy(outputs_of(self._candidate.model, self._x), self._y)
+        return accuracy(outputs_of(self.candidate.model, self._x), self._y)
 
     def _log_probabilities(self, outputs: np.ndarray) -> tf.Tensor:
-        logits = logits_of(tf.constant(outputs), gives_probabilities(self._candidate.model))
+        logits = logits_of(tf.constant(outputs), gives_probabilities(self.candidate.model))
         return tf.nn.log_softmax(tf.cast(logits, tf.float64))
 
     def loss(self, model: tf_keras.Model) -> tuple[float, float]:
@@ -263,7 +263,7 @@ class _Bench:
         self, technique: Technique, value: Value, layers: Sequence[str], candidate: Candidate | None = None
     ) -> Candidate:
         made = stage(technique.name, technique.levels[value], layers)
-        return made.apply(candidate or self._candidate, inner_context(self._context, technique.name))
+        return made.apply(candidate or self.candidate, inner_context(self.context, technique.name))
 
     def _together(self, technique: Technique, value: Value) -> _Spliced | CompressError | None:
         """Return the weights of all layers at a level; why it is refused; None if the shapes are others."""
@@ -271,7 +271,7 @@ class _Bench:
             changed = self._apply(technique, value, self.layers)
         except CompressError as error:
             return error if len(self.layers) == 1 else None
-        for base in (copy_model(self._candidate.model), fold_batch_norm(self._candidate.model)):
+        for base in (copy_model(self.candidate.model), fold_batch_norm(self.candidate.model)):
             if same_shapes(base, changed.model):
                 return _Spliced(self, technique, value, base, changed)
         return None
@@ -296,7 +296,7 @@ class _Bench:
 class _Spliced:
     """A level's weights for all layers, to be put into the unchanged model layer by layer."""
 
-    bench: _Bench
+    bench: Bench
     technique: Technique
     value: Value
     base: tf_keras.Model
@@ -331,7 +331,7 @@ class _Spliced:
 
 
 def _probe(
-    bench: _Bench,
+    bench: Bench,
     technique: Technique,
     value: Value,
     layer: str,

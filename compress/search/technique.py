@@ -69,6 +69,10 @@ class Technique:
         strategy = self.levels[value]
         return [self.name, self.code, dataclasses.asdict(strategy)]  # type: ignore[call-overload]
 
+    def trained_config(self, value: Value) -> list[Any]:
+        """Return what decides the outcome of a level where there is training, as plain values."""
+        return [dataclasses.asdict(self.trained[value])] if self.trained else []  # type: ignore[call-overload]
+
     def label(self, value: Value) -> str:
         """Name a level, e.g. ``quantize bits 4``."""
         return f"{self.name} {self.field} {value:g}"
