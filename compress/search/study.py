@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, did_you_mean
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("compress")
 _LOCK_SECONDS = 30
+_SILENCE = timedelta(minutes=2)
+"""A trial that nobody has claimed for so long is nobody's."""
 REFERENCE = "reference"
 """The study's attribute with where its hypervolume is counted from, by objective; None: from the worst trial."""
 SAMPLERS = ("gaussian", "nsga2", "tpe", "random")
@@ -112,8 +115,16 @@ class Study:
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if has_ended(trial.user_attrs.get("process", {})):
-                self._study.tell(trial.number, state=TrialState.FAIL)
+            process = trial.user_attrs.get("process")
+            # Who asked says who it is right after that, unless it was killed in between.
+            begun = trial.datetime_start
+            unclaimed = process is None and begun is not None and datetime.now() - begun > _SILENCE
+            if unclaimed or has_ended(process or {}):
+                try:
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+                except ValueError:
+                    # Another process was faster.
+                    continue
                 self._study.enqueue_trial(trial.params)
                 _LOG.info("trial %d was killed: its setting is tried again", trial.number)
 

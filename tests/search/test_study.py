@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +318,28 @@ def test_the_latency_as_a_share_of_the_baselines_is_that_of_the_two_measured_in_
     assert (known["relative_latency"], known["baseline.relative_latency"]) == (0.25, 1.0)
     report["final"]["speedup"] = None
     assert not [key for key in metrics_of_report(report) if key.endswith("relative_latency")]
+
+
+def test_a_trial_that_nobody_has_claimed_is_tried_again(tmp_path, monkeypatch):
+    """Its process was killed before it could say who it is."""
+    study = study_in(tmp_path)
+    drawn = study._study.ask(study._distributions)
+    assert study_in(tmp_path).left(1) == 0, "perhaps it is about to"
+    monkeypatch.setattr(module, "_SILENCE", timedelta(seconds=-1))
+    again = study_in(tmp_path).ask()
+    assert again.number != drawn.number
+    assert dict(text.split("=") for text in again.overrides).keys() == drawn.params.keys()
+
+
+def test_of_two_processes_that_find_a_killed_trial_one_tries_it_again(tmp_path, monkeypatch):
+    killed, other = study_in(tmp_path).ask(), study_in(tmp_path)
+
+    def ended(tags: dict[str, str]) -> bool:
+        """While this process asks, the other one is faster."""
+        other._study.tell(killed.number, state=optuna.trial.TrialState.FAIL)
+        other._study.enqueue_trial({})
+        return True
+
+    monkeypatch.setattr(module, "has_ended", ended)
+    trials = study_in(tmp_path)._study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    assert len(trials) == 1
