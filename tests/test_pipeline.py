@@ -11,11 +11,14 @@ import tf_keras
 
 from compress.cache.store import StageCache
 from compress.candidate import Candidate, Storage
+from compress.cli.build import make_plan
+from compress.cli.compose import compose_config
 from compress.data.source import Split
 from compress.errors import CompressError
 from compress.pipeline.refusals import refuse_clashes
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.finetune import Finetune
+from compress.strategies.pruning.prune import Prune
 from compress.strategies.quantization.stored import Stored
 from compress.strategies.strategy import Context, Strategy
 from compress.tracking.report import notes
@@ -241,3 +244,16 @@ def test_a_model_of_another_precision_becomes_float32(dtype, wrapped):
     assert {layer.compute_dtype for layer in copy._flatten_layers()} == {"float32"}
     sample = np.random.default_rng(0).normal(size=(4, 2, 6)).astype(np.float32)
     np.testing.assert_allclose(copy(sample), np.asarray(model(sample), np.float32), atol=0.05)
+
+
+def test_what_is_measured_of_the_reference_is_kept_for_any_board(tmp_path):
+    """Sensitivities do not depend on the board; what depends on it can tell boards apart."""
+    said, boards = [], []
+    for board in ("host", "roofline"):
+        quick = [f"board={board}", f"cache.dir={tmp_path}/cache", "model.train.epochs=0.1", "data.train_limit=64"]
+        plan = make_plan(compose_config(["strategy=none", *quick, *(["board.runs=100"] if board == "host" else [])]))
+        _, _, context = plan.pipeline().before_first(Stage("search", Prune()), tmp_path)
+        said.append(context.remember("sensitivity", [1], lambda board=board: board))
+        boards.append(context.board)
+    assert said == ["host", "host"]
+    assert boards[0] != boards[1]
