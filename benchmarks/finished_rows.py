@@ -47,10 +47,13 @@ class FinishedRows:
 
 
 def made(command: str, seeds: Sequence[int | str], rows: Sequence[Row]) -> list[str]:
-    """Return the lines that say how a page was made, with the commits that its rows were made at."""
-    commits = dict.fromkeys(str(row["commit"]) for row in rows if "commit" in row)
+    """Return the lines that say how a page was made, with the commits that its rows were made at.
+
+    Versions and machine are those of the page: rows are made where it is.
+    """
+    commits = dict.fromkeys(str(row.get("commit", "not known")) for row in rows)
     lines = provenance(command, seeds, machine())
-    return [f"- commit: {', '.join(commits)}" if commits and line.startswith("- commit:") else line for line in lines]
+    return [f"- commit: {', '.join(commits)}" if line.startswith("- commit:") else line for line in lines]
 
 
 def hand_over(row: Row) -> None:

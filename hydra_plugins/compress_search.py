@@ -144,7 +144,10 @@ class SearchSweeper(Sweeper):
                     received=f"{study.finished} finished trials of {number}; the log says why",
                     fix="Narrow the space to what the strategies accept.",
                 )
-        best = [{"trial": trial, "setting": setting, "values": values} for trial, setting, values in study.best()]
+        best = [
+            {"trial": trial, "setting": _setting_of_its_pipeline(setting, space), "values": values}
+            for trial, setting, values in study.best()
+        ]
         (sweep / "search.json").write_text(json.dumps({"objectives": self._objectives, "best": best}, indent=1))
         _LOG.info("search: %d trials, %d of them not beaten: %s", study.finished, len(best), sweep / "search.json")
         if not best and study.finished:
@@ -162,8 +165,8 @@ class SearchSweeper(Sweeper):
         assert self._config is not None
         assert self._context is not None
         pipelines = space.get(GROUP)
-        choices = [str(value) for value in pipelines.values] if isinstance(pipelines, Choice) else []
-        known = {name for choice in choices for name, _ in stage_names(choice)}
+        choices = list(pipelines.values) if isinstance(pipelines, Choice) else []
+        known = {name for choice in choices for name, _ in stage_names(_bare(choice))}
         for key in (*space, *(text.partition("=")[0] for text in fixed)):
             stage = _STAGE.match(key)
             if choices and stage is not None and stage[1] not in known:
@@ -179,13 +182,26 @@ class SearchSweeper(Sweeper):
             self._context.config_loader.load_sweep_config(self._config, job)
 
 
-def _of_its_pipeline(overrides: list[str], space: Space) -> list[str]:
+def _of_its_pipeline(overrides: Sequence[str], space: Space) -> list[str]:
     """Leave out what is said of stages that the job's pipeline does not have, where the search chooses the pipeline."""
+    return [f"{key}={value}" for key, value in _setting_of_its_pipeline(_split(overrides), space).items()]
+
+
+def _split(overrides: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (text.partition("=") for text in overrides)}
+
+
+def _setting_of_its_pipeline(setting: Mapping[str, Any], space: Space) -> dict[str, Any]:
     if GROUP not in space:
-        return overrides
-    (pipeline,) = (text.partition("=")[2] for text in overrides if text.startswith(f"{GROUP}="))
-    names = {name for name, _ in stage_names(pipeline)}
-    return [text for text in overrides if (stage := _STAGE.match(text)) is None or stage[1] in names]
+        return dict(setting)
+    names = {name for name, _ in stage_names(_bare(setting[GROUP]))}
+    stages = {key: _STAGE.match(key) for key in setting}
+    return {key: value for key, value in setting.items() if (stage := stages[key]) is None or stage[1] in names}
+
+
+def _bare(value: Any) -> str:
+    """Return a value without the quotes that the command line may have around it."""
+    return str(value).strip("'\"")
 
 
 def _require(right: bool, name: str, expected: str, received: object, example: str) -> None:

@@ -133,13 +133,15 @@ def test_a_measurement_is_made_once(tmp_path, warnings):
     (file,) = tmp_path.rglob(f"{KEY}.json")
     whole = file.read_text()
     # Cut short; another number in a file that can be read; another file altogether.
-    for number, damaged in enumerate((whole[:-1], whole.replace("0.1", "0.2"), "[1]", '{"conv": {"4": 0.1}}'), start=1):
+    for number, damaged in enumerate(
+        (whole[:-1], whole.replace("0.1", "0.2"), "[1]", '{"conv": {"4": 0.1}}', '{"value": 8, "digest": ""}'), start=1
+    ):
         file.write_text(damaged)
         assert cache.remembered(KEY, measure) == {"conv": {"4": 0.1}}
         assert len(made) == 2 + number
         assert len(warnings) == number
     StageCache(None).remembered(KEY, measure)
-    assert len(made) == 7
+    assert len(made) == 8
 
 
 ARRAYS = {"": np.arange(6, dtype=np.float32).reshape(2, 3), "flat": np.ones((2, 1), np.float32)}

@@ -193,7 +193,7 @@ class StageCache:
                 return _checked(json.loads(file.read_text()))
             except FileNotFoundError:
                 pass
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 _LOG.warning("cache file %s is damaged (%s): made anew", file.name[:12], error)
             found = make()
             partial = file.with_name(f"{PARTIAL}{key}-{uuid.uuid4().hex}")

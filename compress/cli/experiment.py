@@ -219,7 +219,7 @@ def render(
         lines.append("| " + " | ".join(cells) + " |")
     if grid.allocation is not None:
         for run, reports in rows.items():
-            lines += _allocation(run, _at(reports[0], grid.allocation.split(".")) or ())
+            lines += _allocation(run, len(reports), _at(reports[0], grid.allocation.split(".")) or ())
     if misses:
         lines += ["", "Outside the tolerance: " + "; ".join(misses) + "."]
     if table.notes:
@@ -235,9 +235,10 @@ def render(
     return "\n".join(lines)
 
 
-def _allocation(run: str, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
+def _allocation(run: str, seeds: int, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the table of what a search chose for each layer."""
-    lines = ["", f"Chosen for each layer, and expected of it ({run}):", ""]
+    which = run if seeds == 1 else f"{run}; the first seed"
+    lines = ["", f"Chosen for each layer, and expected of it ({which}):", ""]
     lines += ["| layer | chosen | divergence | bytes | ms |", "|---|---|---|---|---|"]
     for row in chosen:
         time = "-" if row["milliseconds"] is None else f"{row['milliseconds']:.4f}"

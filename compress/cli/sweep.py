@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.tracking.sweeps import Summary
 
 _LOG = logging.getLogger("compress")
+_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
 
@@ -62,7 +63,8 @@ class SweepCallback(Callback):
         write_parent(Path(config.hydra.sweep.dir), parent)
         self._close = partial(end_sweep, store, parent, settings)
         # Hydra does not call on_multirun_end after a mistake in a later job's overrides, or Ctrl-C.
-        self._stop = partial(self._close, stopped=True)
+        in_turn = config.hydra.launcher._target_ == _BASIC
+        self._stop = partial(self._close, stopped=True, in_turn=in_turn)
         atexit.register(self._stop)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

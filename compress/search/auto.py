@@ -103,7 +103,7 @@ class Auto(Strategy):
         aim = limits
         if context.recovery.trains and self.bytes is not None:
             aim = Limits(self.bytes * _TRAINING_MARGIN, self.latency_ms)
-        stores = storages(candidate, self.techniques, context, limits)
+        stores, left_out = storages(candidate, self.techniques, context, limits)
         sensitivity = measure_sensitivity(candidate, self.techniques, context, self.images)
         if context.recovery.trains:
             sensitivity = as_trained(candidate, sensitivity, self.techniques, context, self.images)
@@ -124,7 +124,7 @@ class Auto(Strategy):
             result = realise(candidate, found, self.techniques, context, trains=True)
             self._check_costs(best, result, limits, context)
         self._check_accuracy(result, context)
-        unused = _unused(sensitivity, self.techniques)
+        unused = (*left_out, *_unused(sensitivity, self.techniques))
         expected = dict(zip(_units(limits), found.costs, strict=True))
         return result.evolve(
             skipped=(*result.skipped, *unused),
@@ -206,14 +206,16 @@ class Auto(Strategy):
                 files = [
                     export(c, data, Path(folder, n)) for c, n in zip((built.candidate, result), names, strict=True)
                 ]
-                before, after = context.median_latencies(files, "latency_ms")
+                before, after = context.median_latencies(files, "bytes")
             time = built.costs[-1] * after / before
             if time > limits.milliseconds * _NOISE:
+                other = any(technique.trained for technique in self.techniques)
                 raise CompressError(
                     "budget.latency_ms",
                     expected=f"at most {limits.milliseconds:.4g} ms after the training, too",
-                    received=f"{time:.4g}: what `trained` makes of a technique is slower than what it stands for",
-                    fix=f"Aim lower, budget.latency_ms={limits.milliseconds**2 / time:.4g}, or leave `trained` out.",
+                    received=f"{time:.4g}" + (", as `trained` makes the levels" if other else ""),
+                    fix=f"Aim lower, budget.latency_ms={limits.milliseconds**2 / time:.4g}"
+                    + (", or leave `trained` out." if other else ", or measure on an idle board."),
                 )
         if self.bytes is not None:
             size, _ = measure_files(result, context, latency=False)
@@ -222,7 +224,9 @@ class Auto(Strategy):
                     "budget.bytes",
                     expected=f"at most {self.bytes:,} bytes after the training, too",
                     received=f"{size:,}: its weights cannot be coded as well as those before it",
-                    fix=f"Aim lower, budget.bytes={int(self.bytes * self.bytes / size * 0.99)}, and the file will be "
+                    fix=f"Allow {size:,}: this was the smallest file before the training."
+                    if built.share > 1
+                    else f"Aim lower, budget.bytes={int(self.bytes * self.bytes / size * 0.99)}, and the file will be "
                     f"near {self.bytes:,}.",
                 )
 

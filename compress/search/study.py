@@ -112,6 +112,7 @@ class Study:
 
     def _continue_killed(self) -> None:
         """Close the trials of processes that were killed on this machine, and put their settings first in the queue."""
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -122,7 +123,7 @@ class Study:
             if unclaimed or has_ended(process or {}):
                 try:
                     self._study.tell(trial.number, state=TrialState.FAIL)
-                except ValueError:
+                except (ValueError, UpdateFinishedTrialError):
                     # Another process was faster.
                     continue
                 self._study.enqueue_trial(trial.params)
@@ -199,7 +200,7 @@ class Study:
             self._study.set_user_attr(REFERENCE, both)
 
     def best(self) -> list[tuple[int, dict[str, Any], list[float]]]:
-        """Return the non-dominated trials: number, setting as it ran, values."""
+        """Return the non-dominated trials: number, what was drawn, values."""
         with _answering(self._where):
             best = self._study.best_trials
         return [

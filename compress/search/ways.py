@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.candidate import Candidate, Storage
+import numpy as np
+
+from compress.candidate import Candidate, Skipped, Storage
+from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.counts import count_macs
 from compress.progress import progress
 from compress.search.allocation import Limits, Saving, Way
 from compress.search.sensitivity import Sensitivity, costs_of, inner_context
-from compress.search.stored import measure_files, write_files
-from compress.search.technique import Kind, Technique, Value, layers_by_resolution, stage
+from compress.search.stored import measure_files
+from compress.search.technique import Kind, Technique, Value, kernels_by_origin, layers_by_resolution, stage
 from compress.strategies.strategy import Context
 
+_LOG = logging.getLogger("compress")
 _MOST_SAVING = 3.0
 """A board may save more time than multiply-adds say, or lose some; more than this is noise."""
+_LEAST_SAVED = 0.02
+"""Share of the model's multiply-adds: what fewer of them save in time is noise."""
+_AT_ONCE = 5
 _LEAST_SHARE = 0.1
 """Of the multiply-adds that layers looked at together make: what fewer of them save is lost in the noise of a board."""
 
@@ -38,33 +46,42 @@ class _Narrower:
 
 def storages(
     candidate: Candidate, techniques: Sequence[Technique], context: Context, limits: Limits
-) -> list[Technique | None]:
-    """Return who decides how weights are written: nobody (floats), or a technique.
+) -> tuple[list[Technique | None], tuple[Skipped, ...]]:
+    """Return who decides how weights are written, nobody (floats) or a technique, and those that are left out.
 
-    With a limit in milliseconds those whose files the board times; this is asked before anything takes long.
+    With a limit in milliseconds those are left out whose files the board does not time; this is asked before anything
+    takes long.
 
     Raises:
         CompressError: if the board times none of them.
     """
     every = [None, *(technique for technique in techniques if technique.strategy.stores is not None)]
     if limits.milliseconds is None:
-        return every
-    found, reasons = [], []
+        return every, ()
+    found: list[Technique | None] = []
+    reasons: dict[str, str] = {}
     for technique in every:
         storage = Storage() if technique is None else Storage(technique.strategy.stores or "float32")
         try:
             measure_files(candidate.evolve(storage=storage), context, latency=True)
             found.append(technique)
         except CompressError as error:
-            reasons.append(f"{technique.name if technique is not None else 'floats'}: {error.received}")
+            reasons["floats" if technique is None else f"techniques.{technique.name}"] = error.received
     if not found:
-        raise CompressError(
-            "budget.latency_ms",
-            expected="a board that gives the latency of the model's file",
-            received="; ".join(reasons),
-            fix="Choose another board, or give budget.bytes instead.",
-        )
-    return found
+        raise _no_time("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    for name, reason in reasons.items():
+        _LOG.warning("%s: the board does not time such files: %s", name, reason)
+    left_out = ((name, reason) for name, reason in reasons.items() if name != "floats")
+    return found, tuple(Skipped(name, f"the board does not time its files: {reason}") for name, reason in left_out)
+
+
+def _no_time(received: str) -> CompressError:
+    return CompressError(
+        "budget.latency_ms",
+        expected="a board that gives the latency of the model's file",
+        received=received,
+        fix="Choose another board, or give budget.bytes instead.",
+    )
 
 
 def measure_ways(
@@ -100,9 +117,16 @@ def measure_ways(
             found.append(Way(technique, rest))
             continue
         own = technique.config(next(iter(technique.levels))) if technique is not None else None
-        make = functools.partial(_measured, made, narrower, context, stored=technique is not None)
-        known = context.remember("latency of levels", [context.board, own, levels, list(sensitivity.layers)], make)
+        changed = [
+            [probe.technique, probe.value, probe.layer]
+            for probe in sensitivity.probes
+            if probe.refused is None and probe.technique in {t.name for t in (*structural, technique) if t is not None}
+        ]
+        make = functools.partial(_measured, made, narrower, list(sensitivity.layers), context)
+        known = context.remember("latency of levels", [context.board, own, levels, changed], make)
         found.append(_way(technique, rest, sensitivity, known))
+    if not found:
+        raise _no_time("one that times no file in which a layer is changed")
     return found
 
 
@@ -110,9 +134,9 @@ def _way(technique: Technique | None, rest_bytes: float, sensitivity: Sensitivit
     whole, layers = known["milliseconds"], sensitivity.layers
     rates: dict[Saving, float] = {}
     for row in known["narrower"]:
-        rate = (1 - row["milliseconds"] / whole) / row["macs_saved"]
-        rate = min(max(rate, -_MOST_SAVING), _MOST_SAVING)
-        rates |= {(row["technique"], row["value"], name): rate for name in row["layers"]}
+        if row["macs_saved"] >= _LEAST_SAVED:
+            rate = min(max((1 - row["kept"]) / row["macs_saved"], -_MOST_SAVING), _MOST_SAVING)
+            rates |= {(row["technique"], row["value"], name): rate for name in row["layers"]}
     # What saves most for its multiply-adds saves all that there is: where a block goes, its time does.
     largest = {name: 0.0 for _, _, name in rates}
     for (_, _, name), rate in rates.items():
@@ -122,36 +146,56 @@ def _way(technique: Technique | None, rest_bytes: float, sensitivity: Sensitivit
     # Noise must not make the rest of the file take less than no time.
     most = whole / max(sum(times.values()), whole)
     times = {name: time * most for name, time in times.items()}
-    saving = {key: rate / largest[key[2]] for key, rate in rates.items() if largest[key[2]]}
+    # Where nothing saves any time in its own layers, it does not in those that read them either.
+    saving = {key: rate / (largest[key[2]] or 1.0) for key, rate in rates.items()}
     return Way(technique, rest_bytes, times, whole - sum(times.values()), saving)
 
 
 def _measured(
-    made: Candidate, narrower: Callable[[], Sequence[_Narrower]], context: Context, *, stored: bool
+    made: Candidate, narrower: Callable[[], Sequence[_Narrower]], originals: Sequence[str], context: Context
 ) -> dict[str, Any]:
-    """Return what the board says of a file and of the narrower ones, as plain values."""
-    storage = replace(made.storage, float_layers=(), ranges={}) if stored else Storage()
-    others = narrower()
-    whole = count_macs(made.model)
+    """Return the time of a file, and which part of it the narrower ones take, as plain values.
+
+    A few files at a time take turns with the whole one: each is a process of its own on some boards. One that the board
+    does not time says nothing of its level.
+    """
+    others, macs = narrower(), count_macs(made.model)
+    wholes: list[float] = []
+    rows = []
     with tempfile.TemporaryDirectory(prefix=".measured-") as folder, progress("latency of levels") as shown:
-        artifacts = []
-        for number, one in enumerate((made, *(other.candidate.evolve(storage=storage) for other in others))):
-            place = Path(folder, str(number))
-            place.mkdir()
-            artifacts.append(write_files(one, context, place))
-            shown.advance(number + 1, len(others) + 1, "files")
-        first, *times = context.median_latencies(artifacts, "bytes")
-    rows = [
-        {
-            "technique": other.technique.name,
-            "value": other.value,
-            "layers": other.layers,
-            "macs_saved": 1 - count_macs(other.candidate.model) / whole,
-            "milliseconds": time,
-        }
-        for other, time in zip(others, times, strict=True)
-    ]
-    return {"milliseconds": first, "narrower": rows}
+        first = export(made, context.data, Path(folder, "whole.tflite"))
+        for start in range(0, max(len(others), 1), _AT_ONCE):
+            some = others[start : start + _AT_ONCE]
+            files = [
+                export(_stored_like(made, other.candidate, originals), context.data, Path(folder, f"{number}.tflite"))
+                for number, other in enumerate(some)
+            ]
+            whole, *times = (measurement.cost_ms for measurement in context.measurements([first, *files]))
+            if not whole:
+                raise _no_time("one that has stopped giving it")
+            wholes.append(whole)
+            rows += [
+                {
+                    "technique": other.technique.name,
+                    "value": other.value,
+                    "layers": other.layers,
+                    "macs_saved": 1 - count_macs(other.candidate.model) / macs,
+                    "kept": time / whole,
+                }
+                for other, time in zip(some, times, strict=True)
+                if time is not None
+            ]
+            shown.advance(min(start + _AT_ONCE, len(others)), len(others), "files")
+    return {"milliseconds": float(np.median(wholes)), "narrower": rows}
+
+
+def _stored_like(made: Candidate, other: Candidate, originals: Sequence[str]) -> Candidate:
+    """Return the other candidate, its file written like the one that is made: the same layers as floats."""
+    floats = set(made.storage.float_layers)
+    places = kernels_by_origin(other.model, originals).items()
+    names = [kernel.layer.name for layer, found in places if layer in floats for kernel in found]
+    there = [layer.name for layer in other.model.layers if layer.name in floats]
+    return other.evolve(storage=replace(made.storage, float_layers=tuple(dict.fromkeys((*there, *names))), ranges={}))
 
 
 def _narrower(

@@ -182,7 +182,7 @@ class Context:
         Raises:
             CompressError: if there is no board, or it gives none.
         """
-        found = [] if self.measure is None else self.measure(artifacts)
+        found = self.measurements(artifacts)
         costs = [measurement.cost_ms for measurement in found if measurement.cost_ms is not None]
         if not found or len(costs) < len(found):
             failure = next(
@@ -196,6 +196,10 @@ class Context:
                 fix=f"Choose another board, or give strategy.{self.stage}.{instead} instead.",
             )
         return costs
+
+    def measurements(self, artifacts: Sequence[Artifact]) -> Sequence[Measurement]:
+        """Return what the board says of each file, whether or not it gives a time; nothing, if there is no board."""
+        return [] if self.measure is None else self.measure(artifacts)
 
     def calibration_samples(self, count: int) -> np.ndarray:
         """Return up to ``count`` samples of the training part, augmented as in training, without their labels.

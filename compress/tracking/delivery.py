@@ -78,7 +78,9 @@ def deliver(folder: Path, store: Store) -> Delivery:
     return Delivery(runs, tuple(kept), tuple(problems), frozenset(unfinished), others)
 
 
-def end_sweep(store: Store, parent: str, settings: TrackingSettings, *, stopped: bool) -> Summary | None:
+def end_sweep(
+    store: Store, parent: str, settings: TrackingSettings, *, stopped: bool, in_turn: bool = False
+) -> Summary | None:
     """Finish a multirun in MLflow: what its jobs have kept, the Pareto fronts, the parent's end.
 
     Where the store is away, that is kept to be sent later, and None is returned.
@@ -88,6 +90,7 @@ def end_sweep(store: Store, parent: str, settings: TrackingSettings, *, stopped:
         parent: the run that stands for it.
         settings: what is compared, and where is kept what cannot be sent.
         stopped: the multirun did not come to its end.
+        in_turn: its jobs run in this process, one after the other.
 
     Raises:
         CompressError: if the store refuses it for good.
@@ -101,7 +104,7 @@ def end_sweep(store: Store, parent: str, settings: TrackingSettings, *, stopped:
         if parent not in deliver(folder, store).unfinished:
             summary = store.ask(
                 lambda client, _: finish_sweep(
-                    client, parent, settings.objectives, settings.reference, stopped=stopped, when=when
+                    client, parent, settings.objectives, settings.reference, stopped=stopped, in_turn=in_turn, when=when
                 )
             )
     except StoreAway as error:

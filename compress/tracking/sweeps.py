@@ -61,6 +61,7 @@ def finish_sweep(
     reference: Mapping[str, float] | None = None,
     *,
     stopped: bool = False,
+    in_turn: bool = False,
     when: int | None = None,
 ) -> Summary:
     """Tag the Pareto fronts among the parent's finished children, log the charts, close the parent.
@@ -71,6 +72,7 @@ def finish_sweep(
         objectives: what is compared: metrics (one front), or lists of metrics (a front each).
         reference: metric -> the value that hypervolumes are counted from; the baseline's for those not named.
         stopped: the multirun did not come to its end.
+        in_turn: its jobs run in this process, one after the other: of a stopped one none will begin any more.
         when: milliseconds since 1970 that it ended at; None: now.
     """
     when = now() if when is None else when
@@ -80,8 +82,8 @@ def finish_sweep(
         # Where all jobs have come back, one that still counts as running has died without a word.
         if not stopped or has_ended(run.data.tags):
             client.set_terminated(run.info.run_id, "FAILED")
-    if stopped and next(_search(client, experiment, _children(parent)), None) is None:
-        # No job has begun: a mistake on the command line is no run.
+    if stopped and in_turn and next(_search(client, experiment, _children(parent)), None) is None:
+        # A mistake on the command line is no run.
         client.delete_run(parent)
         return Summary()
     summary = _log_fronts(client, parent, runs, objectives, reference or {}, when) if runs else Summary()

@@ -56,6 +56,9 @@ def test_each_pipeline_has_fields_of_its_own(cli, tmp_path):
     assert code == 0, error
     stages = [report["stages"][0]["name"] for report in reports(tmp_path)]
     assert set(stages) == {"prune", "share"}
+    for best in json.loads((tmp_path / "sweep" / "search.json").read_text())["best"]:
+        own = {"prune": "strategy.prune.sparsity", "share": "strategy.share.clusters"}[best["setting"]["strategy"]]
+        assert set(best["setting"]) == {"strategy", own}
     assert len(stages) == 4
 
 

@@ -125,7 +125,9 @@ def integers_only(artifacts: Sequence[Artifact]) -> list[Measurement]:
 def test_a_way_that_the_board_does_not_run_is_left_out(model, context):
     chosen = techniques(quantize={"bits": [8]})
     context = context_of(model, context.data).for_stage("auto", measure=integers_only)
-    assert [way and way.name for way in storages(Candidate(model), chosen, context, Limits(None, 1.0))] == ["quantize"]
+    found, left_out = storages(Candidate(model), chosen, context, Limits(None, 1.0))
+    assert [way and way.name for way in found] == ["quantize"]
+    assert left_out == ()
     result = Auto(latency_ms=1.0, techniques=chosen, images=30).apply(Candidate(model), context)
     assert {row.chosen for row in result.allocation} == {("quantize bits=8",)}
 
