@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,8 @@ _STEP = 1.005
 """How much more than measured is expected next where a file was too large or too slow."""
 _NEAR = 0.97
 """A file that takes this part of a budget has used it."""
+_OVER = 1.03
+"""Where no file keeps free all that training is given, one that keeps most of it will do."""
 _NOISE = 1.02
 """Two files of one structure take as long as each other, but for this."""
 _TRAINING_MARGIN = 0.9
@@ -144,6 +147,7 @@ class Auto(Strategy):
         """
         corrections = {allocator.way.name: [1.0] * len(limits.given) for allocator in allocators}
         best: _Built | None = None
+        closest: _Built | None = None
         tried: list[Allocation] = []
         for _ in range(_ROUNDS):
             choices = [(a.best(_scaled(limits, corrections[a.way.name])), a) for a in allocators]
@@ -157,6 +161,9 @@ class Auto(Strategy):
             built = self._built(candidate, found, allocator, limits, context)
             if built.share <= 1 and (best is None or found.divergence < best.allocation.divergence):
                 best = built
+            near = built.share <= _OVER and max(_shares(built.costs, given)) <= 1
+            if near and (closest is None or built.share < closest.share):
+                closest = built
             if _NEAR <= built.share <= 1 or (built.share <= 1 and not found.divergence):
                 break
             again = [value / cost for value, cost in zip(built.costs, found.costs, strict=True)]
@@ -164,11 +171,12 @@ class Auto(Strategy):
                 value if cost <= limit else value * _STEP
                 for value, cost, limit in zip(again, built.costs, limits.given, strict=True)
             ]
+        best = best or closest
         if best is None:
             # Expectations may be too dark: what takes least is built before it is refused.
             least = [(a.cheapest(limits), a) for a in allocators]
             found, allocator = min(least, key=lambda item: max(_shares(item[0].costs, limits)))
-            best = self._built(candidate, found, allocator, limits, context)
+            best = replace(self._built(candidate, found, allocator, limits, context), least=True)
             if max(_shares(best.costs, given)) > 1:
                 raise self._out_of_reach(best, given)
         return best
@@ -225,7 +233,7 @@ class Auto(Strategy):
                     expected=f"at most {self.bytes:,} bytes after the training, too",
                     received=f"{size:,}: its weights cannot be coded as well as those before it",
                     fix=f"Allow {size:,}: this was the smallest file before the training."
-                    if built.share > 1
+                    if built.least
                     else f"Aim lower, budget.bytes={int(self.bytes * self.bytes / size * 0.99)}, and the file will be "
                     f"near {self.bytes:,}.",
                 )
@@ -251,13 +259,17 @@ class Auto(Strategy):
 
 @plain_dataclass(frozen=True)
 class _Built:
-    """An allocation, what was built of it, what that costs, and the largest share of a limit that this is."""
+    """An allocation, what was built of it, what that costs, and the largest share of a limit that this is.
+
+    ``least``: nothing takes less.
+    """
 
     allocation: Allocation
     allocator: Allocator
     candidate: Candidate
     costs: tuple[float, ...]
     share: float
+    least: bool = False
 
 
 def _unused(sensitivity: Sensitivity, techniques: Sequence[Technique]) -> list[Skipped]:

@@ -198,6 +198,15 @@ def test_a_file_that_keeps_to_the_budget_without_room_to_spare_is_tried(model, d
     assert size_of(result, context) <= 1.04 * least
 
 
+def test_where_no_file_keeps_the_room_for_training_free_the_nearest_is_taken(model, data, memory, whole, monkeypatch):
+    """A little more than what is aimed at, each time: not a reason to take all that can be taken away."""
+    budget = int(0.5 * whole)
+    monkeypatch.setattr("compress.search.auto.measure_files", lambda *_, **__: (int(0.92 * budget), None))
+    few = {"quantize": {"bits": [8, 4], "rounding": "nearest"}}
+    result = search(few, bytes=budget).apply(Candidate(model), context_of(model, data, memory, epochs=0.01))
+    assert {row.chosen for row in result.allocation} != {("quantize bits=4",)}
+
+
 def test_techniques_that_no_layer_takes_are_told(model, context, whole):
     chosen = {"prune": {"sparsity": [0.9]}, "lowrank": {"ranks": [0.99]}}
     result = search(chosen, bytes=int(0.6 * whole)).apply(Candidate(model), context)
