@@ -12,7 +12,6 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from compress.cli import config_source
@@ -30,20 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command() -> list[CompressError]:
     """Let Hydra compose and run the job; mistakes are raised."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise CompressError(
+            "--multirun", expected="one model at a time", received="-m", fix="Call the command once for each."
+        )
 
     def job(config: DictConfig) -> None:
-        hydra_config = HydraConfig.get()
-        if hydra_config.mode == RunMode.MULTIRUN:
-            raise CompressError(
-                "--multirun", expected="one model at a time", received="-m", fix="Call the command once for each."
-            )
         # Imported here, so that --help, --cfg and completion answer without TensorFlow and MLflow.
         from compress.quiet import import_tensorflow
 
         import_tensorflow()
         from compress.cli.survey import run_survey
 
-        run_survey(config, Path(hydra_config.runtime.output_dir))
+        run_survey(config, Path(HydraConfig.get().runtime.output_dir))
 
     config_source.register()
     hydra.main(config_path=str(conf_dir()), config_name="sensitivity", version_base="1.3")(job)()

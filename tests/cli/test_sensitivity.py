@@ -65,6 +65,13 @@ def test_mistakes_end_with_one_paragraph(survey, override, where, said):
     assert said in err
 
 
+def test_several_models_at_once_are_refused_before_anything_is_logged(survey, tmp_path):
+    code, _, err = survey("-m", "seed=0,1", f"tracking.uri=sqlite:///{tmp_path}/runs.db")
+    assert code == 2
+    assert "one model at a time" in err
+    assert not (tmp_path / "runs.db").exists()
+
+
 def test_a_budget_on_the_command_line_is_met_and_reported(cli):
     techniques = "{prune_channels:{channels:[0.5],ranking:layer},quantize:{bits:[8]}}"
     code, out, err = cli(
