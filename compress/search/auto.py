@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from functools import reduce
@@ -122,10 +123,12 @@ class Auto(Strategy):
         layers, probes, pairs = sensitivity.layers, sensitivity.probes, sensitivity.pairs
         allocators = [Allocator(layers, probes, self.techniques, way, pairs) for way in ways]
         best = self._within(candidate, allocators, aim, limits, context)
-        found, allocator, result = best.allocation, best.allocator, best.candidate
+        found, allocator = best.allocation, best.allocator
         if context.recovery.trains:
             result = realise(candidate, found, self.techniques, context, trains=True)
             self._check_costs(best, result, limits, context)
+        else:
+            result = best.make()
         self._check_accuracy(result, context)
         unused = (*left_out, *_unused(sensitivity, self.techniques))
         expected = dict(zip(_units(limits), found.costs, strict=True))
@@ -184,12 +187,22 @@ class Auto(Strategy):
     def _built(
         self, candidate: Candidate, found: Allocation, allocator: Allocator, limits: Limits, context: Context
     ) -> _Built:
-        """Build an allocation without training, and measure its file."""
-        made = realise(candidate, found, self.techniques, context, trains=False)
-        size, time = measure_files(made, context, latency=limits.milliseconds is not None)
+        """Build an allocation without training, and measure its file; what was measured of it before is remembered.
+
+        So a search that was stopped corrects its expectations by the same numbers, and comes to the same choice.
+        """
+        make = functools.cache(lambda: realise(candidate, found, self.techniques, context, trains=False))
+        timed = limits.milliseconds is not None
+        levels = {(t.name, value): t.config(value) for t in self.techniques for value in t.levels}
+        chosen = {
+            layer: [levels[probe.technique, probe.value] for probe in combination]
+            for layer, combination in found.chosen.items()
+        }
+        settings = [context.board if timed else None, chosen]
+        size, time = context.remember("built", settings, lambda: list(measure_files(make(), context, latency=timed)))
         costs = tuple(v for v, limit in ((size, limits.bytes), (time, limits.milliseconds)) if limit and v is not None)
         _LOG.info("%s: %s", context.stage, _said(limits, costs, found))
-        return _Built(found, allocator, made, costs, max(_shares(costs, limits)))
+        return _Built(found, allocator, make, costs, max(_shares(costs, limits)))
 
     def _out_of_reach(self, least: _Built, limits: Limits) -> CompressError:
         units = _units(limits)
@@ -211,9 +224,7 @@ class Auto(Strategy):
         if limits.milliseconds is not None:
             with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
                 data, names = context.data, ("before.tflite", "after.tflite")
-                files = [
-                    export(c, data, Path(folder, n)) for c, n in zip((built.candidate, result), names, strict=True)
-                ]
+                files = [export(c, data, Path(folder, n)) for c, n in zip((built.make(), result), names, strict=True)]
                 before, after = context.median_latencies(files, "bytes")
             time = built.costs[-1] * after / before
             if time > limits.milliseconds * _NOISE:
@@ -259,14 +270,14 @@ class Auto(Strategy):
 
 @plain_dataclass(frozen=True)
 class _Built:
-    """An allocation, what was built of it, what that costs, and the largest share of a limit that this is.
+    """An allocation, what builds it without training, what that costs, and the largest share of a limit that this is.
 
     ``least``: nothing takes less.
     """
 
     allocation: Allocation
     allocator: Allocator
-    candidate: Candidate
+    make: Callable[[], Candidate]
     costs: tuple[float, ...]
     share: float
     least: bool = False

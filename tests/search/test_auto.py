@@ -73,7 +73,7 @@ def test_the_packed_file_keeps_to_its_bytes_and_the_choice_is_shown(model, conte
             assert guarantee.stage == "auto"
             assert guarantee.check(result.model) == []
         found[share] = result.measured["expected_divergence"]
-        made.append(memory.made)
+        made.append(memory.names.count("sensitivity"))
     assert found[0.12] > found[0.4], "a tighter budget costs more"
     assert made[0] == made[1], "another budget finds the table"
 
@@ -241,3 +241,22 @@ def test_a_model_with_nothing_to_change_is_said_so(context):
         search({"prune_channels": {"channels": [0.5]}}, bytes=1000).apply(
             Candidate(plain), dataclasses.replace(context, reference=plain)
         )
+
+
+def test_a_search_that_was_stopped_comes_to_the_same_choice_on_a_noisy_board(model, data, whole):
+    """The board says something else each time; what it said of a file is remembered."""
+    memory, times = Memory(), np.random.default_rng(0)
+
+    def noisy(artifacts):
+        return [
+            dataclasses.replace(one, latency_ms=dataclasses.replace(one.latency_ms, p50=one.cost_ms * factor))
+            for one, factor in zip(map(measure, artifacts), times.uniform(0.8, 1.2, len(artifacts)), strict=True)
+        ]
+
+    context = context_of(model, data, memory).for_stage("auto", measure=noisy)
+    before = measure_files(Candidate(model), context_of(model, data), latency=True)[1]
+    chosen = {"prune_channels": {"channels": [0.75, 0.5], "ranking": "layer"}, "quantize": {"bits": [8]}}
+    first, again = (
+        search(chosen, latency_ms=0.35 * before).apply(Candidate(model), context).allocation for _ in range(2)
+    )
+    assert first == again

@@ -143,7 +143,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(model, data, tmp_path, mon
         return cache.remembered(digest_of([name, *settings]), make)
 
     measured = []
-    inner = sensitivity._Bench.loss
+    inner = sensitivity.Bench.loss
 
     def counted(bench, network):
         if len(measured) == 7 and stop:
@@ -151,7 +151,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(model, data, tmp_path, mon
         measured.append(1)
         return inner(bench, network)
 
-    monkeypatch.setattr(sensitivity._Bench, "loss", counted)
+    monkeypatch.setattr(sensitivity.Bench, "loss", counted)
     again = functools.partial(
         measure_sensitivity, Candidate(model), techniques(**CHOSEN), context_of(model, data, remember), IMAGES
     )

@@ -68,11 +68,15 @@ class Memory:
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
-        self.made = 0
+        self.names: list[str] = []
+
+    @property
+    def made(self) -> int:
+        return len(self.names)
 
     def __call__(self, name: str, settings: Sequence[Any], make: Callable[[], Any]) -> Any:
         key = json.dumps([name, *settings], sort_keys=True, default=str)
         if key not in self.known:
             self.known[key] = json.dumps(make())
-            self.made += 1
+            self.names.append(name)
         return json.loads(self.known[key])
