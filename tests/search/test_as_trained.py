@@ -8,21 +8,11 @@ from compress.candidate import Candidate
 from compress.search.as_trained import as_trained
 from compress.search.sensitivity import Bench, Sensitivity, measure_sensitivity, with_stored_values
 from compress.search.technique import stage
-from tests.search.toys import Memory, context_of, small_data, small_net, techniques
+from tests.search.toys import Memory, context_of, techniques
 
 IMAGES = 60
 REPAIRED = {"channels": [0.5, 0.75], "criterion": "random", "ranking": "layer"}
 REPAIRED |= {"trained": {"criterion": "reconstruction", "ranking": "layer", "images": 128}}
-
-
-@pytest.fixture(scope="module")
-def data():
-    return small_data()
-
-
-@pytest.fixture(scope="module")
-def model(data):
-    return small_net(data)
 
 
 def divergences(found: Sensitivity) -> dict[tuple[str, float], float]:

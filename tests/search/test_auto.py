@@ -16,7 +16,7 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.search.auto import Auto
 from compress.search.stored import measure_files
 from compress.search.technique import origin_of
-from tests.search.toys import Memory, context_of, measure, small_data, small_net, techniques
+from tests.search.toys import Memory, context_of, measure, techniques
 
 STANDARD = {
     "prune_channels": {"channels": [0.75, 0.5], "ranking": "layer"},
@@ -24,16 +24,6 @@ STANDARD = {
     "share": {"clusters": [16]},
     "quantize": {"bits": [8, 4], "rounding": "second_order", "rounding_images": 64, "trained": "qat"},
 }
-
-
-@pytest.fixture(scope="module")
-def data():
-    return small_data()
-
-
-@pytest.fixture(scope="module")
-def model(data):
-    return small_net(data)
 
 
 @pytest.fixture(scope="module")

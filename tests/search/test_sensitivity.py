@@ -21,7 +21,7 @@ from compress.search.sensitivity import Sensitivity, measure_sensitivity
 from compress.search.stored import measure_files
 from compress.search.table import heat_map, markdown
 from compress.search.technique import stage
-from tests.search.toys import Memory, context_of, small_data, small_net, techniques
+from tests.search.toys import Memory, context_of, techniques
 
 IMAGES = 40
 CHOSEN = {
@@ -30,16 +30,6 @@ CHOSEN = {
     "share": {"clusters": [8]},
     "quantize": {"bits": [8, 3], "rounding": "second_order"},
 }
-
-
-@pytest.fixture(scope="module")
-def data():
-    return small_data()
-
-
-@pytest.fixture(scope="module")
-def model(data):
-    return small_net(data)
 
 
 @pytest.fixture(scope="module")

@@ -9,37 +9,14 @@ import pytest
 import tf_keras
 
 from compress.candidate import Candidate
-from compress.data.digits import Digits
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model, rewrite
 from compress.graph.selection import Rule, Selection
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.prune import Prune
-from compress.strategies.strategy import Context
-from compress.training import Recovery
-from tests.strategies.channel_networks import four_blocks, macs, one_block
+from tests.strategies.channels.networks import macs
 
 layers = tf_keras.layers
-
-
-@pytest.fixture(scope="module")
-def data():
-    return Digits(train_limit=256, test_limit=64).load()
-
-
-@pytest.fixture(scope="module")
-def model() -> tf_keras.Model:
-    return one_block()
-
-
-@pytest.fixture
-def context(data, model) -> Context:
-    return Context("prune_channels", data, model, Recovery(method="none"), 0)
-
-
-@pytest.fixture(scope="module")
-def deep() -> tf_keras.Model:
-    return four_blocks()
 
 
 def test_the_block_whose_branch_adds_least_goes_as_a_whole(deep, context):

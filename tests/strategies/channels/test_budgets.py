@@ -12,37 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.candidate import Artifact, Candidate, Latency, Measurement
-from compress.data.digits import Digits
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.counts import count_params
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.measured import largest_share, measured_once
-from compress.strategies.strategy import Context
 from compress.training import Recovery
-from tests.strategies.channel_networks import four_blocks, macs, one_block
+from tests.strategies.channels.networks import macs
 
 layers = tf_keras.layers
-
-
-@pytest.fixture(scope="module")
-def data():
-    return Digits(train_limit=256, test_limit=64).load()
-
-
-@pytest.fixture(scope="module")
-def model() -> tf_keras.Model:
-    return one_block()
-
-
-@pytest.fixture
-def context(data, model) -> Context:
-    return Context("prune_channels", data, model, Recovery(method="none"), 0)
-
-
-@pytest.fixture(scope="module")
-def deep() -> tf_keras.Model:
-    return four_blocks()
 
 
 @pytest.mark.parametrize("ranking", ["global", "layer"])

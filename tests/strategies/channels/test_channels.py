@@ -10,7 +10,6 @@ import tensorflow as tf
 import tf_keras
 
 from compress.candidate import Candidate
-from compress.data.digits import Digits
 from compress.data.source import Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
@@ -27,29 +26,9 @@ from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 from tests.graph.zoo import ZOO
-from tests.strategies.channel_networks import four_blocks, macs, one_block
+from tests.strategies.channels.networks import macs
 
 layers = tf_keras.layers
-
-
-@pytest.fixture(scope="module")
-def data():
-    return Digits(train_limit=256, test_limit=64).load()
-
-
-@pytest.fixture(scope="module")
-def model() -> tf_keras.Model:
-    return one_block()
-
-
-@pytest.fixture
-def context(data, model) -> Context:
-    return Context("prune_channels", data, model, Recovery(method="none"), 0)
-
-
-@pytest.fixture(scope="module")
-def deep() -> tf_keras.Model:
-    return four_blocks()
 
 
 def test_a_channel_that_does_nothing_goes_first(model, context):
