@@ -156,6 +156,7 @@ def main() -> int:
     verdict = (
         "; ".join(killed.findings) or "all numbers, and all bytes of the files, are those of the undisturbed sweep"
     )
+    command = f"python benchmarks/kill_and_resume.py --kills {given.kills} --seed {given.seed}"
     lines = [
         "# Killed and run again",
         "",
@@ -167,7 +168,7 @@ def main() -> int:
         *rows,
         "",
         f"The sweep: `{' '.join(given.overrides)}`, {alone:.0f} s undisturbed.",
-        *provenance(f"python benchmarks/kill_and_resume.py --kills {given.kills}", [given.seed], machine()),
+        *provenance(command, [given.seed], machine()),
     ]
     if given.output is not None:
         given.output.write_text("\n".join(lines))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from compress.candidate import Candidate
@@ -15,8 +15,6 @@ from compress.strategies.strategy import Context, Strategy
 
 _LAYERS = 3
 """So many layers of a resolution, spread over its depth, stand for all: of many, both would lose everything."""
-_LEAST_SHARE = 0.1
-"""Of the multiply-adds, in layers of neighbouring resolutions that are looked at together."""
 
 
 def as_trained(
@@ -39,19 +37,13 @@ def as_trained(
     repairing = [technique for technique in techniques if technique.kind is not Kind.VALUES and technique.trained]
     if not repairing:
         return sensitivity
-    groups = layers_by_resolution(candidate.model, _LEAST_SHARE)
+    groups = layers_by_resolution(candidate.model)
     ratios: dict[tuple[str, Value, str], float] = {}
     bench = functools.cache(lambda: Bench(candidate, context, list(sensitivity.layers), images))
     wanted = [(technique, value, layers) for technique in repairing for value in technique.levels for layers in groups]
     with progress("levels as trained") as shown:
         for number, (technique, value, layers) in enumerate(wanted, start=1):
-            takers = [
-                probe.layer
-                for probe in sensitivity.probes
-                if (probe.technique, probe.value) == (technique.name, value)
-                and probe.layer in layers
-                and probe.refused is None
-            ]
+            takers = sensitivity.takers(technique, value, layers)
             some = takers[:: max(-(-len(takers) // _LAYERS), 1)]
             if some:
                 make = functools.partial(_ratio, bench, technique, value, some)
@@ -66,7 +58,7 @@ def as_trained(
     return replace(sensitivity, probes=tuple(probes))
 
 
-def _ratio(bench: functools._lru_cache_wrapper[Bench], technique: Technique, value: Value, layers: list[str]) -> float:
+def _ratio(bench: Callable[[], Bench], technique: Technique, value: Value, layers: list[str]) -> float:
     """Return what a level loses as it is trained, for each unit that it loses as it was probed; at most 1."""
     probed = _loss(bench(), technique.name, technique.levels[value], layers)
     trained = _loss(bench(), technique.name, technique.trained[value], layers)

@@ -102,6 +102,16 @@ class Sensitivity:
     images: int
     pairs: tuple[Pair, ...] = ()
 
+    def takers(self, technique: Technique, value: Value, among: Collection[str] | None = None) -> list[str]:
+        """Return the layers that a level does not refuse; ``among``: of these only."""
+        return [
+            probe.layer
+            for probe in self.probes
+            if (probe.technique, probe.value) == (technique.name, value)
+            and probe.refused is None
+            and (among is None or probe.layer in among)
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         rows = [{**asdict(p), "per_mmac": p.per_mmac, "per_kilobyte": p.per_kilobyte} for p in self.probes]

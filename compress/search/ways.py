@@ -29,8 +29,7 @@ _MOST_SAVING = 3.0
 _LEAST_SAVED = 0.02
 """Share of the model's multiply-adds: what fewer of them save in time is noise."""
 _AT_ONCE = 5
-_LEAST_SHARE = 0.1
-"""Of the multiply-adds that layers looked at together make: what fewer of them save is lost in the noise of a board."""
+"""Narrower files that take turns with the whole one."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _narrower(
     candidate: Candidate, sensitivity: Sensitivity, techniques: Sequence[Technique], context: Context
 ) -> list[_Narrower]:
     found = []
-    groups = layers_by_resolution(candidate.model, _LEAST_SHARE)
+    groups = layers_by_resolution(candidate.model)
     whole = count_macs(candidate.model)
     for technique in techniques:
         for value in technique.levels:
@@ -222,13 +221,7 @@ def _applied(
     among: Sequence[str] | None = None,
 ) -> Candidate | None:
     """Return the candidate after a level on all layers that take it; None if none does, or not together."""
-    layers = [
-        probe.layer
-        for probe in sensitivity.probes
-        if (probe.technique, probe.value) == (technique.name, value)
-        and probe.refused is None
-        and (among is None or probe.layer in among)
-    ]
+    layers = sensitivity.takers(technique, value, among)
     if not layers:
         return None
     try:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import tf_keras
 
-from compress.candidate import Artifact, Candidate, Latency, Measurement
+from compress.candidate import Artifact, Candidate, Latency, Measurement, Storage
 from compress.deploy.tflite import export
 from compress.errors import CompressError
+from compress.graph.selection import Rule, Selection
 from compress.metrics.tflite_file import TFLiteFile
 from compress.search.allocation import Allocator, Limits
 from compress.search.auto import Auto
 from compress.search.sensitivity import measure_sensitivity
-from compress.search.technique import layers_by_resolution, weighted_layers
-from compress.search.ways import measure_ways, storages
+from compress.search.technique import layers_by_resolution, stage, weighted_layers
+from compress.search.ways import _stored_like, measure_ways, storages
+from compress.strategies.strategy import Context
 from tests.search.toys import Memory, context_of, small_data, techniques
 
 layers = tf_keras.layers
@@ -157,3 +159,57 @@ def test_what_saves_no_time_is_left_alone(model, context, tmp_path):
     assert measured.cost_ms <= 1 + 8.1 * PART
     rows = {row.layer: row.chosen for row in result.allocation}
     assert not any("channels=0.5" in choice for name in ("stem", "first0", "first1") for choice in rows[name])
+
+
+class Counting:
+    """The board above; it notes how many files it is given at once, and gives some no time."""
+
+    def __init__(self, silent: Callable[[int], bool] = lambda place: False) -> None:
+        self.given: list[int] = []
+        self._silent = silent
+
+    def __call__(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
+        self.given.append(len(artifacts))
+        found = enumerate(board(artifacts))
+        return [Measurement("toy", None, "it does not run it") if self._silent(n) else one for n, one in found]
+
+
+def ways_of(
+    model: tf_keras.Model, context: Context, counting: Counting, memory: Memory, selection: Selection | None = None
+):
+    context = context_of(model, context.data, memory).for_stage("auto", measure=counting)
+    context = context if selection is None else context.for_stage("auto", selection=selection)
+    chosen = techniques(**NARROWER)
+    found = measure_sensitivity(Candidate(model), chosen, context, 30)
+    return measure_ways(Candidate(model), found, chosen, [None], context, Limits(None, 1.0))[0]
+
+
+def test_files_are_timed_a_few_at_once_and_those_without_a_time_say_nothing(model, context, monkeypatch):
+    monkeypatch.setattr("compress.search.ways._AT_ONCE", 2)
+    all_timed, some = Counting(), Counting(lambda place: place == 1)
+    whole = ways_of(model, context, all_timed, Memory())
+    less = ways_of(model, context, some, Memory())
+    assert all_timed.given == [3, 3], "four levels, two at a time beside the whole file"
+    assert len(less.saving) < len(whole.saving)
+    assert all(less.saving[key] <= 1.0 for key in less.saving)
+    with pytest.raises(CompressError, match=r"budget\.latency_ms"):
+        ways_of(model, context, Counting(lambda place: place == 0), Memory())
+
+
+def test_times_are_kept_for_the_layers_that_were_changed(model, context):
+    memory, counting = Memory(), Counting()
+    ways_of(model, context, counting, memory)
+    asked = len(counting.given)
+    ways_of(model, context, counting, memory)
+    assert len(counting.given) == asked, "the same layers"
+    ways_of(model, context, counting, memory, Selection(skip=(Rule(name="first0"),)))
+    assert len(counting.given) > asked
+
+
+def test_what_a_file_keeps_as_floats_its_narrower_files_keep_too(model, context):
+    made = Candidate(model, storage=Storage("int8", float_layers=("stem", "first1", "logits")))
+    chosen = techniques(**NARROWER)
+    without = stage("auto", chosen[0].levels[0], ["first1"]).apply(Candidate(model), context)
+    stored = _stored_like(made, without, list(weighted_layers(model)))
+    assert stored.storage.scheme == "int8"
+    assert set(stored.storage.float_layers) == {"stem", "logits"}
