@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,13 @@ from scipy.stats import qmc
 
 from compress.search.improvement import expected_improvement
 from compress.search.space import Space, Value
+from compress.search.surrogate import Surrogate
 from compress.tracking.pareto import Objective, non_dominated
 
-_CANDIDATES = 512
+_CANDIDATES = 2048
+"""Of each kind; then, in rounds, more around each of the best."""
+_ROUNDS, _BEST, _AROUND = 2, 8, 64
+_CLOSE = 0.05
 _CHANGED = 2.0
 """Keys that a candidate near the front has other values for, on average."""
 _NEAR = 0.1
@@ -28,9 +31,9 @@ _MOST = 300
 class GaussianSampler(BaseSampler):
     """Draws the first trials evenly (Sobol), then what is expected to raise the hypervolume most.
 
-    One process for each objective, over the settings as places in [0, 1] and categories as columns. Trials that are at
-    work are taken for done with what is expected of them, those that failed or were given up as hopeless for as bad as
-    the worst. A draw depends on the seed, the trial's number and the ended trials.
+    One surrogate for each objective, over the settings as places in [0, 1] and categories as columns. Trials that are
+    at work are taken for done with what is expected of them, those that failed or were given up as hopeless for as bad
+    as the worst. A draw depends on the seed, the trial's number and the ended trials.
 
     Source: Emmerich et al., Hypervolume-based expected improvement (IEEE CEC 2011); Knowles, ParEGO (IEEE TEC 2006) for
     candidates that are changed settings of the front.
@@ -102,21 +105,28 @@ class GaussianSampler(BaseSampler):
         rng = np.random.default_rng([self._seed, number])
         scale = np.maximum(np.ptp(np.concatenate([known, reference[None]]), axis=0), 1e-12)
         known, reference = known / scale, reference / scale
-        candidates = self._candidates(seen[_on_front(known)], rng)
-        looked_at = self._features(candidates)
         # Of many trials: those of the front, and the last ones.
         part = np.argsort(_on_front(known), kind="stable")[-_MOST:]
         fitted_to = self._features(seen[part])
-        models = [_fitted(fitted_to, outcome[part], int(rng.integers(2**31))) for outcome in known.T]
+        surrogates = [Surrogate(fitted_to, outcome[part]) for outcome in known.T]
+        candidates = self._candidates(seen[_on_front(known)], rng)
         if len(working):
-            expected = np.stack([model.predict(self._features(working)) for model in models], axis=1)
+            expected = np.stack([surrogate.expect(self._features(working))[0] for surrogate in surrogates], axis=1)
             known = np.concatenate([known, expected])
-        predicted = [model.predict(looked_at, return_std=True) for model in models]
-        mean, deviation = (np.stack(part, axis=1) for part in zip(*predicted, strict=True))
-        gain = expected_improvement(known[_on_front(known)], reference, mean, np.maximum(deviation, 1e-9))
+        front = known[_on_front(known)]
+
+        def gain_of(places: np.ndarray) -> np.ndarray:
+            expected = [surrogate.expect(self._features(places)) for surrogate in surrogates]
+            mean, deviation = (np.stack(part, axis=1) for part in zip(*expected, strict=True))
+            return expected_improvement(front, reference, mean, np.maximum(deviation, 1e-9))
+
+        gain = gain_of(candidates)
+        for _ in range(_ROUNDS):
+            around = self._around(candidates[np.argsort(-gain, kind="stable")[:_BEST]], rng)
+            candidates, gain = np.concatenate([candidates, around]), np.concatenate([gain, gain_of(around)])
         tried = {tuple(row) for row in self._features(np.concatenate([seen, working]))}
-        order = np.argsort(-gain, kind="stable")
-        new = (place for place in order if tuple(looked_at[place]) not in tried)
+        features, order = self._features(candidates), np.argsort(-gain, kind="stable")
+        new = (place for place in order if tuple(features[place]) not in tried)
         return np.asarray(candidates[next(new, order[0])])
 
     def _candidates(self, front: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -129,6 +139,12 @@ class GaussianSampler(BaseSampler):
         moved = np.where(rng.random(base.shape) < 0.5, other, near)
         changed = np.where(rng.random(base.shape) < min(_CHANGED / keys, 1.0), moved, base)
         return np.concatenate([anywhere, changed])
+
+    def _around(self, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return places close to some, [n, keys]: each with two fifths of its keys moved a little."""
+        base = np.repeat(places, _AROUND, axis=0)
+        moved = np.where(rng.random(base.shape) < 0.4, _CLOSE * rng.standard_normal(base.shape), 0.0)
+        return np.asarray(np.clip(base + moved, 0.0, 1.0))
 
     def _features(self, places: np.ndarray) -> np.ndarray:
         columns = [values.features(place) for values, place in zip(self._space.values(), places.T, strict=True)]
@@ -144,18 +160,3 @@ class GaussianSampler(BaseSampler):
 
 def _on_front(values: np.ndarray) -> np.ndarray:
     return non_dominated(values, [False] * values.shape[1])
-
-
-def _fitted(features: np.ndarray, outcome: np.ndarray, seed: int) -> Any:
-    """Return a Gaussian process through the outcomes [n], with a length for each column and noise of its own."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-
-    lengths = Matern(np.full(features.shape[1], 0.7), (0.1, 10.0), nu=2.5)
-    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * lengths + WhiteKernel(1e-3, (1e-6, 1e-1))
-    process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
-    with warnings.catch_warnings():
-        # A length at its bound is a key that does not matter.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return process.fit(features, outcome)
