@@ -28,11 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_command() -> list[CompressError]:
-    """Let Hydra compose and run the job; mistakes are raised."""
+    """Let Hydra compose and run the job; return the mistake that ended it."""
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         raise CompressError(
             "--multirun", expected="one model at a time", received="-m", fix="Call the command once for each."
         )
+
+    failures: list[CompressError] = []
 
     def job(config: DictConfig) -> None:
         # Imported here, so that --help, --cfg and completion answer without TensorFlow and MLflow.
@@ -41,11 +43,17 @@ def run_command() -> list[CompressError]:
         import_tensorflow()
         from compress.cli.survey import run_survey
 
-        run_survey(config, Path(HydraConfig.get().runtime.output_dir))
+        try:
+            run_survey(config, Path(HydraConfig.get().runtime.output_dir))
+        except CompressError as error:
+            if config.debug:
+                raise
+            # Hydra would say that there was an error, before the message does.
+            failures.append(error)
 
     config_source.register()
     hydra.main(config_path=str(conf_dir()), config_name="sensitivity", version_base="1.3")(job)()
-    return []
+    return failures
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def test_mistakes_end_with_one_paragraph(survey, override, where, said):
     code, _, err = survey("tracking=none", override)
     assert code == 2
     assert "Traceback" not in err
+    assert "Error executing job" not in err
     assert where in err
     assert said in err
 
