@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from compress.search.study import Study, Trial
 
 _LOG = logging.getLogger("compress")
+_BESIDE = ("hydra", "tracking", "cache", "debug")
+"""Keys of a job's configuration that its outcome does not depend on."""
 _STAGE = re.compile(rf"[+~]*{GROUP}\.(\w+)")
 
 
@@ -115,13 +117,13 @@ class SearchSweeper(Sweeper):
                 fix="Write for example 'strategy.prune.sparsity=interval(0.3,0.9)' or strategy=prune,lowrank+prune.",
             )
         distributions_of(space)
-        self._compose_each(fixed, space)
+        jobs_say = self._compose_each(fixed, space)
         sweep = Path(self._config.hydra.sweep.dir)
         sweep.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, sweep / "multirun.yaml")
         study = Study(
             self._storage,
-            self._name or _name_of(sorted(fixed), space, self._objectives, self._sampler, self._seed),
+            self._name or _name_of(jobs_say, space, self._objectives, self._sampler, self._seed),
             self._front.objectives,
             space,
             sampler=self._sampler,
@@ -158,8 +160,12 @@ class SearchSweeper(Sweeper):
                 fix="Lower the limits, or widen the search space.",
             )
 
-    def _compose_each(self, fixed: Sequence[str], space: Space) -> None:
-        """Compose a job of each pipeline, so that a key that no pipeline knows is told before the study begins."""
+    def _compose_each(self, fixed: Sequence[str], space: Space) -> list[str]:
+        """Compose a job of each pipeline, so that a key that no pipeline knows is told before the study begins.
+
+        Returns:
+            What decides the jobs' outcomes, as YAML, for the name of the study: files may change, too.
+        """
         from compress.search.space import Choice
 
         assert self._config is not None
@@ -177,9 +183,12 @@ class SearchSweeper(Sweeper):
                     fix=did_you_mean(stage[1], sorted(known)),
                 )
         example = {key: found.at(0.0) for key, found in space.items()}
+        found = []
         for own in [{**example, GROUP: choice} for choice in choices] or [example]:
             job = _of_its_pipeline([*fixed, *(f"{key}={value}" for key, value in own.items())], space)
-            self._context.config_loader.load_sweep_config(self._config, job)
+            composed = self._context.config_loader.load_sweep_config(self._config, job)
+            found.append(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, [k for k in composed if k not in _BESIDE])))
+        return found
 
 
 def _of_its_pipeline(overrides: Sequence[str], space: Space) -> list[str]:

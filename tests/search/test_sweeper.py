@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.cli.places import conf_dir
+
 pytest.importorskip("optuna")
 SEARCH = ("-m", "hydra/sweeper=search", "hydra.sweeper.population=2", "hydra.sweep.dir=sweep", "recovery=none")
 SPACE = ("strategy=prune,share", "strategy.prune.sparsity=interval(0.3,0.9)")
@@ -60,6 +62,24 @@ def test_each_pipeline_has_fields_of_its_own(cli, tmp_path):
         own = {"prune": "strategy.prune.sparsity", "share": "strategy.share.clusters"}[best["setting"]["strategy"]]
         assert set(best["setting"]) == {"strategy", own}
     assert len(stages) == 4
+
+
+def test_a_search_begins_anew_where_a_configuration_file_has_changed(cli, tmp_path):
+    recovery = (conf_dir() / "recovery" / "none.yaml").read_text()
+    own = tmp_path / "conf" / "recovery" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)", "recovery=mine", "tracking=none")
+
+    def made_before(content: str) -> str:
+        own.write_text(content)
+        code, said, error = cli(
+            "--config-dir", str(tmp_path / "conf"), *SEARCH[:-1], *space, *QUICK, "hydra.sweeper.trials=1"
+        )
+        assert code == 0, error
+        return next(line for line in said.splitlines() if "trials were made before" in line)
+
+    assert "0 of 1" in made_before(recovery)
+    assert "0 of 1" in made_before(recovery.replace("mixup: 0.0", "mixup: 0.5"))
 
 
 def test_a_search_that_gives_everything_up_says_so(cli):
