@@ -187,7 +187,8 @@ class SearchSweeper(Sweeper):
         for own in [{**example, GROUP: choice} for choice in choices] or [example]:
             job = _of_its_pipeline([*fixed, *(f"{key}={value}" for key, value in own.items())], space)
             composed = self._context.config_loader.load_sweep_config(self._config, job)
-            found.append(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, [k for k in composed if k not in _BESIDE])))
+            deciding = [str(key) for key in composed if key not in _BESIDE]
+            found.append(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, deciding)))
         return found
 
 
