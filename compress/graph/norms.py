@@ -16,6 +16,7 @@ from compress.graph.fold import gain_of
 from compress.graph.kernels import kernel_attributes
 from compress.graph.rewrite import NewLayer, nodes, rewrite
 
+_NORMS = (tf_keras.layers.BatchNormalization, tf_keras.layers.Normalization, tf_keras.layers.Rescaling)
 _TRAINING_ONLY = (
     tf_keras.layers.Dropout,
     tf_keras.layers.GaussianDropout,
@@ -28,15 +29,16 @@ _TRAINING_ONLY = (
 def with_norms_as_convolutions(model: tf_keras.Model) -> tf_keras.Model:
     """Return the flat ``model`` with convolutions of the same names and outputs in place of normalisations of channels.
 
-    Batch norms right behind a linear layer are left: the converter merges them into its kernel. Without others, it is
-    the model itself.
+    What is right behind a linear layer is left: the converter merges it into the kernel. So is rescaling without a sum
+    or by one number for all channels, which is quick; by one for each, LiteRT computes it pixel by pixel. Without
+    others, it is the model itself.
     """
     readers = Counter(id(tensor) for node in nodes(model) for tensor in node.keras_inputs)
     readers.update(id(tensor) for tensor in model.outputs)
     left: set[str] = set()
     norms: dict[str, tf_keras.layers.Layer] = {}
     for node in nodes(model):
-        if not isinstance(node.layer, (tf_keras.layers.BatchNormalization, tf_keras.layers.Normalization)):
+        if not isinstance(node.layer, _NORMS):
             continue
         source = node.keras_inputs[0]
         masked = getattr(source, "_keras_mask", None) is not None
@@ -49,12 +51,21 @@ def with_norms_as_convolutions(model: tf_keras.Model) -> tf_keras.Model:
 
 
 def _normalises_channels(norm: tf_keras.layers.Layer, shape: tf.TensorShape) -> bool:
+    if isinstance(norm, tf_keras.layers.Rescaling):
+        return shape.rank == 4 and shape[-1] > 1 and _rescales_each_channel(norm, shape[-1])
     if shape.rank not in (2, 3, 4):
         return False
     if isinstance(norm, tf_keras.layers.Normalization):
         return np.size(norm.mean) in (1, shape[-1]) and np.shape(norm.mean)[-1:] in ((1,), (shape[-1],), ())
     axes = [norm.axis] if isinstance(norm.axis, int) else list(norm.axis)
     return [axis % shape.rank for axis in axes] == [shape.rank - 1]
+
+
+def _rescales_each_channel(layer: tf_keras.layers.Rescaling, channels: int) -> bool:
+    parts = [np.shape(part) for part in (layer.scale, layer.offset)]
+    return (
+        (channels,) in parts and all(part in ((), (1,), (channels,)) for part in parts) and bool(np.any(layer.offset))
+    )
 
 
 def _is_merged(source: Any, readers: Counter[int]) -> bool:
@@ -73,6 +84,8 @@ def _convolution(norm: tf_keras.layers.Layer) -> list[NewLayer]:
         deviation = np.maximum(np.sqrt(np.asarray(norm.variance)), tf_keras.backend.epsilon())
         gain = deviation if norm.invert else 1 / deviation
         shift = np.asarray(norm.mean) * (1 if norm.invert else -gain)
+    elif isinstance(norm, tf_keras.layers.Rescaling):
+        gain, shift = np.asarray(norm.scale), np.asarray(norm.offset)
     else:
         gain = gain_of(norm)
         shift = (np.asarray(norm.beta) if norm.center else 0.0) - np.asarray(norm.moving_mean) * gain

@@ -34,6 +34,38 @@ def test_the_outputs_are_those_of_the_norm(norm, shape):
     np.testing.assert_allclose(changed.predict(x, verbose=0), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
+RESCALED = {
+    "each": ([0.5, 2.0, -1.0], [1.0, -2.0, 3.0]),
+    "one product": (0.5, [1.0, -2.0, 3.0]),
+    "one sum": ([0.5, 2.0, -1.0], [4.0]),
+}
+
+
+@pytest.mark.parametrize("numbers", RESCALED)
+def test_the_outputs_are_those_of_a_rescaling_of_channels(numbers):
+    image = tf_keras.Input((4, 5, 3))
+    model = tf_keras.Model(image, layers.Rescaling(*RESCALED[numbers], name="norm")(image))
+    changed = with_norms_as_convolutions(model)
+    assert isinstance(changed.get_layer("norm"), layers.DepthwiseConv2D)
+    x = np.random.default_rng(0).normal(size=(6, 4, 5, 3)).astype(np.float32)
+    np.testing.assert_allclose(changed.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "offset"),
+    [
+        ((4, 5, 3), 0.5, 1.0),
+        ((4, 5, 3), [1.0, 2.0, 3.0], 0.0),
+        ((5, 3), [1.0, 2.0, 3.0], 1.0),
+        ((4, 5, 1), [2.0], [1.0]),
+    ],
+)
+def test_rescaling_that_is_quick_as_it_is_is_left(shape, scale, offset):
+    value = tf_keras.Input(shape)
+    model = tf_keras.Model(value, layers.Rescaling(scale, offset)(value))
+    assert with_norms_as_convolutions(model) is model
+
+
 def test_norms_that_the_converter_merges_and_other_axes_are_left():
     image = tf_keras.Input((6, 6, 3))
     x = layers.BatchNormalization(name="merged")(layers.Dropout(0.5)(layers.Conv2DTranspose(4, 3)(image)))
