@@ -11,10 +11,10 @@ from compress.errors import CompressError
 from compress.progress import progress
 from compress.search.sensitivity import Bench, Sensitivity, inner_context, with_stored_values
 from compress.search.technique import Kind, Technique, Value, layers_by_resolution, stage
-from compress.strategies.strategy import Context, Strategy
+from compress.strategies.strategy import Context
 
-_LAYERS = 3
-"""So many layers of a resolution, spread over its depth, stand for all: of many, both would lose everything."""
+_FEW = 3
+"""Of more layers of a resolution, every other one is changed: about as many as an allocation brings to one level."""
 
 
 def as_trained(
@@ -22,10 +22,11 @@ def as_trained(
 ) -> Sensitivity:
     """Return the sensitivities of the levels as the strategies under ``trained`` make them.
 
-    To measure these layer by layer would take long: some re-solve all layers that follow. So a level is applied to a
-    few layers of each resolution together, by the strategy that the probes were made with and by the one under
-    ``trained``; the divergences of the level's probes there are multiplied by the ratio of what the two lose. Values
-    are left as they are: what binds them where there is training does nothing else without.
+    To measure these layer by layer would take long: some re-solve all layers that follow. So a level is brought to
+    many layers of each resolution together by the strategy under ``trained``; the divergences of the level's probes
+    there are multiplied by what that loses, as a share of their sum. So they say what the layers lose together, too,
+    which of deep cuts is more than the sum. Values are left as they are: what binds them where there is training does
+    nothing else without.
 
     Args:
         candidate: the model.
@@ -40,13 +41,15 @@ def as_trained(
     groups = layers_by_resolution(candidate.model)
     ratios: dict[tuple[str, Value, str], float] = {}
     bench = functools.cache(lambda: Bench(candidate, context, list(sensitivity.layers), images))
+    divergences = {(p.technique, p.value, p.layer): p.divergence for p in sensitivity.probes}
     wanted = [(technique, value, layers) for technique in repairing for value in technique.levels for layers in groups]
     with progress("levels as trained") as shown:
         for number, (technique, value, layers) in enumerate(wanted, start=1):
             takers = sensitivity.takers(technique, value, layers)
-            some = takers[:: max(-(-len(takers) // _LAYERS), 1)]
+            some = takers[:: 1 if len(takers) <= _FEW else 2]
             if some:
-                make = functools.partial(_ratio, bench, technique, value, some)
+                probed = sum(divergences[technique.name, value, layer] for layer in some)
+                make = functools.partial(_ratio, bench, technique, value, some, probed)
                 settings = [*technique.config(value), technique.trained_config(value), some, images]
                 ratio = context.remember("level as trained", settings, make)
                 ratios |= {(technique.name, value, layer): ratio for layer in takers}
@@ -58,19 +61,17 @@ def as_trained(
     return replace(sensitivity, probes=tuple(probes))
 
 
-def _ratio(bench: Callable[[], Bench], technique: Technique, value: Value, layers: list[str]) -> float:
-    """Return what a level loses as it is trained, for each unit that it loses as it was probed; at most 1."""
-    probed = _loss(bench(), technique.name, technique.levels[value], layers)
-    trained = _loss(bench(), technique.name, technique.trained[value], layers)
-    if probed is None or trained is None or probed <= 0:
-        return 1.0
-    return min(trained / probed, 1.0)
-
-
-def _loss(bench: Bench, name: str, strategy: Strategy, layers: Sequence[str]) -> float | None:
+def _ratio(
+    make_bench: Callable[[], Bench], technique: Technique, value: Value, layers: list[str], probed: float
+) -> float:
+    """Return what layers at a level lose together as it is trained, for each unit that their probes sum up to."""
+    bench = make_bench()
     try:
-        made = stage(name, strategy, layers).apply(bench.candidate, inner_context(bench.context, name))
+        made = stage(technique.name, technique.trained[value], layers).apply(
+            bench.candidate, inner_context(bench.context, technique.name)
+        )
     except CompressError:
         # Layers that can be changed one by one may not go together.
-        return None
-    return bench.loss(with_stored_values(made, layers, list(bench.costs)))[0]
+        return 1.0
+    trained, _ = bench.loss(with_stored_values(made, layers, list(bench.costs)))
+    return trained / probed if probed > 0 else 1.0

@@ -34,6 +34,11 @@ def test_divergences_are_those_of_what_repairs(model, data):
         if layer == "fc1":
             assert new[layer, value] == pytest.approx(real, rel=1e-3)
         assert real / 4 < new[layer, value] < 4 * real
+    for value in chosen[0].levels:
+        layers = [layer for layer, level in new if level == value and layer != "fc1"]
+        made = stage("auto", chosen[0].trained[value], layers).apply(Candidate(model), context)
+        together, _ = bench.loss(with_stored_values(made, layers, list(bench.costs)))
+        assert sum(new[layer, value] for layer in layers) == pytest.approx(together, rel=1e-3)
     count = memory.made
     assert divergences(as_trained(Candidate(model), before, chosen, context, IMAGES)) == new
     assert memory.made == count, "it is remembered"
