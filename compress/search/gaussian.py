@@ -14,7 +14,7 @@ from scipy.stats import qmc
 
 from compress.search.improvement import expected_improvement
 from compress.search.space import Space, Value
-from compress.search.surrogate import Surrogate
+from compress.search.surrogate import WEIGHTS, Ended, Open, Surrogate
 from compress.tracking.pareto import Objective, non_dominated
 
 _CANDIDATES = 2048
@@ -108,17 +108,20 @@ class GaussianSampler(BaseSampler):
         # Of many trials: those of the front, and the last ones.
         part = np.argsort(_on_front(known), kind="stable")[-_MOST:]
         fitted_to = self._features(seen[part])
-        surrogates = [Surrogate(fitted_to, outcome[part]) for outcome in known.T]
+        surrogates = [
+            Surrogate(fitted_to, outcome[part], Ended if sign < 0 else Open)
+            for outcome, sign in zip(known.T, self._signs, strict=True)
+        ]
         candidates = self._candidates(seen[_on_front(known)], rng)
         if len(working):
-            expected = np.stack([surrogate.expect(self._features(working))[0] for surrogate in surrogates], axis=1)
-            known = np.concatenate([known, expected])
+            expected = [surrogate.expect(self._features(working)) @ WEIGHTS for surrogate in surrogates]
+            known = np.concatenate([known, np.stack(expected, axis=1)])
         front = known[_on_front(known)]
 
         def gain_of(places: np.ndarray) -> np.ndarray:
-            expected = [surrogate.expect(self._features(places)) for surrogate in surrogates]
-            mean, deviation = (np.stack(part, axis=1) for part in zip(*expected, strict=True))
-            return expected_improvement(front, reference, mean, np.maximum(deviation, 1e-9))
+            features = self._features(places)
+            outcomes = np.stack([surrogate.expect(features) for surrogate in surrogates], axis=1)
+            return expected_improvement(front, reference, outcomes, WEIGHTS)
 
         gain = gain_of(candidates)
         for _ in range(_ROUNDS):

@@ -1,16 +1,15 @@
-"""The expected hypervolume improvement of normally distributed outcomes, exactly."""
+"""The expected hypervolume improvement of outcomes of which no more is known than how they are distributed."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import norm
 
 _CELLS = 200_000
 """Cells of the grid, at most: with many objectives, a part of the front stands for it."""
 
 
 def expected_improvement(
-    front: np.ndarray, reference: np.ndarray, mean: np.ndarray, deviation: np.ndarray
+    front: np.ndarray, reference: np.ndarray, outcomes: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     """Return by how much each outcome is expected to raise the hypervolume, [outcomes]; all objectives are minimised.
 
@@ -22,7 +21,8 @@ def expected_improvement(
     Args:
         front: non-dominated points, [n, objectives].
         reference: where the hypervolume is counted from, [objectives].
-        mean, deviation: of the outcomes, [outcomes, objectives].
+        outcomes: what each may come to, [outcomes, objectives, nodes], independently for the objectives.
+        weights: how likely each node is, [nodes].
     """
     count = len(reference)
     inside = front[(front < reference).all(axis=1)]
@@ -34,9 +34,10 @@ def expected_improvement(
     for number in range(count):
         ends = np.append(np.unique(inside[:, number]), reference[number])
         lower.append(np.concatenate([[-np.inf], ends[:-1]]))
-        z = (ends - mean[:, number, None]) / deviation[:, number, None]
         # How far an outcome is expected to lie below each end of a cell.
-        below = deviation[:, number, None] * (z * norm.cdf(z) + norm.pdf(z))
+        below = sum(
+            weight * np.maximum(ends - outcomes[:, number, node, None], 0.0) for node, weight in enumerate(weights)
+        )
         parts.append(np.diff(below, axis=1, prepend=0.0))
     corners = np.stack(np.meshgrid(*lower, indexing="ij"), axis=-1)
     free = np.ones(corners.shape[:-1], bool)

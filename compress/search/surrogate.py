@@ -5,15 +5,69 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit, logit
+from scipy.stats import norm
 
 _LENGTHS = (0.03, 100.0)
 _LENGTH_DEVIATION = math.sqrt(3.0)
 _SCALE, _SCALE_DEVIATION = 1.0, 2.0
 _NOISE, _NOISE_DEVIATION = 1e-3, 2.0
+_ROOM = 0.02
+"""Beyond the worst and the best outcome seen, as a share of what lies between them."""
+NODES = np.linspace(-4.0, 4.0, 33)
+WEIGHTS = norm.pdf(NODES) / norm.pdf(NODES).sum()
+"""Of a standard normal distribution: what is expected of a function of it is the weighted sum over the nodes."""
+
+
+class Scale(Protocol):
+    """How outcomes are looked at."""
+
+    def to(self, outcome: np.ndarray) -> np.ndarray:
+        """Return outcomes on the scale."""
+        ...
+
+    def back(self, places: np.ndarray) -> np.ndarray:
+        """Return the outcomes at places of the scale."""
+        ...
+
+
+class Open:
+    """As they are: costs may become smaller than any seen."""
+
+    def __init__(self, outcome: np.ndarray) -> None:
+        pass
+
+    def to(self, outcome: np.ndarray) -> np.ndarray:
+        """Return outcomes on the scale."""
+        return outcome
+
+    def back(self, places: np.ndarray) -> np.ndarray:
+        """Return the outcomes at places of the scale."""
+        return places
+
+
+class Ended:
+    """As logits of the place between the worst and the best seen, with a little room on both sides.
+
+    Qualities come to an end: of compressed networks, most accuracies are near that of the original or near chance.
+    Doubt is small there and large in between, where otherwise it would be the same everywhere.
+    """
+
+    def __init__(self, outcome: np.ndarray) -> None:
+        room = _ROOM * max(float(np.ptp(outcome)), 1e-6 * float(np.abs(outcome).max()), 1e-12)
+        self._low, self._high = float(outcome.min()) - room, float(outcome.max()) + room
+
+    def to(self, outcome: np.ndarray) -> np.ndarray:
+        """Return outcomes on the scale."""
+        return np.asarray(logit((outcome - self._low) / (self._high - self._low)))
+
+    def back(self, places: np.ndarray) -> np.ndarray:
+        """Return the outcomes at places of the scale."""
+        return np.asarray(self._low + (self._high - self._low) * expit(places))
 
 
 class Surrogate:
@@ -29,13 +83,16 @@ class Surrogate:
     Args:
         features: what was tried, [trials, columns], each within [0, 1].
         outcome: what came out, [trials].
+        scale: how outcomes are looked at.
     """
 
-    def __init__(self, features: np.ndarray, outcome: np.ndarray) -> None:
+    def __init__(self, features: np.ndarray, outcome: np.ndarray, scale: Callable[[np.ndarray], Scale] = Open) -> None:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+        self._scale = scale(outcome)
+        outcome = self._scale.to(outcome)
         columns = features.shape[1]
         likely = math.sqrt(2.0) + 0.5 * math.log(columns)
         # In the order of the kernel's settings, which are logarithms.
@@ -51,10 +108,11 @@ class Surrogate:
             self._process = process.fit(features, outcome)
         self._noise = math.exp(self._process.kernel_.theta[-1]) * float(np.std(outcome)) ** 2
 
-    def expect(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation, without the noise of measuring, of settings [n, columns]: [n] each."""
+    def expect(self, features: np.ndarray) -> np.ndarray:
+        """Return what settings [n, columns] may come to at the ``NODES``, without noise of measuring: [n, nodes]."""
         mean, deviation = self._process.predict(features, return_std=True)
-        return mean, np.sqrt(np.maximum(deviation**2 - self._noise, 0.0))
+        deviation = np.sqrt(np.maximum(deviation**2 - self._noise, 0.0))
+        return self._scale.back(mean[:, None] + deviation[:, None] * NODES)
 
 
 def _likeliest(mean: np.ndarray, deviation: np.ndarray) -> Callable[..., tuple[np.ndarray, float]]:
