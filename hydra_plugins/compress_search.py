@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("compress")
 _BESIDE = ("hydra", "tracking", "cache", "debug")
-"""Keys of a job's configuration that its outcome does not depend on."""
+"""Keys of a job's configuration that its outcome does not depend on; a search may change its limits."""
 _STAGE = re.compile(rf"[+~]*{GROUP}\.(\w+)")
 
 
@@ -117,13 +117,13 @@ class SearchSweeper(Sweeper):
                 fix="Write for example 'strategy.prune.sparsity=interval(0.3,0.9)' or strategy=prune,lowrank+prune.",
             )
         distributions_of(space)
-        jobs_say = self._compose_each(fixed, space)
+        composed = self._compose_each(fixed, space)
         sweep = Path(self._config.hydra.sweep.dir)
         sweep.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, sweep / "multirun.yaml")
         study = Study(
             self._storage,
-            self._name or _name_of(jobs_say, space, self._objectives, self._sampler, self._seed),
+            self._name or _name_of(composed, space, self._objectives, self._sampler, self._seed),
             self._front.objectives,
             space,
             sampler=self._sampler,
@@ -161,7 +161,7 @@ class SearchSweeper(Sweeper):
             )
 
     def _compose_each(self, fixed: Sequence[str], space: Space) -> list[str]:
-        """Compose a job of each pipeline, so that a key that no pipeline knows is told before the study begins.
+        """Compose a job of each choice, so that a key that no pipeline knows is told before the study begins.
 
         Returns:
             What decides the jobs' outcomes, as YAML, for the name of the study: files may change, too.
@@ -183,13 +183,16 @@ class SearchSweeper(Sweeper):
                     fix=did_you_mean(stage[1], sorted(known)),
                 )
         example = {key: found.at(0.0) for key, found in space.items()}
-        found = []
-        for own in [{**example, GROUP: choice} for choice in choices] or [example]:
+        each = [
+            {**example, key: v} for key, values in space.items() if isinstance(values, Choice) for v in values.values
+        ]
+        composed = []
+        for own in each or [example]:
             job = _of_its_pipeline([*fixed, *(f"{key}={value}" for key, value in own.items())], space)
-            composed = self._context.config_loader.load_sweep_config(self._config, job)
-            deciding = [str(key) for key in composed if key not in _BESIDE]
-            found.append(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, deciding)))
-        return found
+            config = self._context.config_loader.load_sweep_config(self._config, job)
+            deciding = [str(key) for key in config if key not in _BESIDE]
+            composed.append(OmegaConf.to_yaml(OmegaConf.masked_copy(config, deciding), sort_keys=True))
+        return composed
 
 
 def _of_its_pipeline(overrides: Sequence[str], space: Space) -> list[str]:

@@ -42,7 +42,9 @@ def with_norms_as_convolutions(model: tf_keras.Model) -> tf_keras.Model:
             continue
         source = node.keras_inputs[0]
         masked = getattr(source, "_keras_mask", None) is not None
-        if masked or not _normalises_channels(node.layer, source.shape) or _is_merged(source, readers):
+        # A convolution takes floats; a norm makes them of the integers of an image.
+        floats = source.dtype.is_floating
+        if masked or not floats or not _normalises_channels(node.layer, source.shape) or _is_merged(source, readers):
             left.add(node.layer.name)
         norms[node.layer.name] = node.layer
     replacements = {name: _convolution(norm) for name, norm in norms.items() if name not in left}
@@ -52,7 +54,7 @@ def with_norms_as_convolutions(model: tf_keras.Model) -> tf_keras.Model:
 
 def _normalises_channels(norm: tf_keras.layers.Layer, shape: tf.TensorShape) -> bool:
     if isinstance(norm, tf_keras.layers.Rescaling):
-        return shape.rank == 4 and shape[-1] > 1 and _rescales_each_channel(norm, shape[-1])
+        return shape.rank == 4 and (shape[-1] or 1) > 1 and _rescales_each_channel(norm, shape[-1])
     if shape.rank not in (2, 3, 4):
         return False
     if isinstance(norm, tf_keras.layers.Normalization):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from compress.candidate import Candidate
@@ -13,6 +13,8 @@ from compress.search.sensitivity import Bench, Sensitivity, inner_context, with_
 from compress.search.technique import Kind, Technique, Value, layers_by_resolution, stage
 from compress.strategies.strategy import Context
 
+_MOST = 10.0
+"""A level whose probes found next to nothing costs no more than so many times that."""
 _FEW = 3
 """Of more layers of a resolution, every other one is changed: about as many as an allocation brings to one level."""
 
@@ -48,8 +50,8 @@ def as_trained(
             takers = sensitivity.takers(technique, value, layers)
             some = takers[:: 1 if len(takers) <= _FEW else 2]
             if some:
-                probed = sum(divergences[technique.name, value, layer] for layer in some)
-                make = functools.partial(_ratio, bench, technique, value, some, probed)
+                probed = {layer: divergences[technique.name, value, layer] for layer in some}
+                make = functools.partial(_ratio, bench, technique, value, probed)
                 settings = [*technique.config(value), technique.trained_config(value), some, images]
                 ratio = context.remember("level as trained", settings, make)
                 ratios |= {(technique.name, value, layer): ratio for layer in takers}
@@ -61,11 +63,12 @@ def as_trained(
     return replace(sensitivity, probes=tuple(probes))
 
 
-def _ratio(
-    make_bench: Callable[[], Bench], technique: Technique, value: Value, layers: list[str], probed: float
-) -> float:
-    """Return what layers at a level lose together as it is trained, for each unit that their probes sum up to."""
-    bench = make_bench()
+def _ratio(make_bench: Callable[[], Bench], technique: Technique, value: Value, probed: Mapping[str, float]) -> float:
+    """Return what layers at a level lose together as it is trained, for each unit that their probes sum up to.
+
+    ``probed``: layer -> divergence of its probe.
+    """
+    bench, layers = make_bench(), list(probed)
     try:
         made = stage(technique.name, technique.trained[value], layers).apply(
             bench.candidate, inner_context(bench.context, technique.name)
@@ -74,4 +77,6 @@ def _ratio(
         # Layers that can be changed one by one may not go together.
         return 1.0
     trained, _ = bench.loss(with_stored_values(made, layers, list(bench.costs)))
-    return trained / probed if probed > 0 else 1.0
+    skipped = {item.layer for item in made.skipped}
+    expected = sum(divergence for layer, divergence in probed.items() if layer not in skipped)
+    return min(trained / expected, _MOST) if expected > 0 else 1.0

@@ -25,7 +25,7 @@ _CHANGED = 2.0
 """Keys that a candidate near the front has other values for, on average."""
 _NEAR = 0.1
 _MOST = 300
-"""Trials that a model is fitted to; it takes seconds by then."""
+"""Trials that a model is fitted to; it takes some seconds for each objective by then."""
 
 
 class GaussianSampler(BaseSampler):
@@ -58,6 +58,7 @@ class GaussianSampler(BaseSampler):
     ) -> None:
         self._reference_key = reference
         self._space, self._distributions, self._seed, self._first = space, distributions, seed, first
+        self._ended = ["accuracy" in objective.metric for objective in objectives]
         self._signs = np.array([-1.0 if objective.maximise else 1.0 for objective in objectives])
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -109,8 +110,8 @@ class GaussianSampler(BaseSampler):
         part = np.argsort(_on_front(known), kind="stable")[-_MOST:]
         fitted_to = self._features(seen[part])
         surrogates = [
-            Surrogate(fitted_to, outcome[part], Ended if sign < 0 else Open)
-            for outcome, sign in zip(known.T, self._signs, strict=True)
+            Surrogate(fitted_to, outcome[part], Ended if ends else Open)
+            for outcome, ends in zip(known.T, self._ended, strict=True)
         ]
         candidates = self._candidates(seen[_on_front(known)], rng)
         if len(working):

@@ -55,6 +55,7 @@ def test_the_outputs_are_those_of_a_rescaling_of_channels(numbers):
     ("shape", "scale", "offset"),
     [
         ((4, 5, 3), 0.5, 1.0),
+        ((4, 5, None), 0.5, 1.0),
         ((4, 5, 3), [1.0, 2.0, 3.0], 0.0),
         ((5, 3), [1.0, 2.0, 3.0], 1.0),
         ((4, 5, 1), [2.0], [1.0]),
@@ -63,6 +64,13 @@ def test_the_outputs_are_those_of_a_rescaling_of_channels(numbers):
 def test_rescaling_that_is_quick_as_it_is_is_left(shape, scale, offset):
     value = tf_keras.Input(shape)
     model = tf_keras.Model(value, layers.Rescaling(scale, offset)(value))
+    assert with_norms_as_convolutions(model) is model
+
+
+@pytest.mark.parametrize("norm", [lambda: layers.Rescaling([0.1, 0.2, 0.3], [1.0, 2.0, 3.0]), NORMS["fixed"]])
+def test_a_norm_of_integers_is_left(norm):
+    image = tf_keras.Input((4, 5, 3), dtype="uint8")
+    model = tf_keras.Model(image, norm()(image))
     assert with_norms_as_convolutions(model) is model
 
 

@@ -68,7 +68,7 @@ def test_a_search_begins_anew_where_a_configuration_file_has_changed(cli, tmp_pa
     recovery = (conf_dir() / "recovery" / "none.yaml").read_text()
     own = tmp_path / "conf" / "recovery" / "mine.yaml"
     own.parent.mkdir(parents=True)
-    space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)", "recovery=mine", "tracking=none")
+    space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)", "recovery=none,mine", "tracking=none")
 
     def made_before(content: str) -> str:
         own.write_text(content)
