@@ -21,11 +21,12 @@ _CANDIDATES = 2048
 """Of each kind; then, in rounds, more around each of the best."""
 _ROUNDS, _BEST, _AROUND = 2, 8, 64
 _CLOSE = 0.05
+"""How far these are from the best, as _NEAR is for candidates near the front."""
 _CHANGED = 2.0
 """Keys that a candidate near the front has other values for, on average."""
 _NEAR = 0.1
 _MOST = 300
-"""Trials that a model is fitted to; it takes some seconds for each objective by then."""
+"""Trials that a surrogate is fitted to; it takes some seconds for each objective by then."""
 
 
 class GaussianSampler(BaseSampler):
@@ -43,7 +44,7 @@ class GaussianSampler(BaseSampler):
         distributions: the same in Optuna's terms.
         objectives: what is optimised, in the study's order.
         seed: of the search.
-        first: how many trials are drawn before a model is made.
+        first: how many trials are drawn before there are surrogates.
         reference: the study's attribute with where its hypervolume is counted from, by objective; None: from the worst.
     """
 
