@@ -27,8 +27,8 @@ def as_trained(
     To measure these layer by layer would take long: some re-solve all layers that follow. So a level is brought to
     many layers of each resolution together by the strategy under ``trained``; the divergences of the level's probes
     there are multiplied by what that loses, as a share of their sum. Of blocks that go that is more than the sum, of
-    channels whose loss is repaired a tenth of it. Values are left as they are: what binds them where there is training does
-    nothing else without.
+    channels whose loss is repaired a tenth of it. Values are left as they are: what binds them where there is training
+    does nothing else without.
 
     Args:
         candidate: the model.
