@@ -56,7 +56,8 @@ class Auto(Strategy):
     A layer gets at most one technique that changes its structure, one that makes zeros, and one that binds values.
 
     Attributes:
-        latency_ms: milliseconds of one sample on the board, at most.
+        latency: share of the time of the original's file, at most, as the board measures both in turns.
+        latency_ms: milliseconds of one sample on the board, at most, instead.
         bytes: of the packed file, at most.
         accuracy_drop: points that the file may lose at most against the reference's, on the part of the data that
             accuracies are measured on. It decides nothing, and is looked at once, in the end: more is an error, as for
@@ -65,6 +66,7 @@ class Auto(Strategy):
         images: of the validation part, for the sensitivities.
     """
 
+    latency: Annotated[float, Gt(0), Le(1)] | None = None
     latency_ms: Annotated[float, Gt(0), Lt(float("inf"))] | None = None
     bytes: Annotated[int, Gt(0)] | None = None
     accuracy_drop: Annotated[float, Ge(0), Le(100)] | None = None
@@ -75,12 +77,20 @@ class Auto(Strategy):
         """Refuse a search without a budget.
 
         Raises:
-            CompressError: if there is none, or nothing that may be done.
+            CompressError: if there is none, or two of latency, or nothing that may be done.
         """
-        if self.latency_ms is None and self.bytes is None:
+        if self.latency is not None and self.latency_ms is not None:
             raise CompressError(
                 "budget",
-                expected="budget.bytes (of the packed file) or budget.latency_ms (of one sample on the board), or both",
+                expected="budget.latency (share of the original's) or budget.latency_ms",
+                received="both",
+                fix="Leave one of them out.",
+            )
+        if self.latency is None and self.latency_ms is None and self.bytes is None:
+            raise CompressError(
+                "budget",
+                expected="budget.bytes (of the packed file), or budget.latency (share of the original's on the board) "
+                "or budget.latency_ms, or bytes and one of these",
                 received="neither" if self.accuracy_drop is None else "budget.accuracy_drop alone",
                 fix="Write for example budget.bytes=50000.",
             )
@@ -103,10 +113,10 @@ class Auto(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Measure, choose, build, measure again; train; check."""
-        limits = Limits(self.bytes, self.latency_ms)
+        limits = Limits(self.bytes, self._milliseconds(context))
         aim = limits
         if context.recovery.trains and self.bytes is not None:
-            aim = Limits(self.bytes * _TRAINING_MARGIN, self.latency_ms)
+            aim = replace(limits, bytes=self.bytes * _TRAINING_MARGIN)
         stores, left_out = storages(candidate, self.techniques, context, limits)
         sensitivity = measure_sensitivity(candidate, self.techniques, context, self.images)
         if context.recovery.trains:
@@ -137,6 +147,24 @@ class Auto(Strategy):
             allocation=table(found, allocator),
             measured={"expected_divergence": found.divergence, **{f"expected_{k}": v for k, v in expected.items()}},
         )
+
+    def _milliseconds(self, context: Context) -> float | None:
+        if self.latency is None:
+            return self.latency_ms
+        original = Candidate(context.reference)
+        _, whole = context.remember(
+            "original", [context.board], lambda: list(measure_files(original, context, latency=True))
+        )
+        return self.latency * float(whole)
+
+    def _measured(self, candidate: Candidate, context: Context, limits: Limits) -> tuple[float, float | None]:
+        """Return bytes and milliseconds of a file; its share of the original's time is measured in turns."""
+        if self.latency is None:
+            return measure_files(candidate, context, latency=limits.milliseconds is not None)
+        assert limits.milliseconds is not None
+        size, _ = measure_files(candidate, context, latency=False)
+        share = _times_longer(Candidate(context.reference), candidate, context)
+        return size, share * limits.milliseconds / self.latency
 
     def _within(
         self, candidate: Candidate, allocators: Sequence[Allocator], limits: Limits, given: Limits, context: Context
@@ -192,22 +220,26 @@ class Auto(Strategy):
         So a search that was stopped corrects its expectations by the same numbers, and comes to the same choice.
         """
         make = functools.cache(lambda: realise(candidate, found, self.techniques, context, trains=False))
-        timed = limits.milliseconds is not None
+        board = None if limits.milliseconds is None else context.board
         levels = {(t.name, value): t.config(value) for t in self.techniques for value in t.levels}
         chosen = {
             layer: [levels[probe.technique, probe.value] for probe in combination]
             for layer, combination in found.chosen.items()
         }
-        settings = [context.board if timed else None, chosen]
-        size, time = context.remember("built", settings, lambda: list(measure_files(make(), context, latency=timed)))
+        in_turns = self.latency is not None
+        size, time = context.remember(
+            "built", [board, chosen, in_turns], lambda: list(self._measured(make(), context, limits))
+        )
         costs = tuple(v for v, limit in ((size, limits.bytes), (time, limits.milliseconds)) if limit and v is not None)
         _LOG.info("%s: %s", context.stage, _said(limits, costs, found))
         return _Built(found, allocator, make, costs, max(_shares(costs, limits)))
 
     def _out_of_reach(self, least: _Built, limits: Limits) -> CompressError:
-        units = _units(limits)
-        reached = [f"{unit}={_number(cost, unit)}" for unit, cost in zip(units, least.costs, strict=True)]
-        given = [f"{unit}={_number(limit, unit)}" for unit, limit in zip(units, limits.given, strict=True)]
+        fields = [field for field in ("bytes", "latency_ms", "latency") if getattr(self, field) is not None]
+        budgets = [getattr(self, field) for field in fields]
+        shares = _shares(least.costs, limits)
+        reached = [f"{f}={_number(b * share, f)}" for f, b, share in zip(fields, budgets, shares, strict=True)]
+        given = [f"{field}={_number(budget, field)}" for field, budget in zip(fields, budgets, strict=True)]
         return CompressError(
             "budget",
             expected=f"at least {', '.join(reached)}, the file with every layer at its cheapest level, as measured",
@@ -222,18 +254,16 @@ class Auto(Strategy):
         Its time is that of the file before, as it was measured, times how much longer it takes with both in turns.
         """
         if limits.milliseconds is not None:
-            with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
-                data, names = context.data, ("before.tflite", "after.tflite")
-                files = [export(c, data, Path(folder, n)) for c, n in zip((built.make(), result), names, strict=True)]
-                before, after = context.median_latencies(files, "bytes")
-            time = built.costs[-1] * after / before
+            time = built.costs[-1] * _times_longer(built.make(), result, context)
             if time > limits.milliseconds * _NOISE:
                 other = any(technique.trained for technique in self.techniques)
+                field, given = ("latency_ms", self.latency_ms) if self.latency is None else ("latency", self.latency)
+                assert given is not None
                 raise CompressError(
-                    "budget.latency_ms",
+                    f"budget.{field}",
                     expected=f"at most {limits.milliseconds:.4g} ms after the training, too",
                     received=f"{time:.4g}" + (", as `trained` makes the levels" if other else ""),
-                    fix=f"Aim lower, budget.latency_ms={limits.milliseconds**2 / time:.4g}"
+                    fix=f"Aim lower, budget.{field}={given * limits.milliseconds / time:.4g}"
                     + (", or leave `trained` out." if other else ", or measure on an idle board."),
                 )
         if self.bytes is not None:
@@ -281,6 +311,15 @@ class _Built:
     costs: tuple[float, ...]
     share: float
     least: bool = False
+
+
+def _times_longer(first: Candidate, second: Candidate, context: Context) -> float:
+    """Return how much longer the second one's file takes than the first one's on the board, both in turns."""
+    with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
+        names = ("first.tflite", "second.tflite")
+        files = [export(c, context.data, Path(folder, n)) for c, n in zip((first, second), names, strict=True)]
+        before, after = context.median_latencies(files, "bytes")
+    return after / before
 
 
 def _unused(sensitivity: Sensitivity, techniques: Sequence[Technique]) -> list[Skipped]:
