@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tf_keras
 
 from compress.candidate import Candidate
 from compress.search.as_trained import as_trained
@@ -42,6 +43,28 @@ def test_divergences_are_those_of_what_repairs(model, data):
     count = memory.made
     assert divergences(as_trained(Candidate(model), before, chosen, context, IMAGES)) == new
     assert memory.made == count, "it is remembered"
+
+
+def test_of_many_layers_of_a_resolution_every_other_one_speaks_for_all(data):
+    tf_keras.utils.set_random_seed(0)
+    image = x = tf_keras.Input(data.train.x.shape[1:])
+    names = [f"conv{number}" for number in range(5)]
+    for name in names:
+        x = tf_keras.layers.Conv2D(6, 3, padding="same", activation="relu", name=name)(x)
+    x = tf_keras.layers.GlobalAveragePooling2D()(x)
+    deep = tf_keras.Model(image, tf_keras.layers.Dense(10, name="logits")(x))
+    chosen = techniques(prune_channels={**REPAIRED, "channels": [0.5]})
+    context = context_of(deep, data)
+    before = measure_sensitivity(Candidate(deep), chosen, context, IMAGES)
+    old = divergences(before)
+    new = divergences(as_trained(Candidate(deep), before, chosen, context, IMAGES))
+    every_other = names[::2]
+    made = stage("auto", chosen[0].trained[0.5], every_other).apply(Candidate(deep), context)
+    bench = Bench(Candidate(deep), context, list(before.layers), IMAGES)
+    together, _ = bench.loss(with_stored_values(made, every_other, list(bench.costs)))
+    ratio = together / sum(old[name, 0.5] for name in every_other)
+    assert list(new) == [(name, 0.5) for name in names]
+    assert [new[key] / old[key] for key in new] == pytest.approx([ratio] * 5, rel=1e-3)
 
 
 @pytest.mark.parametrize("trained", [{}, {"trained": "qat"}])
