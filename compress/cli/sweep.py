@@ -43,7 +43,7 @@ class SweepCallback(Callback):
         from compress.tracking.delivery import deliver, end_sweep
         from compress.tracking.journal import require_folder
         from compress.tracking.pareto import read_fronts, require_reference
-        from compress.tracking.store import Store, close_orphans, start_parent, write_parent
+        from compress.tracking.store import Store, close_orphans, forget_parent, start_parent, write_parent
         from compress.tracking.sweeps import OBJECTIVES_KEY
 
         try:
@@ -60,11 +60,17 @@ class SweepCallback(Callback):
             # Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
             print(paragraph(error), file=sys.stderr)
             sys.exit(USER_ERROR)
-        write_parent(Path(config.hydra.sweep.dir), parent)
+        sweep = Path(config.hydra.sweep.dir)
+        write_parent(sweep, parent)
         self._close = partial(end_sweep, store, parent, settings)
         # Hydra does not call on_multirun_end after a mistake in a later job's overrides, or Ctrl-C.
         in_turn = config.hydra.launcher._target_ == _BASIC
-        self._stop = partial(self._close, stopped=True, in_turn=in_turn)
+
+        def stop() -> None:
+            self._close(stopped=True, in_turn=in_turn)
+            forget_parent(sweep)
+
+        self._stop = stop
         atexit.register(self._stop)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

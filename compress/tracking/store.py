@@ -305,6 +305,14 @@ def write_parent(sweep: Path, parent: str) -> None:
     (sweep / _PARENT_FILE).write_text(json.dumps({"run": parent}))
 
 
+def forget_parent(sweep: Path) -> None:
+    """Remove the id again where no job has begun, and the multirun's folder if nothing else is in it."""
+    if not any(file.is_dir() for file in sweep.iterdir()):
+        (sweep / _PARENT_FILE).unlink()
+        if not any(sweep.iterdir()):
+            sweep.rmdir()
+
+
 def read_parent(sweep: Path) -> str | None:
     """Return the parent run's id, or None if the multirun left none."""
     file = sweep / _PARENT_FILE

@@ -332,13 +332,22 @@ def test_an_experiment_that_was_deleted(cli, tmp_path):
     assert_refused(cli("-m", "strategy=none", f"tracking.uri={uri}"), "tracking.experiment", "deleted")
 
 
-def test_a_multirun_of_which_no_job_begins_leaves_no_run(outside, tmp_path):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["strategy=none,nosuch"],
+        ["hydra/sweeper=search", "strategy=prune", "strategy.prune.sparsty=interval(0.3,0.9)"],
+    ],
+    ids=["sweep", "search"],
+)
+def test_a_multirun_of_which_no_job_begins_leaves_nothing(overrides, outside, tmp_path):
     uri = f"sqlite:///{tmp_path}/runs.db"
-    answer = outside("-m", "compress.run", "-m", "strategy=none,nosuch", f"tracking.uri={uri}")
+    answer = outside("-m", "compress.run", "-m", *overrides, f"tracking.uri={uri}", "hydra.sweep.dir=swept")
     assert answer.returncode == 2, answer.stderr
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
     assert [run.info.status for run in runs] == []
+    assert not (tmp_path / "swept" / "mlflow_parent.json").exists(), [*(tmp_path / "swept").iterdir()]
 
 
 def test_pickled_arrays_are_refused(cli, tmp_path):
