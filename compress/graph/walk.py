@@ -72,6 +72,11 @@ class Walk:
                 if self._last_use.get(key) == position:
                     del self.values[key], self.changed_values[key]
 
+    def silence(self, step: Step, place: int) -> None:
+        """Let one of the inputs of this step be zero in the changed network."""
+        step.changed_inputs[place] = np.zeros_like(step.changed_inputs[place])
+        self.changed_values[id(step.node.keras_inputs[place])] = step.changed_inputs[place]
+
     def run(self, node: Any, layer: tf_keras.layers.Layer, values: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """Return the outputs of one call on all samples."""
         count = len(next(iter(values.values())))

@@ -1,7 +1,8 @@
 """Which level of which technique each layer gets: the least loss within budgets, as an integer program.
 
-Errors add: each layer alone changes the outputs a little, and what they change together is taken for the sum. Source of
-the program: Yao et al., HAWQ-V3 (arXiv 2011.10680, section 3.4), there for bits alone.
+Errors add: each layer alone changes the outputs a little, and what they change together is taken for the sum; but for
+levels of which layers were seen to lose more together. Source of the program: Yao et al., HAWQ-V3 (arXiv 2011.10680,
+section 3.4), there for bits alone.
 """
 
 from __future__ import annotations
@@ -12,61 +13,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
 
-from compress.search.sensitivity import Cost, Pair, Probe
+from compress.search.program import Option, choose
+from compress.search.sensitivity import Cost, Interaction, Pair, Probe
 from compress.search.technique import Kind, Technique, Value
 from compress.tracking.pareto import non_dominated
 
 _ATTEMPTS = 12
 _TOLERANCE = 2e-6
 """Of a limit: by less the solver may exceed it, again and again."""
-_GAP = 1e-6
 _MOST_JOINT = 20_000
 """So many choices for layers that depend on one another are tried all together; where there are more, one by one."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """What one layer may become: its error, and its costs in the units of the budgets, [budgets]."""
-
-    error: float
-    costs: tuple[float, ...]
-
-
-def choose(options: Sequence[Sequence[Option]], budgets: Sequence[float]) -> list[int] | None:
-    """Return which option each layer takes: the least sum of errors whose costs add up to at most the budgets.
-
-    None if there is no such choice. Solved exactly, as a program in one binary variable for each option; after a minute
-    the best choice that was found by then is taken.
-
-    Args:
-        options: of each layer.
-        budgets: one for each cost.
-    """
-    sizes = [len(own) for own in options]
-    every = [option for own in options for option in own]
-    errors = np.array([option.error for option in every])
-    costs = np.array([option.costs for option in every]).reshape(len(every), -1).T
-    once = np.zeros((len(options), len(every)))
-    for row, (start, size) in enumerate(zip(np.cumsum([0, *sizes]), sizes, strict=False)):
-        once[row, start : start + size] = 1
-    constraints = [LinearConstraint(once, 1, 1)]
-    # The solver's tolerances are absolute.
-    scale = np.maximum(np.abs(budgets), 1e-30)
-    if len(budgets):
-        constraints.append(LinearConstraint(costs / scale[:, None], -np.inf, np.asarray(budgets) / scale))
-    solved = milp(
-        errors / max(errors.max(initial=0.0), 1e-30),
-        integrality=np.ones(len(every)),
-        bounds=(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": _GAP, "time_limit": 60.0},
-    )
-    if solved.x is None:
-        return None
-    parts = np.split(solved.x, np.cumsum(sizes)[:-1])
-    return [int(np.argmax(part)) for part in parts]
 
 
 Combination = tuple[Probe, ...]
@@ -77,12 +34,13 @@ Combination = tuple[Probe, ...]
 class _Unit:
     """Layers of which no technique saves anything elsewhere, and what may become of them: the undominated choices.
 
-    ``costs`` [choices, 2]: bytes and milliseconds of all of the layers.
+    ``costs`` [choices, 2]: bytes and milliseconds of all of the layers. ``counts`` [choices, interactions].
     """
 
     choices: Sequence[Mapping[str, Combination]]
     errors: np.ndarray
     costs: np.ndarray
+    counts: np.ndarray
 
 
 Saving = tuple[str, Value, str]
@@ -154,8 +112,10 @@ class Allocator:
         techniques: Sequence[Technique],
         way: Way,
         pairs: Sequence[Pair] = (),
+        interactions: Sequence[Interaction] = (),
     ) -> None:
         self.way = way
+        self._interactions = interactions
         self._layers = layers
         self._techniques = {technique.name: technique for technique in techniques}
         usable = [p for p in probes if p.refused is None and self._fits(self._techniques[p.technique])]
@@ -194,14 +154,32 @@ class Allocator:
         every = itertools.product(*(self._combinations[name] for name in names))
         choices = [dict(zip(names, picked, strict=True)) for picked in every]
         errors = np.array([_divergence(choice) for choice in choices])
+        counts = np.array([self._counts(choice) for choice in choices]).reshape(len(choices), -1)
         costs = np.array(
             [
                 (sum(self.bytes_of(choice, names).values()), sum(self.milliseconds_of(choice, names).values()))
                 for choice in choices
             ]
         )
-        best = np.flatnonzero(non_dominated(np.column_stack([errors, costs]), (False, False, False)))
-        return _Unit([choices[place] for place in best], errors[best], costs[best])
+        columns = np.column_stack([errors, costs, counts])
+        best = np.flatnonzero(non_dominated(columns, [False] * columns.shape[1]))
+        return _Unit([choices[place] for place in best], errors[best], costs[best], counts[best])
+
+    def _counts(self, chosen: Mapping[str, Combination]) -> tuple[int, ...]:
+        """Return how many layers of each interaction come to its level."""
+        return tuple(
+            sum(item.concerns(probe) for combination in chosen.values() for probe in combination)
+            for item in self._interactions
+        )
+
+    def divergences(self, chosen: Mapping[str, Combination]) -> dict[str, float]:
+        """Return what each layer loses: by itself, and half of what each pair with another one adds."""
+        found = {name: sum(probe.divergence for probe in combination) for name, combination in chosen.items()}
+        for item, count in zip(self._interactions, self._counts(chosen), strict=True):
+            for name, combination in chosen.items():
+                if any(item.concerns(probe) for probe in combination):
+                    found[name] += item.per_pair * (count - 1) / 2
+        return found
 
     def bytes_of(self, chosen: Mapping[str, Combination], among: Collection[str] | None = None) -> dict[str, float]:
         """Return the bytes of each layer's kernels; ``among``: of these layers, where no others are chosen for."""
@@ -294,7 +272,10 @@ class Allocator:
         """Solve the program; with ``weights`` the objective is the costs times these, and nothing is limited."""
         names = self._single
         options = [
-            [Option(float(e), tuple(self._given(c, limits))) for e, c in zip(u.errors, u.costs, strict=True)]
+            [
+                Option(float(error), tuple(self._given(costs, limits)), tuple(counts))
+                for error, costs, counts in zip(u.errors, u.costs, u.counts, strict=True)
+            ]
             for u in self._units
         ]
         base_bytes, base_time = self.bytes_of(near or {}), self.milliseconds_of(near or {})
@@ -304,7 +285,8 @@ class Allocator:
             own = []
             for combination in self._combinations[name]:
                 costs = self._given(self._linear(name, combination, base_bytes, base_time, near), limits)
-                own.append(Option(sum(probe.divergence for probe in combination), tuple(costs)))
+                error = sum(probe.divergence for probe in combination)
+                own.append(Option(error, tuple(costs), self._counts({name: combination})))
             options.append(own)
         if weights is not None:
             options = [[Option(float(weights @ np.array(o.costs)), o.costs) for o in own] for own in options]
@@ -313,7 +295,8 @@ class Allocator:
             picked = choose(options, [])
         else:
             allowed = [goal - part for goal, part in zip(goals, fixed, strict=True)]
-            picked = choose(options, allowed) if min(allowed, default=1.0) > 0 else None
+            per_pair = [item.per_pair for item in self._interactions]
+            picked = choose(options, allowed, per_pair) if min(allowed, default=1.0) > 0 else None
         if picked is None:
             return None
         units, single = picked[: len(self._units)], picked[len(self._units) :]
@@ -354,7 +337,7 @@ class Allocator:
         return size, time
 
     def _made(self, chosen: Mapping[str, Combination], limits: Limits) -> Allocation:
-        return Allocation(self.way, chosen, _divergence(chosen), self.costs_of(chosen, limits))
+        return Allocation(self.way, chosen, sum(self.divergences(chosen).values()), self.costs_of(chosen, limits))
 
 
 def _divergence(chosen: Mapping[str, Combination]) -> float:

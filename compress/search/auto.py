@@ -131,7 +131,8 @@ class Auto(Strategy):
             )
         ways = measure_ways(candidate, sensitivity, self.techniques, stores, context, limits)
         layers, probes, pairs = sensitivity.layers, sensitivity.probes, sensitivity.pairs
-        allocators = [Allocator(layers, probes, self.techniques, way, pairs) for way in ways]
+        together = sensitivity.interactions
+        allocators = [Allocator(layers, probes, self.techniques, way, pairs, together) for way in ways]
         best = self._within(candidate, allocators, aim, limits, context)
         found, allocator = best.allocation, best.allocator
         if context.recovery.trains:

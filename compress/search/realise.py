@@ -61,11 +61,12 @@ def realise(
 def table(allocation: Allocation, allocator: Allocator) -> tuple[Allocated, ...]:
     """Return the allocation layer by layer, for the report."""
     sizes, times = allocator.bytes_of(allocation.chosen), allocator.milliseconds_of(allocation.chosen)
+    lost = allocator.divergences(allocation.chosen)
     return tuple(
         Allocated(
             name,
             tuple(f"{probe.technique} {probe.field}={probe.value:g}" for probe in combination),
-            sum(probe.divergence for probe in combination),
+            lost[name],
             round(sizes[name]),
             times[name] if allocation.way.times else None,
         )

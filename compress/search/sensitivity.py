@@ -94,6 +94,20 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """What layers at one level lose together besides what each of them loses: so much for each pair of them."""
+
+    technique: str
+    value: Value
+    layers: tuple[str, ...]
+    per_pair: float
+
+    def concerns(self, probe: Probe) -> bool:
+        """Say whether a probe brings one of the layers to the level."""
+        return (probe.technique, probe.value) == (self.technique, self.value) and probe.layer in self.layers
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """The table: what each layer costs as it is, and all probes; what zeros and few values save together."""
 
@@ -101,6 +115,7 @@ class Sensitivity:
     probes: tuple[Probe, ...]
     images: int
     pairs: tuple[Pair, ...] = ()
+    interactions: tuple[Interaction, ...] = ()
 
     def takers(self, technique: Technique, value: Value, among: Collection[str] | None = None) -> list[str]:
         """Return the layers that a level does not refuse; ``among``: of these only."""

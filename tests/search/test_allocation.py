@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.search import allocation
-from compress.search.allocation import Allocator, Limits, Option, Way, choose
-from compress.search.sensitivity import Cost, Pair, Probe
+from compress.search.allocation import Allocator, Limits, Way
+from compress.search.program import Option, choose
+from compress.search.sensitivity import Cost, Interaction, Pair, Probe
 from compress.search.technique import Technique
 from compress.strategies.pruning.channels import PruneChannels
 from compress.strategies.pruning.prune import Prune
@@ -35,19 +37,35 @@ def floats(layers: Mapping[str, Cost]) -> Way:
     return Way(None, 100.0, {name: 2 * cost.macs / macs for name, cost in layers.items()}, 0.1)
 
 
-@given(seed=st.integers(0, 10_000), layers=st.integers(1, 4), budgets=st.integers(0, 2), share=st.floats(0, 1.1))
-@settings(deadline=None, max_examples=60)
-def test_the_choice_is_the_best_one_that_fits(seed, layers, budgets, share):
+@given(
+    seed=st.integers(0, 10_000),
+    layers=st.integers(1, 4),
+    budgets=st.integers(0, 2),
+    share=st.floats(0, 1.1),
+    growing=st.integers(0, 2),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_choice_is_the_best_one_that_fits(seed, layers, budgets, share, growing):
     rng = np.random.default_rng(seed)
     options = [
-        [Option(float(rng.exponential(1e-3)), tuple(rng.uniform(0, 100, budgets))) for _ in range(rng.integers(1, 5))]
+        [
+            Option(
+                float(rng.exponential(1e-3)),
+                tuple(rng.uniform(0, 100, budgets)),
+                tuple(rng.integers(0, 3, growing)),
+            )
+            for _ in range(rng.integers(1, 5))
+        ]
         for _ in range(layers)
     ]
+    per_pair = rng.exponential(5e-4, growing)
     every = list(itertools.product(*(range(len(own)) for own in options)))
+    counts = np.array([[sum(options[i][j].counts[g] for i, j in enumerate(p)) for g in range(growing)] for p in every])
     errors = np.array([sum(options[i][j].error for i, j in enumerate(pick)) for pick in every])
+    errors += (counts * (counts - 1) / 2) @ per_pair if growing else 0.0
     costs = np.array([[sum(options[i][j].costs[b] for i, j in enumerate(p)) for b in range(budgets)] for p in every])
     limits = costs.min(0, initial=np.inf) + share * np.ptp(costs, axis=0) if budgets else np.zeros(0)
-    found = choose(options, list(limits))
+    found = choose(options, list(limits), list(per_pair))
     surely = (costs <= limits * (1 - 1e-6)).all(1)
     perhaps = (costs <= limits * (1 + 1e-6)).all(1)
     if found is None:
@@ -106,20 +124,54 @@ def test_an_allocation_keeps_to_its_limits_and_is_the_best(seed, share, coupled,
     assert found.divergence <= tried(allocator, limits) * (1 + 1e-4) + 1e-9
 
 
-def tried(allocator: Allocator, limits: Limits) -> float:
+Chosen = Mapping[str, tuple[Probe, ...]]
+
+
+def alone(chosen: Chosen) -> float:
+    """Return what all layers lose, each by itself."""
+    return sum(probe.divergence for own in chosen.values() for probe in own)
+
+
+def tried(allocator: Allocator, limits: Limits, lost: Callable[[Chosen], float] = alone) -> float:
     """Return the least divergence of what is surely within the limits, found by trying everything."""
     layers = list(allocator._combinations)
+    every = (dict(zip(layers, pick, strict=True)) for pick in itertools.product(*allocator._combinations.values()))
     fitting = (
-        sum(p.divergence for own in pick for p in own)
-        for pick in itertools.product(*allocator._combinations.values())
+        lost(chosen)
+        for chosen in every
         if all(
             cost <= limit * (1 - 1e-6)
-            for cost, limit in zip(
-                allocator.costs_of(dict(zip(layers, pick, strict=True)), limits), limits.given, strict=True
-            )
+            for cost, limit in zip(allocator.costs_of(chosen, limits), limits.given, strict=True)
         )
     )
     return min(fitting, default=float("inf"))
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0.1, 1.0), most=st.sampled_from([1, 20_000]))
+@settings(deadline=None, max_examples=25)
+def test_what_pairs_of_layers_lose_together_is_avoided(seed, share, most):
+    rng = np.random.default_rng(seed)
+    layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abcd"}
+    known = probes(rng, list(layers), coupled=False)
+    together = [Interaction("prune", 0.5, ("a", "b", "c"), 0.02), Interaction("share", 8, ("b", "d"), 0.01)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocation, "_MOST_JOINT", most)
+        allocator = Allocator(layers, known, TECHNIQUES, floats(layers), (), together)
+    low, high = np.array(allocator.cheapest(BOTH).costs), np.array(allocator.costs_of({}, BOTH))
+    limits = Limits(*(float(v) for v in low + share * (high - low)))
+    found = allocator.best(limits)
+    assert found is not None
+
+    def lost(chosen: Chosen) -> float:
+        techniques = {name: {probe.technique for probe in own} for name, own in chosen.items()}
+        pruned = [name for name in "abc" if "prune" in techniques[name]]
+        shared = [name for name in "bd" if "share" in techniques[name]]
+        pairs = (0.02 * math.comb(len(pruned), 2), 0.01 * math.comb(len(shared), 2))
+        return sum(pairs) + alone(chosen)
+
+    assert found.divergence == pytest.approx(lost(found.chosen))
+    assert sum(allocator.divergences(found.chosen).values()) == pytest.approx(found.divergence)
+    assert found.divergence <= tried(allocator, limits, lost) * (1 + 1e-4) + 1e-9
 
 
 def test_of_too_many_layers_for_that_most_choices_are_the_best_and_the_others_near(monkeypatch):

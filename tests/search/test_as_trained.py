@@ -67,6 +67,36 @@ def test_of_many_layers_of_a_resolution_every_other_one_speaks_for_all(data):
     assert [new[key] / old[key] for key in new] == pytest.approx([ratio] * 5, rel=1e-3)
 
 
+def test_what_blocks_lose_together_beyond_what_one_loses_is_that_of_their_pairs(data):
+    tf_keras.utils.set_random_seed(0)
+    layers = tf_keras.layers
+    image = tf_keras.Input(data.train.x.shape[1:])
+    x = layers.Conv2D(8, 3, padding="same", name="stem")(layers.Rescaling(1 / 16)(image))
+    for number in range(5):
+        y = layers.Conv2D(8, 3, padding="same", activation="relu", name=f"inner{number}")(x)
+        x = layers.Add(name=f"sum{number}")([x, layers.Conv2D(8, 3, padding="same", name=f"outer{number}")(y)])
+    deep = tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
+    # All blocks add about the same: without three of them the outputs are thrice as far, and errors are squares of that.
+    for number in range(1, 5):
+        for name in ("inner", "outer"):
+            deep.get_layer(f"{name}{number}").set_weights(deep.get_layer(f"{name}0").get_weights())
+    # Nothing is repaired here, so that each block alone loses what its probe did.
+    fields = {"channels": [0], "ranking": "layer", "trained": {"ranking": "layer"}}
+    chosen, context = techniques(prune_channels=fields), context_of(deep, data)
+    before = measure_sensitivity(Candidate(deep), chosen, context, IMAGES)
+    found = as_trained(Candidate(deep), before, chosen, context, IMAGES)
+    assert divergences(found) == pytest.approx(divergences(before), rel=1e-3)
+    (item,) = found.interactions
+    assert (item.technique, item.value, item.layers) == ("prune_channels", 0, tuple(f"inner{n}" for n in range(5)))
+    every_other = ["inner0", "inner2", "inner4"]
+    made = stage("auto", chosen[0].trained[0], every_other).apply(Candidate(deep), context)
+    bench = Bench(Candidate(deep), context, list(before.layers), IMAGES)
+    together, _ = bench.loss(with_stored_values(made, every_other, list(bench.costs)))
+    alone = sum(divergences(before)[name, 0] for name in every_other)
+    assert together > alone
+    assert alone + 3 * item.per_pair == pytest.approx(together, rel=1e-3)
+
+
 @pytest.mark.parametrize("trained", [{}, {"trained": "qat"}])
 def test_what_does_not_repair_is_left_as_it_is(trained, model, data):
     context, chosen = context_of(model, data), techniques(quantize={"bits": [4], **trained})

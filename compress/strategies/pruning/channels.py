@@ -6,7 +6,7 @@ Coupled channels go together (DepGraph, arXiv 2301.12900); how important they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
@@ -34,13 +34,13 @@ from compress.strategies.pruning.measured import MEASURED, Start, largest_share,
 from compress.strategies.pruning.plan import Plan, Ranking, Size
 from compress.strategies.pruning.reconstruction import Allocation, Reconstruction, cuttable_groups
 from compress.strategies.pruning.saliency import Evidence, criteria
+from compress.strategies.pruning.shares import LayerShares, Shares, read_shares
 from compress.strategies.pruning.widths import Widths, written_channels
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
 
 RECONSTRUCTION = "reconstruction"
-_NO_BLOCK = "it stands in no residual block that can go"
 
 
 def _known(name: str) -> str:
@@ -57,12 +57,14 @@ class PruneChannels(Strategy):
     One of these says how far to go (``macs`` of 0.5, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept.
         channels: share of the channels that is kept, of those that it may touch. With 0 the residual blocks around them
-            go, with all their layers, and channels that stand in none stay; criterion, ranking and images choose
-            nothing then.
+            go, with all their layers, and channels that stand in none stay.
         bytes: share of the size of the exported file that is kept, as it would be written at this stage.
         latency: share of the latency on the board that is kept; its median is measured a few times.
 
     Attributes:
+        layer_channels: beside ``channels``, the share that single layers keep, by name or regular expression; all
+            others keep ``channels`` each, and nothing is ranked but the channels of a layer. A group of layers goes by
+            the least of them.
         criterion: what a channel's importance is. ``reconstruction`` also re-solves what is left by least squares on
             ``images`` unlabelled samples, before any training, and under ``global`` decides by the change of the logits
             how many channels each group keeps; see :mod:`compress.strategies.pruning.reconstruction`. It cuts groups
@@ -85,6 +87,7 @@ class PruneChannels(Strategy):
     channels: Annotated[float, Ge(0), Lt(1)] | None = None
     bytes: Annotated[float, Gt(0), Lt(1)] | None = None
     latency: Annotated[float, Gt(0), Lt(1)] | None = None
+    layer_channels: LayerShares | None = None
     criterion: Annotated[str, AfterValidator(_known)] = "l2"
     ranking: Ranking = "global"
     blocks: bool = False
@@ -105,10 +108,12 @@ class PruneChannels(Strategy):
         refuse_without_effect(self, [(self.regularisation != "none", ("strength",), "a regularisation")])
         if self.criterion == RECONSTRUCTION and (self.blocks or self.regularisation != "none"):
             raise ValueError(f"no blocks and no regularisation with criterion={RECONSTRUCTION}")
-        whole = self.channels == 0
-        refuse_without_effect(self, [(not whole, ("most", "round_to", "allow_partial"), "channels above 0")])
-        if whole and (self.blocks or self.steps > 1 or self.regularisation != "none"):
-            raise ValueError("no blocks, no steps and no regularisation with channels=0: whole blocks go at once")
+        whole = self.channels == 0 and self.layer_channels is None
+        own = (self.channels is not None, ("layer_channels",), "channels")
+        refuse_without_effect(self, [own, (not whole, ("most", "round_to", "allow_partial"), "channels above 0")])
+        given = "layer_channels" if self.layer_channels else "channels=0"
+        if (whole or self.layer_channels) and (self.blocks or self.steps > 1 or self.regularisation != "none"):
+            raise ValueError(f"no blocks, no steps and no regularisation with {given}: what goes is given, and at once")
 
     def _budget(self) -> Budget:
         choices = {unit: getattr(self, unit) for unit in ("macs", "params", "channels", "bytes", "latency")}
@@ -122,9 +127,8 @@ class PruneChannels(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Rank, cut, compare with the masked original, recover; so many times."""
-        if self.channels == 0:
-            return self._without_blocks(candidate, context)
         self._require_recovery(context)
+        wanted = self._shares(candidate, context)
         budget = self._budget()
         start = Start.of(candidate, context, budget.unit, self._groups(candidate, context))
         share = 1.0 if self.regularisation == "none" else 0.5
@@ -136,7 +140,10 @@ class PruneChannels(Strategy):
             if self.blocks:
                 candidate, gone, changed = self._drop_blocks(candidate, target, start, context)
                 difference, removed = max(difference, changed), removed + gone
-            done = self._step(candidate, target, start, context, recovering)
+            if wanted is None:
+                done = self._step(candidate, target, start, context, recovering)
+            else:
+                done, removed = self._cut_shares(candidate, wanted, start, context), len(wanted.gone)
             if not done.narrower and self.steps == 1 and not removed:
                 raise context.nothing_done("a channel that may go under most and round_to", done.left_alone)
             candidate, difference = done.candidate, max(difference, done.difference)
@@ -146,26 +153,43 @@ class PruneChannels(Strategy):
             if step == self.steps:
                 present = {layer.name for layer in candidate.model.layers}
                 left = {name: width for name, width in sorted(widths.items()) if name in present}
-                candidate = candidate.with_guarantee(Widths(context.stage, left))
+                candidate = candidate.with_guarantee(Widths(context.stage, left)) if left else candidate
             candidate = recovering.recover(candidate)
         # After the training: zeros that the file stores once are values of their own by now.
         measured = {"oracle_difference": difference, f"{budget.unit}_kept": start.kept(candidate, context, budget.unit)}
-        if self.blocks:
+        if self.blocks or wanted is not None:
             measured["blocks_removed"] = float(removed)
         return candidate.evolve(skipped=done.left_alone, measured=measured)
 
-    def _without_blocks(self, candidate: Candidate, context: Context) -> Candidate:
-        """Return the candidate without the residual blocks around the channels that it may touch, recovered."""
+    def _shares(self, candidate: Candidate, context: Context) -> Shares | None:
+        """Return what each layer is given; None where the budget decides.
+
+        Raises:
+            CompressError: if nothing is to go.
+        """
+        if self.channels is None or (self.channels > 0 and self.layer_channels is None):
+            return None
+        where = f"strategy.{context.stage}.layer_channels"
         groups = self._groups(candidate, context)
-        blocks = {block.add: block for block in residual_blocks(candidate.model)}
-        around = {g.name: _innermost(g, blocks.values()) for g in groups}
-        gone = tuple(b for b in blocks.values() if b in around.values())
-        outside = tuple(Skipped(name, _NO_BLOCK, True) for name, block in around.items() if block is None)
-        if not gone:
-            raise context.nothing_done("channels inside a residual block that can go (channels=0)", outside)
-        result, difference = take_out(candidate, gone, context)
-        measured = {"oracle_difference": difference, "channels_kept": 0.0, "blocks_removed": float(len(gone))}
-        return context.recover(result).evolve(skipped=context.skip(outside), measured=measured)
+        wanted = read_shares(candidate.model, groups, self.channels, self.layer_channels, where)
+        if not wanted.gone and not wanted.narrows:
+            what = "channels that may go" if self.channels else "channels inside a residual block that can go"
+            raise context.nothing_done(f"{what} (channels={self.channels:g})", wanted.outside)
+        return wanted
+
+    def _cut_shares(self, candidate: Candidate, wanted: Shares, start: Start, context: Context) -> _Done:
+        """Return what a cut does that gives each layer its share."""
+        repairs, difference = self.criterion == RECONSTRUCTION, 0.0
+        if wanted.gone and not repairs:
+            candidate, difference = take_out(candidate, wanted.gone, context)
+        outside = context.skip(wanted.outside)
+        done = _Done(candidate, 0.0, frozenset(), outside)
+        if wanted.narrows or repairs:
+            done = self._step(candidate, Budget("channels", 1.0), start, context, context, wanted)
+        candidate = done.candidate
+        if wanted.gone and repairs:
+            candidate, difference = take_out(candidate, wanted.gone, context)
+        return _Done(candidate, max(difference, done.difference), done.narrower, (*done.left_alone, *outside))
 
     def _require_recovery(self, context: Context) -> None:
         if self.regularisation != "none" and not context.recovery.trains:
@@ -185,8 +209,19 @@ class PruneChannels(Strategy):
             return [item.group for item in cuttable_groups(Channels(fold_batch_norm(model)), names)]
         return [group for group in Channels(model).groups if may_go(group, names)]
 
-    def _step(self, candidate: Candidate, target: Budget, start: Start, context: Context, recovering: Context) -> _Done:
-        """Return what one cut to ``target`` does; ``recovering``: with this step's part of the recovery."""
+    def _step(
+        self,
+        candidate: Candidate,
+        target: Budget,
+        start: Start,
+        context: Context,
+        recovering: Context,
+        wanted: Shares | None = None,
+    ) -> _Done:
+        """Return what one cut to ``target`` does; ``recovering``: with this step's part of the recovery.
+
+        ``wanted``: what each group keeps, in place of the target.
+        """
         names = context.selection.names(candidate.model)
         channels = Channels(candidate.model)
         groups = [group for group in channels.groups if may_go(group, names)]
@@ -197,7 +232,7 @@ class PruneChannels(Strategy):
         if self.criterion == RECONSTRUCTION:
             reason = f"{RECONSTRUCTION} cuts what one layer writes and one linear layer reads"
             every = [*left_alone, *(Skipped(group.name, reason, True) for group in groups)]
-            candidate, stay, repaired = self._reconstruct(candidate, target, start, context, every)
+            candidate, stay, repaired = self._reconstruct(candidate, target, start, context, every, wanted)
             channels = Channels(candidate.model)
             # What is repaired reads nothing of what goes: it is its own oracle, and a stricter one.
             oracle = candidate.model
@@ -206,7 +241,7 @@ class PruneChannels(Strategy):
         else:
             candidate = self._regularise(candidate, channels, groups, target, start, recovering)
             channels = Channels(candidate.model)
-            stay, unscored = self._choose(candidate, channels, groups, target, start, context)
+            stay, unscored = self._choose(candidate, channels, groups, target, start, context, wanted)
             reason = f"criterion={self.criterion} finds nothing to look at"
             left_alone = (*left_alone, *(Skipped(group.name, reason, True) for group in unscored))
             oracle = masked_model(channels, stay)
@@ -251,9 +286,12 @@ class PruneChannels(Strategy):
         budget: Budget,
         start: Start,
         context: Context,
+        wanted: Shares | None = None,
     ) -> tuple[np.ndarray, list[Group]]:
         """Return which units stay, [units], and the groups that the criterion says nothing of."""
         plan = self._plan(channels, groups, start, context)
+        if wanted is not None:
+            return plan.keep(wanted.counts(groups, plan.floors, plan.round_to)), plan.unscored
         if budget.unit not in MEASURED:
             stay = plan.meet(budget, start.size, self.ranking)
             reached = plan.cost(stay, budget.unit, start.size)
@@ -321,7 +359,13 @@ class PruneChannels(Strategy):
         return smaller, len(gone), difference
 
     def _reconstruct(
-        self, candidate: Candidate, budget: Budget, start: Start, context: Context, skipped: Sequence[Skipped]
+        self,
+        candidate: Candidate,
+        budget: Budget,
+        start: Start,
+        context: Context,
+        skipped: Sequence[Skipped],
+        wanted: Shares | None,
     ) -> tuple[Candidate, np.ndarray, set[str]]:
         """Return the candidate, its model repaired, which units stay [units], and the writers of those that may go."""
         names = context.selection.names(candidate.model)
@@ -330,8 +374,14 @@ class PruneChannels(Strategy):
         if not work.cuttable:
             raise context.nothing_done("a group of channels with one writer and one linear reader", skipped)
         groups = [item.group for item in work.cuttable]
-        names_of = [group.name for group in groups]
+        writers = {name for group in groups for name in group.writers}
         floors = self._floors(groups, start)
+        if wanted is not None:
+            work.prepare()
+            return *self._repaired(
+                candidate, work, wanted.counts(groups, floors, self._multiple(context)), wanted.gone
+            ), writers
+        names_of = [group.name for group in groups]
         # Costs are counted on the folded network, which has fewer parameters.
         now = Size.of(candidate.model, groups)
         whole = {unit: getattr(now, unit) / getattr(start.size, unit) for unit in ("macs", "params", "channels")}
@@ -352,10 +402,15 @@ class PruneChannels(Strategy):
             if reached > budget.keep and not self.allow_partial:
                 raise self._out_of_reach(context, budget, reached, names_of)
         keep = allocation.keep(curves, proxy, share)
-        model, folded_stay = work.run(keep)
+        return *self._repaired(candidate, work, keep), writers
+
+    def _repaired(
+        self, candidate: Candidate, work: Reconstruction, keep: Sequence[int], gone: Sequence[ResidualBlock] = ()
+    ) -> tuple[Candidate, np.ndarray]:
+        model, folded_stay = work.run(keep, gone)
         restore(model, candidate.guarantees)
-        stay = transferred(work.channels, folded_stay, groups, Channels(model))
-        return candidate.evolve(model=model), stay, {name for group in groups for name in group.writers}
+        groups = [item.group for item in work.cuttable]
+        return candidate.evolve(model=model), transferred(work.channels, folded_stay, groups, Channels(model))
 
     def _out_of_reach(self, context: Context, budget: Budget, reached: float, clamped: Sequence[str]) -> CompressError:
         names = f"{', '.join(clamped[:6])}{', ...' if len(clamped) > 6 else ''}"
@@ -378,12 +433,6 @@ class PruneChannels(Strategy):
         sizes = [start.size.groups.get(group.name, len(group)) for group in groups]
         least = [max(1, int(np.ceil((1 - self.most) * size - 1e-9))) for size in sizes]
         return [min(floor, len(group)) for floor, group in zip(least, groups, strict=True)]
-
-
-def _innermost(group: Group, blocks: Iterable[ResidualBlock]) -> ResidualBlock | None:
-    """Return the smallest block inside which the channels of the group are written; None if there is none."""
-    around = [block for block in blocks if group.writers and set(group.writers) <= set(block.layers)]
-    return min(around, key=lambda block: len(block.layers), default=None)
 
 
 @plain_dataclass(frozen=True)

@@ -89,6 +89,10 @@ class Plan:
             return self._spend(self._left(self._gone(high)), budget, start)
         return by(high)
 
+    def keep(self, counts: Sequence[int]) -> np.ndarray:
+        """Return which units stay when each group keeps so many, the highest scores."""
+        return self._stay(self._left([len(group) - c for group, c in zip(self.groups, counts, strict=True)]))
+
     def below(self, threshold: float) -> np.ndarray:
         """Return what stays when all scores below the threshold go, as far as each group may be cut."""
         return self._by_rank(int((np.concatenate(self.scores) < threshold).sum()))

@@ -17,6 +17,7 @@ import tf_keras
 from scipy.interpolate import PchipInterpolator
 
 from compress.graph.channels.groups import Channels, Group
+from compress.graph.residual import ResidualBlock, without_branches
 from compress.graph.rewrite import calls, copy_model
 from compress.graph.walk import Walk
 from compress.progress import progress
@@ -89,20 +90,29 @@ class Reconstruction:
                 shown.advance(sum(curve is not None for curve in curves), len(curves), item.group.name)
         return [curve for curve in curves if curve is not None]
 
-    def run(self, keep: Sequence[int]) -> tuple[tf_keras.Model, np.ndarray]:
+    def run(self, keep: Sequence[int], gone: Sequence[ResidualBlock] = ()) -> tuple[tf_keras.Model, np.ndarray]:
         """Cut every cuttable group to ``keep`` units and repair the network.
+
+        Args:
+            keep: units of each cuttable group.
+            gone: blocks whose branches will give nothing; what follows makes up for them, too.
 
         Returns:
             A model of the original's structure, repaired, that ignores the channels that go; and the units that stay.
+            The branches of the blocks are still there.
         """
         by_reader = {item.reader: (item, count) for item, count in zip(self.cuttable, keep, strict=True)}
         stay = np.ones(self.channels.count, bool)
         repair = self.repair
         changed = copy_model(repair.folded)
+        branches = {block.add: 1 - block.shortcut for block in gone}
+        inside = {name for block in gone for name in block.layers}
         with progress("reconstruction") as shown:
             for step in (walk := Walk(repair.folded, changed, repair.samples)):
                 shown.advance(step.position + 1, len(walk.nodes), step.layer.name)
-                if not is_linear(step.layer) or not called_once(walk, step):
+                if step.layer.name in branches:
+                    walk.silence(step, branches[step.layer.name])
+                if step.layer.name in inside or not is_linear(step.layer) or not called_once(walk, step):
                     continue
                 chosen = by_reader.get(step.layer.name)
                 if chosen is None and step.untouched:
@@ -115,7 +125,7 @@ class Reconstruction:
                 order, _ = eliminate(known, item.rows, repair.metric(item.reader), RIDGE)
                 stay[item.group.units[order[: len(order) - count]]] = False
                 repair.put(walk, step, known, before, RIDGE, _left(item, order[len(order) - count :], before))
-        return repair.with_norms(changed), stay
+        return repair.with_norms(without_branches(changed, tuple(gone)) if gone else changed), stay
 
 
 class Allocation:
