@@ -21,19 +21,18 @@ from compress.errors import CompressError, did_you_mean
 from compress.graph.channels.groups import Channels, Group, transferred
 from compress.graph.channels.surgery import masked_model, remove_channels
 from compress.graph.fold import fold_batch_norm
-from compress.graph.kernels import kernels
-from compress.graph.residual import ResidualBlock, residual_blocks
+from compress.graph.residual import ResidualBlock
 from compress.graph.rewrite import copy_model
 from compress.graph.selection import Selection
 from compress.strategies.budget import Budget, one_budget
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.pruning.cut import cut, left_out, may_go
-from compress.strategies.pruning.depth import branch_shares, lowest_blocks, take_out
+from compress.strategies.pruning.depth import branch_shares, droppable_blocks, lowest_blocks, take_out
 from compress.strategies.pruning.group_sparsity import GroupLasso, GroupSparsity, GrowingDecay
 from compress.strategies.pruning.measured import MEASURED, Start, largest_share, measured_once
 from compress.strategies.pruning.plan import Plan, Ranking, Size
 from compress.strategies.pruning.reconstruction import Allocation, Reconstruction, cuttable_groups
-from compress.strategies.pruning.saliency import Evidence, criteria
+from compress.strategies.pruning.saliency import Evidence, criteria, score_groups
 from compress.strategies.pruning.shares import LayerShares, Shares, read_shares
 from compress.strategies.pruning.widths import Widths, written_channels
 from compress.strategies.repair import Repair
@@ -57,7 +56,8 @@ class PruneChannels(Strategy):
     One of these says how far to go (``macs`` of 0.5, if none does):
         macs, params: share of the model's multiply-adds or parameters that is kept.
         channels: share of the channels that is kept, of those that it may touch. With 0 the residual blocks around them
-            go, with all their layers, and channels that stand in none stay.
+            go, with all their layers, and channels that stand in none stay; ``reconstruction`` makes up for what
+            they gave.
         bytes: share of the size of the exported file that is kept, as it would be written at this stage.
         latency: share of the latency on the board that is kept; its median is measured a few times.
 
@@ -251,32 +251,8 @@ class PruneChannels(Strategy):
 
     def _plan(self, channels: Channels, groups: Sequence[Group], start: Start, context: Context) -> Plan:
         evidence = Evidence(channels, context.data, context.seed, where=f"strategy.{context.stage}.criterion")
-        criterion = criteria()[self.criterion]
-        scores = []
-        for group in groups:
-            score = criterion.score(group, evidence)
-            score = np.where(channels.pinned[group.units], np.inf, score)
-            finite = score[np.isfinite(score)]
-            if not criterion.members(group) and not np.any(finite):
-                score = np.full(len(group), np.inf)
-            scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
-        # They are divided by their mean: what differs less does so by rounding.
-        if not any(np.ptp(score[np.isfinite(score)]) > 1e-6 for score in scores if np.isfinite(score).any()):
-            blind = not any(criterion.members(group) for group in groups)
-            found = (
-                "which finds nothing to look at in the groups that may go" if blind else "whose scores are all the same"
-            )
-            advice = ["choose another one (l2)"] if self.criterion != "l2" else []
-            if not blind or not advice:
-                advice.append("look whether the model's weights are what they should be, and trainable")
-            raise CompressError(
-                f"strategy.{context.stage}.criterion",
-                expected="a criterion that tells channels apart",
-                received=f"{self.criterion}, {found}",
-                fix=", or ".join(advice).capitalize() + ".",
-            )
-        floors = self._floors(groups, start)
-        return Plan(channels, groups, scores, floors, self._multiple(context))
+        scores = score_groups(self.criterion, groups, evidence)
+        return Plan(channels, groups, scores, self._floors(groups, start), self._multiple(context))
 
     def _choose(
         self,
@@ -338,20 +314,11 @@ class PruneChannels(Strategy):
         self, candidate: Candidate, budget: Budget, start: Start, context: Context
     ) -> tuple[Candidate, int, float]:
         """Return the candidate without the residual blocks that score lowest, their number, what the oracle says."""
-        names, model = context.selection.names(candidate.model), candidate.model
-        channels = Channels(model)
-        weighted = {kernel.layer.name for kernel in kernels(model)}
-        blocks = [b for b in residual_blocks(model) if set(b.layers) & weighted <= names]
+        channels, names = Channels(candidate.model), context.selection.names(candidate.model)
         groups = [group for group in channels.groups if may_go(group, names)]
-        if not blocks:
-            raise CompressError(
-                f"strategy.{context.stage}.blocks",
-                expected="a residual block, all of whose layers may go, beside a shortcut that changes nothing",
-                received=f"none in {model.name}",
-                fix=f"Write strategy.{context.stage}.blocks=false, or widen its only and skip.",
-            )
+        blocks = droppable_blocks(candidate.model, context)
         proxy = Budget(MEASURED.get(budget.unit, budget.unit), budget.keep)
-        shares = branch_shares(model, blocks, context.calibration_samples(self.images))
+        shares = branch_shares(candidate.model, blocks, context.calibration_samples(self.images))
         gone = lowest_blocks(self._plan(channels, groups, start, context), blocks, shares, proxy, start.size)
         if not gone:
             return candidate, 0, 0.0

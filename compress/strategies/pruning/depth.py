@@ -10,8 +10,10 @@ import tensorflow as tf
 import tf_keras
 
 from compress.candidate import Candidate
+from compress.errors import CompressError
 from compress.graph.channels.surgery import oracle_difference
-from compress.graph.residual import ResidualBlock, without_blocks, without_branches
+from compress.graph.kernels import kernels
+from compress.graph.residual import ResidualBlock, residual_blocks, without_blocks, without_branches
 from compress.strategies.budget import Budget
 from compress.strategies.pruning.cut import oracle_samples, require_equal
 from compress.strategies.pruning.plan import Plan, Size
@@ -19,6 +21,24 @@ from compress.strategies.strategy import Context
 
 _BATCH = 128
 _LOG = logging.getLogger("compress")
+
+
+def droppable_blocks(model: tf_keras.Model, context: Context) -> list[ResidualBlock]:
+    """Return the blocks all of whose layers with kernels are selected.
+
+    Raises:
+        CompressError: if there is none.
+    """
+    names, weighted = context.selection.names(model), {kernel.layer.name for kernel in kernels(model)}
+    blocks = [block for block in residual_blocks(model) if set(block.layers) & weighted <= names]
+    if not blocks:
+        raise CompressError(
+            f"strategy.{context.stage}.blocks",
+            expected="a residual block, all of whose layers may go, beside a shortcut that changes nothing",
+            received=f"none in {model.name}",
+            fix=f"Write strategy.{context.stage}.blocks=false, or widen its only and skip.",
+        )
+    return blocks
 
 
 def take_out(candidate: Candidate, gone: tuple[ResidualBlock, ...], context: Context) -> tuple[Candidate, float]:

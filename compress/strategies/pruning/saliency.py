@@ -7,7 +7,7 @@ weights of a group say about a unit is added up, as in DepGraph (arXiv 2301.1290
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.data.source import Data
+from compress.errors import CompressError
 from compress.graph.channels.groups import Channels, Group, IndexMap
 from compress.graph.rewrite import nodes
 from compress.strategies.pruning.gradients import inputs_of, loss_gradients, squared_gradients
@@ -250,3 +251,35 @@ def criteria() -> dict[str, Criterion]:
         "apoz": Apoz(),
         "random": Random(),
     }
+
+
+def score_groups(name: str, groups: Sequence[Group], evidence: Evidence) -> list[np.ndarray]:
+    """Return the scores of all units by a criterion, [units] of each group, divided by the mean of the group.
+
+    Infinite where a unit must stay, and where the criterion says nothing of a group.
+
+    Raises:
+        CompressError: if it tells no units apart.
+    """
+    criterion, pinned = criteria()[name], evidence.channels.pinned
+    scores = []
+    for group in groups:
+        score = np.where(pinned[group.units], np.inf, criterion.score(group, evidence))
+        finite = score[np.isfinite(score)]
+        if not criterion.members(group) and not np.any(finite):
+            score = np.full(len(group), np.inf)
+        scores.append(score / (np.mean(finite) or 1.0) if finite.size else score)
+    # They are divided by their mean: what differs less does so by rounding.
+    if not any(np.ptp(score[np.isfinite(score)]) > 1e-6 for score in scores if np.isfinite(score).any()):
+        blind = not any(criterion.members(group) for group in groups)
+        found = "which finds nothing to look at in the groups that may go" if blind else "whose scores are all the same"
+        advice = ["choose another one (l2)"] if name != "l2" else []
+        if not blind or not advice:
+            advice.append("look whether the model's weights are what they should be, and trainable")
+        raise CompressError(
+            evidence.where,
+            expected="a criterion that tells channels apart",
+            received=f"{name}, {found}",
+            fix=", or ".join(advice).capitalize() + ".",
+        )
+    return scores
