@@ -241,7 +241,7 @@ class Allocated:
     layer: str
     chosen: tuple[str, ...]
     divergence: float
-    """Of the outputs from the reference's, in nats, by this layer alone."""
+    """Of the outputs from the reference's, in nats, by this layer: alone, and half of what pairs with others add."""
     bytes: int
     """Of its kernels in the packed file."""
     milliseconds: float | None

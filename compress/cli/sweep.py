@@ -67,8 +67,9 @@ class SweepCallback(Callback):
         in_turn = config.hydra.launcher._target_ == _BASIC
 
         def stop() -> None:
-            self._close(stopped=True, in_turn=in_turn)
-            forget_parent(sweep)
+            summary = self._close(stopped=True, in_turn=in_turn)
+            if summary is not None and not summary.begun:
+                forget_parent(sweep)
 
         self._stop = stop
         atexit.register(self._stop)

@@ -116,6 +116,10 @@ class Allocator:
     ) -> None:
         self.way = way
         self._interactions = interactions
+        self._concerned: dict[Saving, list[int]] = {}
+        for place, item in enumerate(interactions):
+            for name in item.layers:
+                self._concerned.setdefault((item.technique, item.value, name), []).append(place)
         self._layers = layers
         self._techniques = {technique.name: technique for technique in techniques}
         usable = [p for p in probes if p.refused is None and self._fits(self._techniques[p.technique])]
@@ -161,24 +165,27 @@ class Allocator:
                 for choice in choices
             ]
         )
-        columns = np.column_stack([errors, costs, counts])
+        columns = np.column_stack([errors, costs, counts[:, np.ptp(counts, axis=0) > 0]])
         best = np.flatnonzero(non_dominated(columns, [False] * columns.shape[1]))
         return _Unit([choices[place] for place in best], errors[best], costs[best], counts[best])
 
     def _counts(self, chosen: Mapping[str, Combination]) -> tuple[int, ...]:
         """Return how many layers of each interaction come to its level."""
-        return tuple(
-            sum(item.concerns(probe) for combination in chosen.values() for probe in combination)
-            for item in self._interactions
-        )
+        found = [0] * len(self._interactions)
+        for combination in chosen.values():
+            for probe in combination:
+                for place in self._concerned.get((probe.technique, probe.value, probe.layer), ()):
+                    found[place] += 1
+        return tuple(found)
 
     def divergences(self, chosen: Mapping[str, Combination]) -> dict[str, float]:
         """Return what each layer loses: by itself, and half of what each pair with another one adds."""
         found = {name: sum(probe.divergence for probe in combination) for name, combination in chosen.items()}
-        for item, count in zip(self._interactions, self._counts(chosen), strict=True):
-            for name, combination in chosen.items():
-                if any(item.concerns(probe) for probe in combination):
-                    found[name] += item.per_pair * (count - 1) / 2
+        counts = self._counts(chosen)
+        for name, combination in chosen.items():
+            for probe in combination:
+                for place in self._concerned.get((probe.technique, probe.value, name), ()):
+                    found[name] += self._interactions[place].per_pair * (counts[place] - 1) / 2
         return found
 
     def bytes_of(self, chosen: Mapping[str, Combination], among: Collection[str] | None = None) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from compress.candidate import Candidate
 from compress.errors import CompressError
@@ -42,30 +42,30 @@ def as_trained(
     if not repairing:
         return sensitivity
     groups = layers_by_resolution(candidate.model)
+    bench = functools.cache(lambda: Bench(candidate, context, list(sensitivity.layers), images))
+    wanted = [(technique, value, layers) for technique in repairing for value in technique.levels for layers in groups]
+    known = {(probe.technique, probe.value, probe.layer): probe.divergence for probe in sensitivity.probes}
+
+    def measured(technique: Technique, value: Value, layers: list[str]) -> _Measured:
+        settings = [*technique.config(value), technique.trained_config(value), layers, images]
+        make = functools.partial(_measure, bench, technique, value, layers)
+        loss, changed = context.remember("level as trained", settings, make)
+        return _Measured(loss, {layer: known[technique.name, value, layer] for layer in changed})
+
     ratios: dict[tuple[str, Value, str], float] = {}
     interactions: list[Interaction] = []
-    bench = functools.cache(lambda: Bench(candidate, context, list(sensitivity.layers), images))
-    divergences = {(p.technique, p.value, p.layer): p.divergence for p in sensitivity.probes}
-    wanted = [(technique, value, layers) for technique in repairing for value in technique.levels for layers in groups]
-
-    def ratio_of(technique: Technique, value: Value, probed: Mapping[str, float]) -> float:
-        settings = [*technique.config(value), technique.trained_config(value), list(probed), images]
-        make = functools.partial(_ratio, bench, technique, value, probed)
-        return float(context.remember("level as trained", settings, make))
-
     with progress("levels as trained") as shown:
         for number, (technique, value, layers) in enumerate(wanted, start=1):
             takers = sensitivity.takers(technique, value, layers)
-            some = takers[:: 1 if len(takers) <= _FEW else 2]
-            if some:
-                probed = {layer: divergences[technique.name, value, layer] for layer in some}
-                ratio, count = ratio_of(technique, value, probed), len(some)
-                if ratio > 1 and count > 1:
-                    least = min(some, key=lambda layer: probed[layer])
-                    together, ratio = ratio, ratio_of(technique, value, {least: probed[least]})
-                    more = max(together - ratio, 0.0) * sum(probed.values()) / (count * (count - 1) / 2)
-                    interactions.append(Interaction(technique.name, value, tuple(takers), more))
-                ratios |= {(technique.name, value, layer): ratio for layer in takers}
+            together = measured(technique, value, takers[:: 1 if len(takers) <= _FEW else 2])
+            ratio, count = together.ratio, len(together.probed)
+            if ratio > 1 and count > 1:
+                # Neither the one that loses least, which may be noise, nor one that would not be chosen.
+                middle = sorted(together.probed, key=lambda layer: together.probed[layer])[(count - 1) // 2]
+                ratio = min(measured(technique, value, [middle]).ratio, ratio)
+                more = (together.ratio - ratio) * sum(together.probed.values()) / (count * (count - 1) / 2)
+                interactions.append(Interaction(technique.name, value, frozenset(takers), more))
+            ratios |= {(technique.name, value, layer): ratio for layer in takers}
             shown.advance(number, len(wanted), technique.label(value))
     probes = (
         replace(probe, divergence=probe.divergence * ratios.get((probe.technique, probe.value, probe.layer), 1.0))
@@ -74,20 +74,34 @@ def as_trained(
     return replace(sensitivity, probes=tuple(probes), interactions=tuple(interactions))
 
 
-def _ratio(make_bench: Callable[[], Bench], technique: Technique, value: Value, probed: Mapping[str, float]) -> float:
-    """Return what layers at a level lose together as it is trained, for each unit that their probes sum up to.
+@dataclass(frozen=True)
+class _Measured:
+    """What layers at a level lose together as it is trained, and the divergences of their probes."""
 
-    ``probed``: layer -> divergence of its probe.
-    """
-    bench, layers = make_bench(), list(probed)
+    loss: float
+    probed: Mapping[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """For each unit that the probes sum up to; 1 where they, or what is lost, are not known."""
+        expected = sum(self.probed.values())
+        return min(self.loss / expected, _MOST) if expected > 0 else 1.0
+
+
+def _measure(
+    make_bench: Callable[[], Bench], technique: Technique, value: Value, layers: list[str]
+) -> tuple[float, list[str]]:
+    """Return what layers at a level lose together as it is trained, and those of them that it changes, or none."""
+    if not layers:
+        return 0.0, []
+    bench = make_bench()
     try:
         made = stage(technique.name, technique.trained[value], layers).apply(
             bench.candidate, inner_context(bench.context, technique.name)
         )
     except CompressError:
         # Layers that can be changed one by one may not go together.
-        return 1.0
-    trained, _ = bench.loss(with_stored_values(made, layers, list(bench.costs)))
+        return 0.0, []
+    loss, _ = bench.loss(with_stored_values(made, layers, list(bench.costs)))
     skipped = {item.layer for item in made.skipped}
-    expected = sum(divergence for layer, divergence in probed.items() if layer not in skipped)
-    return min(trained / expected, _MOST) if expected > 0 else 1.0
+    return loss, [layer for layer in layers if layer not in skipped]

@@ -49,9 +49,10 @@ class Auto(Strategy):
 
     The sensitivity of each layer to each level of each technique is measured once (see
     :func:`~compress.search.sensitivity.measure_sensitivity`); what several changes do together is taken for the
-    sum. The choice is made by integer programming, built, and measured: bytes of the packed file, latency on the board.
-    Where these are not what was expected, the expectation is corrected and the choice made again, a few times. Training
-    comes after that, once: the recovery's epochs are those of the whole stage.
+    sum, but for levels that were seen to lose more (:class:`~compress.search.sensitivity.Interaction`). The choice is
+    made by integer programming, built, and measured: bytes of the packed file, latency on the board. Where these are
+    not what was expected, the expectation is corrected and the choice made again, a few times. Training comes after
+    that, once: the recovery's epochs are those of the whole stage.
 
     A layer gets at most one technique that changes its structure, one that makes zeros, and one that binds values.
 
@@ -153,9 +154,17 @@ class Auto(Strategy):
         if self.latency is None:
             return self.latency_ms
         original = Candidate(context.reference)
-        _, whole = context.remember(
-            "original", [context.board], lambda: list(measure_files(original, context, latency=True))
-        )
+        try:
+            _, whole = context.remember(
+                "original", [context.board], lambda: list(measure_files(original, context, latency=True))
+            )
+        except CompressError as error:
+            raise CompressError(
+                "budget.latency",
+                expected="a board that times the original's file, of which it is a share",
+                received=error.received,
+                fix="Choose another board, or give budget.latency_ms or budget.bytes instead.",
+            ) from error
         return self.latency * float(whole)
 
     def _measured(self, candidate: Candidate, context: Context, limits: Limits) -> tuple[float, float | None]:
@@ -260,11 +269,12 @@ class Auto(Strategy):
                 other = any(technique.trained for technique in self.techniques)
                 field, given = ("latency_ms", self.latency_ms) if self.latency is None else ("latency", self.latency)
                 assert given is not None
+                longer = time / limits.milliseconds
                 raise CompressError(
                     f"budget.{field}",
-                    expected=f"at most {limits.milliseconds:.4g} ms after the training, too",
-                    received=f"{time:.4g}" + (", as `trained` makes the levels" if other else ""),
-                    fix=f"Aim lower, budget.{field}={given * limits.milliseconds / time:.4g}"
+                    expected=f"at most {given:.4g} after the training, too",
+                    received=f"{given * longer:.4g}" + (", as `trained` makes the levels" if other else ""),
+                    fix=f"Aim lower, budget.{field}={given / longer:.4g}"
                     + (", or leave `trained` out." if other else ", or measure on an idle board."),
                 )
         if self.bytes is not None:

@@ -15,7 +15,7 @@ _GAP = 1e-6
 class Option:
     """What may become of one unit: its error, and its costs in the units of the budgets, [budgets].
 
-    ``counts``: how many layers of each growing loss it brings to the level in question.
+    ``counts``: its layers that take part in each interaction, [interactions].
     """
 
     error: float
@@ -40,31 +40,35 @@ def choose(
     sizes = [len(own) for own in options]
     every = [option for own in options for option in own]
     pairs = np.asarray(per_pair, float)
-    growing = len(pairs)
+    interactions = len(pairs)
     errors = np.array([option.error for option in every])
     costs = np.array([option.costs for option in every]).reshape(len(every), -1).T
-    once = np.zeros((len(options), len(every) + growing))
+    once = np.zeros((len(options), len(every) + interactions))
     for row, (start, size) in enumerate(zip(np.cumsum([0, *sizes]), sizes, strict=False)):
         once[row, start : start + size] = 1
     constraints = [LinearConstraint(once, 1, 1)]
     # The solver's tolerances are absolute.
     scale = np.maximum(np.abs(budgets), 1e-30)
     if len(budgets):
-        rows = np.pad(costs / scale[:, None], ((0, 0), (0, growing)))
+        rows = np.pad(costs / scale[:, None], ((0, 0), (0, interactions)))
         constraints.append(LinearConstraint(rows, -np.inf, np.asarray(budgets) / scale))
     largest = max(errors.max(initial=0.0), pairs.max(initial=0.0), 1e-30)
-    most = sum((np.array([o.counts for o in own]).max(0) for own in options), np.zeros(growing)) if growing else []
+    most = (
+        sum((np.array([o.counts for o in own]).max(0) for own in options), np.zeros(interactions))
+        if interactions
+        else []
+    )
     for place, (weight, count) in enumerate(zip(pairs / largest, most, strict=True)):
         # One continuous variable for each count: at least weight * (j n - j (j + 1) / 2) for every j.
         slopes = np.arange(1, int(count))
-        rows = np.zeros((len(slopes), len(every) + growing))
+        rows = np.zeros((len(slopes), len(every) + interactions))
         rows[:, : len(every)] = np.outer(weight * slopes, [option.counts[place] for option in every])
         rows[:, len(every) + place] = -1
         constraints.append(LinearConstraint(rows, -np.inf, weight * slopes * (slopes + 1) / 2))
     solved = milp(
-        np.concatenate([errors / largest, np.ones(growing)]),
-        integrality=np.concatenate([np.ones(len(every)), np.zeros(growing)]),
-        bounds=Bounds(0, np.concatenate([np.ones(len(every)), np.full(growing, np.inf)])),
+        np.concatenate([errors / largest, np.ones(interactions)]),
+        integrality=np.concatenate([np.ones(len(every)), np.zeros(interactions)]),
+        bounds=Bounds(0, np.concatenate([np.ones(len(every)), np.full(interactions, np.inf)])),
         constraints=constraints,
         options={"mip_rel_gap": _GAP, "time_limit": 60.0},
     )

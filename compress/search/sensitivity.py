@@ -99,12 +99,8 @@ class Interaction:
 
     technique: str
     value: Value
-    layers: tuple[str, ...]
+    layers: frozenset[str]
     per_pair: float
-
-    def concerns(self, probe: Probe) -> bool:
-        """Say whether a probe brings one of the layers to the level."""
-        return (probe.technique, probe.value) == (self.technique, self.value) and probe.layer in self.layers
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -90,8 +91,10 @@ class Technique:
         if chosen and single in {item.name for item in dataclasses.fields(levels[next(iter(chosen))])}:  # type: ignore[arg-type]
             widest = max(chosen, key=lambda value: (len(chosen[value]), value))
             rules = {re.escape(layer): value for value, layers in chosen.items() if value != widest for layer in layers}
-            strategy = dataclasses.replace(levels[widest], **({single: rules} if rules else {}))  # type: ignore[type-var]
-            return [stage(self.name, strategy, [layer for layers in chosen.values() for layer in layers])]
+            # Other fields of the technique may not go together with rules for layers: then a stage for each level.
+            with contextlib.suppress(ValueError):
+                strategy = dataclasses.replace(levels[widest], **({single: rules} if rules else {}))  # type: ignore[type-var]
+                return [stage(self.name, strategy, [layer for layers in chosen.values() for layer in layers])]
         for value, layers in chosen.items():
             suffix = str(len(found) + 1) if found else ""
             found.append(stage(f"{self.name}{suffix}", levels[value], layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -306,11 +307,10 @@ def write_parent(sweep: Path, parent: str) -> None:
 
 
 def forget_parent(sweep: Path) -> None:
-    """Remove the id again where no job has begun, and the multirun's folder if nothing else is in it."""
-    if not any(file.is_dir() for file in sweep.iterdir()):
-        (sweep / _PARENT_FILE).unlink()
-        if not any(sweep.iterdir()):
-            sweep.rmdir()
+    """Remove the id of a run that is no more, and the multirun's folder if nothing else is in it."""
+    (sweep / _PARENT_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        sweep.rmdir()
 
 
 def read_parent(sweep: Path) -> str | None:

@@ -52,6 +52,8 @@ class Summary:
     """Front's name -> its hypervolume."""
     missing: CompressError | None = None
     """Which objective no run has reported, if there is one."""
+    begun: bool = True
+    """Whether it had any job; where not, its parent run is deleted."""
 
 
 def finish_sweep(
@@ -85,7 +87,7 @@ def finish_sweep(
     if stopped and in_turn and next(_search(client, experiment, _children(parent)), None) is None:
         # A mistake on the command line is no run.
         client.delete_run(parent)
-        return Summary()
+        return Summary(begun=False)
     summary = _log_fronts(client, parent, runs, objectives, reference or {}, when) if runs else Summary()
     failed = failed or summary.missing is not None
     client.set_terminated(parent, "KILLED" if stopped else "FAILED" if failed else "FINISHED", when)

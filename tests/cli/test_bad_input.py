@@ -347,7 +347,7 @@ def test_a_multirun_of_which_no_job_begins_leaves_nothing(overrides, outside, tm
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
     assert [run.info.status for run in runs] == []
-    assert not (tmp_path / "swept" / "mlflow_parent.json").exists(), [*(tmp_path / "swept").iterdir()]
+    assert not (tmp_path / "swept" / "mlflow_parent.json").exists()
 
 
 def test_pickled_arrays_are_refused(cli, tmp_path):
@@ -378,7 +378,8 @@ def test_what_was_finished_stays(cli, tmp_path, session_cache):
     )
     assert_refused(answer, "training")
     new = {entry.name for entry in session_cache.iterdir()} - before
-    stages = {json.loads((session_cache / name / "record.json").read_text())["result"]["name"] for name in new}
+    records = [json.loads((session_cache / name / "record.json").read_text()) for name in new]
+    stages = {record["result"]["name"] for record in records if "result" in record}
     assert "prune" in stages
     assert "finetune" not in stages
     assert not [entry for entry in session_cache.iterdir() if entry.name.startswith(".partial")]

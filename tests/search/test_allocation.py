@@ -153,7 +153,7 @@ def test_what_pairs_of_layers_lose_together_is_avoided(seed, share, most):
     rng = np.random.default_rng(seed)
     layers = {name: Cost(int(rng.integers(100, 1000)), int(rng.integers(100, 1000))) for name in "abcd"}
     known = probes(rng, list(layers), coupled=False)
-    together = [Interaction("prune", 0.5, ("a", "b", "c"), 0.02), Interaction("share", 8, ("b", "d"), 0.01)]
+    together = [Interaction("prune", 0.5, frozenset("abc"), 0.02), Interaction("share", 8, frozenset("bd"), 0.01)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocation, "_MOST_JOINT", most)
         allocator = Allocator(layers, known, TECHNIQUES, floats(layers), (), together)

@@ -76,7 +76,7 @@ def test_what_blocks_lose_together_beyond_what_one_loses_is_that_of_their_pairs(
         y = layers.Conv2D(8, 3, padding="same", activation="relu", name=f"inner{number}")(x)
         x = layers.Add(name=f"sum{number}")([x, layers.Conv2D(8, 3, padding="same", name=f"outer{number}")(y)])
     deep = tf_keras.Model(image, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
-    # All blocks add about the same: without three of them the outputs are thrice as far, and errors are squares of that.
+    # All blocks add about the same: without three of them the outputs are thrice as far, and errors grow like squares.
     for number in range(1, 5):
         for name in ("inner", "outer"):
             deep.get_layer(f"{name}{number}").set_weights(deep.get_layer(f"{name}0").get_weights())
@@ -87,7 +87,7 @@ def test_what_blocks_lose_together_beyond_what_one_loses_is_that_of_their_pairs(
     found = as_trained(Candidate(deep), before, chosen, context, IMAGES)
     assert divergences(found) == pytest.approx(divergences(before), rel=1e-3)
     (item,) = found.interactions
-    assert (item.technique, item.value, item.layers) == ("prune_channels", 0, tuple(f"inner{n}" for n in range(5)))
+    assert (item.technique, item.value, item.layers) == ("prune_channels", 0, {f"inner{n}" for n in range(5)})
     every_other = ["inner0", "inner2", "inner4"]
     made = stage("auto", chosen[0].trained[0], every_other).apply(Candidate(deep), context)
     bench = Bench(Candidate(deep), context, list(before.layers), IMAGES)

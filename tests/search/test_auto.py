@@ -176,6 +176,30 @@ def test_where_there_is_training_channels_may_go_in_another_way(model, data, mem
     assert reached["reconstruction"] > reached["random"] + 5
 
 
+def test_a_board_that_does_not_run_the_original_has_no_share_of_its_latency(model, data):
+    def only_integers(artifacts):
+        return [
+            dataclasses.replace(measure(one), latency_ms=None, failure="floats: quantize it first")
+            if one.storage.scheme == "float32"
+            else measure(one)
+            for one in artifacts
+        ]
+
+    chosen = {"prune_channels": {"channels": [0.5]}, "quantize": {"bits": [8]}}
+    context = context_of(model, data).for_stage("auto", measure=only_integers)
+    with pytest.raises(CompressError, match=r"floats: quantize it first.*budget\.latency_ms") as caught:
+        search(chosen, latency=0.5).apply(Candidate(model), context)
+    assert caught.value.where == "budget.latency"
+
+
+def test_levels_that_may_not_be_cut_at_once_are_cut_one_after_the_other(model, data, whole):
+    chosen = {"prune_channels": {"channels": [0.75, 0.5, 0.25], "ranking": "layer", "steps": 2}}
+    result = search(chosen, bytes=int(0.5 * whole)).apply(Candidate(model), context_of(model, data))
+    levels = {choice for row in result.allocation for choice in row.chosen}
+    assert len(levels) > 1
+    assert size_of(result, context_of(model, data)) <= 0.5 * whole
+
+
 def test_two_budgets_of_one_kind_are_refused():
     with pytest.raises(CompressError, match=r"budget\.latency .*received both"):
         search(latency=0.5, latency_ms=1.0)

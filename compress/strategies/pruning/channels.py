@@ -70,7 +70,7 @@ class PruneChannels(Strategy):
             how many channels each group keeps; see :mod:`compress.strategies.pruning.reconstruction`. It cuts groups
             with one writer and one reader.
         ranking: ``global`` compares all groups with each other, after division by each group's mean; ``layer`` takes
-            the same share of every group.
+            the same share of every group. Beside ``layer_channels`` it decides nothing.
         blocks: whole residual blocks may go, too, where their branch makes up the least of the sum.
         round_to: a group keeps a multiple of so many channels, where it has that many; the board's own if null.
         most: no group loses more than this share.
@@ -169,9 +169,12 @@ class PruneChannels(Strategy):
         """
         if self.channels is None or (self.channels > 0 and self.layer_channels is None):
             return None
+        groups, model = self._groups(candidate, context), candidate.model
+        # What a criterion cannot cut is listed as skipped, as ever; it may have a rule.
+        written = {name for group in Channels(model).groups for name in group.writers}
+        names = [layer.name for layer in model.layers if layer.name in written & context.selection.names(model)]
         where = f"strategy.{context.stage}.layer_channels"
-        groups = self._groups(candidate, context)
-        wanted = read_shares(candidate.model, groups, self.channels, self.layer_channels, where)
+        wanted = read_shares(model, groups, names, self.channels, self.layer_channels, where)
         if not wanted.gone and not wanted.narrows:
             what = "channels that may go" if self.channels else "channels inside a residual block that can go"
             raise context.nothing_done(f"{what} (channels={self.channels:g})", wanted.outside)
@@ -179,17 +182,33 @@ class PruneChannels(Strategy):
 
     def _cut_shares(self, candidate: Candidate, wanted: Shares, start: Start, context: Context) -> _Done:
         """Return what a cut does that gives each layer its share."""
-        repairs, difference = self.criterion == RECONSTRUCTION, 0.0
-        if wanted.gone and not repairs:
-            candidate, difference = take_out(candidate, wanted.gone, context)
-        outside = context.skip(wanted.outside)
-        done = _Done(candidate, 0.0, frozenset(), outside)
-        if wanted.narrows or repairs:
+        done = _Done(candidate, 0.0, frozenset(), ())
+        if wanted.narrows or self.criterion == RECONSTRUCTION:
             done = self._step(candidate, Budget("channels", 1.0), start, context, context, wanted)
-        candidate = done.candidate
-        if wanted.gone and repairs:
+        candidate, difference = done.candidate, 0.0
+        if wanted.gone:
             candidate, difference = take_out(candidate, wanted.gone, context)
-        return _Done(candidate, max(difference, done.difference), done.narrower, (*done.left_alone, *outside))
+        narrower = done.narrower & {layer.name for layer in candidate.model.layers}
+        left_alone = (*done.left_alone, *context.skip(wanted.outside))
+        return _Done(candidate, max(difference, done.difference), narrower, left_alone)
+
+    def _counts(self, wanted: Shares, groups: Sequence[Group], floors: Sequence[int], context: Context) -> list[int]:
+        """Return how many units each group keeps.
+
+        Raises:
+            CompressError: if that is more than its share of one.
+        """
+        counts = wanted.counts(groups, floors, self._multiple(context))
+        exceeded = wanted.exceeded(groups, counts)
+        if exceeded and not self.allow_partial:
+            raise CompressError(
+                f"strategy.{context.stage}.layer_channels",
+                expected=f"shares that most={self.most:g} and multiples of {self._multiple(context)} channels leave",
+                received=f"{', '.join(exceeded[:5])}{', ...' if len(exceeded) > 5 else ''}",
+                fix=f"Raise these shares or strategy.{context.stage}.most, lower .round_to, "
+                "or write allow_partial=true.",
+            )
+        return counts
 
     def _require_recovery(self, context: Context) -> None:
         if self.regularisation != "none" and not context.recovery.trains:
@@ -267,7 +286,7 @@ class PruneChannels(Strategy):
         """Return which units stay, [units], and the groups that the criterion says nothing of."""
         plan = self._plan(channels, groups, start, context)
         if wanted is not None:
-            return plan.keep(wanted.counts(groups, plan.floors, plan.round_to)), plan.unscored
+            return plan.keep(self._counts(wanted, groups, plan.floors, context)), plan.unscored
         if budget.unit not in MEASURED:
             stay = plan.meet(budget, start.size, self.ranking)
             reached = plan.cost(stay, budget.unit, start.size)
@@ -345,9 +364,8 @@ class PruneChannels(Strategy):
         floors = self._floors(groups, start)
         if wanted is not None:
             work.prepare()
-            return *self._repaired(
-                candidate, work, wanted.counts(groups, floors, self._multiple(context)), wanted.gone
-            ), writers
+            counts = self._counts(wanted, groups, floors, context)
+            return *self._repaired(candidate, work, counts, wanted.gone), writers
         names_of = [group.name for group in groups]
         # Costs are counted on the folded network, which has fewer parameters.
         now = Size.of(candidate.model, groups)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -37,13 +36,22 @@ class Shares:
     outside: tuple[Skipped, ...]
 
     def counts(self, groups: Sequence[Group], floors: Sequence[int], multiple: int) -> list[int]:
-        """Return how many units of each group stay: at least its floor, and a multiple, where it has that many."""
+        """Return how many units of each group stay: at most its share, but one, its floor and a multiple at least."""
         found = []
         for group, floor in zip(groups, floors, strict=True):
             share, size = self.kept.get(group.name, 1.0), len(group)
-            count = size if share == 1 else max(math.ceil(share * size - 1e-9), floor)
-            found.append(min(-(-count // multiple) * multiple, size))
+            count = size if share == 1 else max(int(share * size + 1e-9), floor, 1)
+            down = count // multiple * multiple
+            found.append(count if count == size else down if down >= max(floor, 1) else min(down + multiple, size))
         return found
+
+    def exceeded(self, groups: Sequence[Group], counts: Sequence[int]) -> list[str]:
+        """Return the groups that keep more than their share, and more than one unit."""
+        return [
+            f"{group.name} ({count} of {len(group)} for a share of {share:g})"
+            for group, count in zip(groups, counts, strict=True)
+            if count > max((share := self.kept.get(group.name, 1.0)) * len(group), 1) + 1e-9
+        ]
 
     @property
     def narrows(self) -> bool:
@@ -52,31 +60,45 @@ class Shares:
 
 
 def read_shares(
-    model: tf_keras.Model, groups: Sequence[Group], share: float, single: Mapping[str, float] | None, where: str
+    model: tf_keras.Model,
+    groups: Sequence[Group],
+    names: Iterable[str],
+    share: float,
+    single: Mapping[str, float] | None,
+    where: str,
 ) -> Shares:
     """Return what is asked of each group.
 
     Args:
         model: that the groups are of.
         groups: those that may lose channels.
+        names: layers that write channels, and more of these groups than they may: a rule may mean one of them.
         share: of the groups that ``single`` says nothing of; 0: the block around them goes.
-        single: see :data:`LayerShares`; a group goes by the least share of the layers that write it.
+        single: see :data:`LayerShares`; a group goes by the least share of the layers that write it, of those outside
+            blocks that go.
         where: the key of ``single``, for the error.
 
     Raises:
-        CompressError: if a rule of ``single`` matches no layer that writes one of the groups.
+        CompressError: if a rule of ``single`` matches none of the names.
     """
-    writers = list(dict.fromkeys(name for group in groups for name in group.writers))
     expected = "names of layers, or regular expressions on them, whose channels this stage may remove"
-    of_layer = by_layer(writers, share, single, where, expected)
-    wanted = {group.name: min((of_layer[name] for name in group.writers), default=1.0) for group in groups}
-    blocks = {block.add: block for block in residual_blocks(model)}
-    around = {group.name: _innermost(group, blocks.values()) for group in groups if wanted[group.name] == 0}
-    gone = tuple(block for block in blocks.values() if block in around.values())
-    outside = tuple(Skipped(name, _NO_BLOCK, True) for name, block in around.items() if block is None)
+    of_layer = by_layer(names, share, single, where, expected)
+    blocks = residual_blocks(model)
+
+    def asked(group: Group, beside: Collection[str] = ()) -> list[float]:
+        return [of_layer[name] for name in group.writers if name in of_layer and name not in beside]
+
+    nothing = [group for group in groups if set(asked(group)) == {0}]
+    around = {group.name: _innermost(group, blocks) for group in nothing}
+    gone = tuple(block for block in blocks if block in around.values())
     inside = {name for block in gone for name in block.layers}
-    kept = {g.name: 1.0 if g.name in around or set(g.writers) <= inside else wanted[g.name] for g in groups}
-    return Shares(kept, gone, outside)
+    kept, outside = {}, []
+    for group in groups:
+        least = min(asked(group, inside), default=1.0)
+        if least == 0:
+            outside.append(Skipped(group.name, _NO_BLOCK, True))
+        kept[group.name] = least or 1.0
+    return Shares(kept, gone, tuple(outside))
 
 
 def _innermost(group: Group, blocks: Iterable[ResidualBlock]) -> ResidualBlock | None:

@@ -7,13 +7,18 @@ import dataclasses
 import numpy as np
 import pytest
 import tf_keras
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from compress.candidate import Candidate
 from compress.errors import CompressError
+from compress.graph.channels.groups import Group
+from compress.graph.channels.trace import Event
 from compress.graph.kernels import kernels
 from compress.graph.selection import Rule, Selection
 from compress.graph.walk import Walk
 from compress.strategies.pruning.channels import PruneChannels
+from compress.strategies.pruning.shares import Shares
 from compress.strategies.repair import change_of_logits, outputs_of
 
 layers = tf_keras.layers
@@ -65,6 +70,64 @@ def test_blocks_of_layers_that_keep_nothing_go_and_others_may_stay_whole(criteri
     assert [left[name] / widths(deep)[name] for name in ("inner0", "inner2", "inner3")] == [0.5, 1, 0.5]
     assert result.measured["blocks_removed"] == 1
     assert result.measured["oracle_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("criterion", ["l2", "reconstruction"])
+def test_rules_of_only_may_name_a_layer_of_a_block_that_goes(criterion, deep, context):
+    """As a search selects: one rule for each layer."""
+    selection = Selection(only=tuple(Rule(name=f"inner{number}") for number in range(4)))
+    chosen = dataclasses.replace(context, selection=selection, reference=deep)
+    pruning = PruneChannels(channels=0.5, layer_channels={"inner1": 0}, criterion=criterion, images=64)
+    left = widths(pruning.apply(Candidate(deep), chosen).model)
+    assert [left.get(f"inner{number}", 0) for number in range(4)] == [4, 0, 4, 4]
+
+
+def test_what_layers_of_a_block_that_goes_are_given_says_nothing_of_the_sum_outside(deep, context):
+    pruning = PruneChannels(channels=0.5, layer_channels={"(inner|outer)1": 0})
+    left = widths(pruning.apply(Candidate(deep), dataclasses.replace(context, reference=deep)).model)
+    assert set(left.values()) == {4}
+    assert not {"inner1", "outer1"} & left.keys()
+
+
+def test_a_layer_that_cannot_lose_channels_may_have_a_share_and_is_listed(deep, context):
+    chosen = dataclasses.replace(context, reference=deep)
+    shares = {"outer.": 0.5, "logits": 0.5}
+    pruning = PruneChannels(channels=0.75, layer_channels=shares, criterion="reconstruction", images=64)
+    result = pruning.apply(Candidate(deep), chosen)
+    assert {widths(result.model)[f"{part}0"] for part in ("inner", "outer")} == {6, 8}
+    assert any("one linear layer reads" in item.reason for item in result.skipped)
+    assert len(result.skipped) == len(set(result.skipped))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 40), share=st.floats(0.01, 0.99), most=st.floats(0.1, 1), multiple=st.sampled_from([1, 4, 8])
+)
+def test_a_group_keeps_at_most_its_share_unless_it_may_not(size, share, most, multiple):
+    group = Group(0, np.arange(size), (), (Event("conv", "writes", np.arange(size)),), None)
+    floor = max(1, int(np.ceil((1 - most) * size - 1e-9)))
+    shares = Shares({"conv": share}, (), ())
+    (count,) = shares.counts([group], [floor], multiple)
+    assert floor <= count <= size
+    assert count % multiple == 0 or count == size
+    largest = int((share * size + 1e-9) // multiple) * multiple
+    if largest >= floor:
+        assert count == largest
+        assert not shares.exceeded([group], [count])
+    elif count > max(share * size, 1) + 1e-9:
+        assert shares.exceeded([group], [count]) == [f"conv ({count} of {size} for a share of {share:g})"]
+
+
+@pytest.mark.parametrize("fields", [{"most": 0.6}, {"round_to": 8}])
+@pytest.mark.parametrize("criterion", ["l2", "reconstruction"])
+def test_a_share_that_may_not_be_kept_to_is_refused_or_kept_as_far_as_may_be(fields, criterion, deep, inner):
+    fields = {"channels": 0.75, "layer_channels": {"inner0": 0.25}, "criterion": criterion, "images": 64, **fields}
+    with pytest.raises(CompressError, match=r"inner0 .* for a share of 0\.25") as caught:
+        PruneChannels(**fields).apply(Candidate(deep), inner)
+    assert caught.value.where == "strategy.prune_channels.layer_channels"
+    if "most" in fields:
+        result = PruneChannels(allow_partial=True, **fields).apply(Candidate(deep), inner)
+        assert widths(result.model)["inner0"] == 4
 
 
 def test_what_follows_a_block_that_goes_makes_up_for_it(deep, inner, data):
