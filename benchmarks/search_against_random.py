@@ -53,8 +53,7 @@ BEFORE = (
     "Passes before this one, times random search for seeds 0, 1, 2, of int8 files that rescaled their input slowly: "
     "surrogates of the likeliest lengths, 1.0171, 1.0237, 0.9983; with a prior of the lengths and refined candidates "
     "(commit 9678bba), 1.0125, 1.0125, 0.9969. How the sampler looks at accuracies now was chosen on a model of those "
-    "360 trials, so with the settings that random search draws for these seeds in view; seeds from 3 on were never "
-    "looked at."
+    "360 trials, so with the settings that random search draws for these seeds in view."
 )
 FOLDER = Path("outputs/search_against_random")
 
