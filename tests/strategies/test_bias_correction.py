@@ -115,7 +115,7 @@ def test_a_layer_that_falls_back_to_floats_keeps_its_bias(context, monkeypatch):
     answers = [(LARGE,), ()]
     asked = []
 
-    def keep(candidate, data, names, most, stage):
+    def keep(candidate, data, names, most, stage, original):
         asked.append((candidate.storage.float_layers, names, corrections(candidate, context.reference)))
         return answers[len(asked) - 1]
 

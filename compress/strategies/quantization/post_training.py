@@ -5,8 +5,8 @@ Sources: Jacob et al. (arXiv 1712.05877) for the integer scheme; the TFLite quan
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Collection
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,14 +19,14 @@ from compress.deploy.conversion import one_scale_per_tensor
 from compress.deploy.integer import grids_of
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, fold_layer_norm
-from compress.graph.kernels import kernels
+from compress.graph.kernels import kernels, without_kernel
 from compress.graph.rewrite import copy_model
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.bias_correction import correct_biases
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
 from compress.strategies.quantization.equalisation import equalise, valued_layers
-from compress.strategies.quantization.fallback import keep_floats
+from compress.strategies.quantization.fallback import keep_floats, require_labels
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.rounding import round_layers
@@ -136,6 +136,8 @@ class Quantize(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Round the weights where that is asked for, and set the candidate's storage."""
+        if self.float_fallback is not None:
+            require_labels(context.data, context.stage)
         chosen = context.selection.names(candidate.model)
         left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
         if left_out and self.scheme not in _ON_GRIDS:
@@ -152,18 +154,33 @@ class Quantize(Strategy):
         if self.calibrate_on == "synthetic":
             count = max(self.calibration_images, self.rounding_images if self._reads_samples else 0)
             samples = synthetic_samples(context.reference, count, context.seed, f"stage {context.stage}")
-        calibration = Calibration(self.calibration_images, self.ranges, self.percentile)
-        storage = Storage(self.scheme, calibration, float_layers=left_out, packed=self.packed)
         if self.scheme in _CALIBRATED or self._reads_samples:
             check_activations(candidate.evolve(samples=samples), context.data, self.calibration_images)
-        model = self._prepared(candidate, context, samples, left_out)
-        result = candidate.evolve(model=model, storage=storage, samples=samples, skipped=())
-        if self._on_grids:
-            result = self._rounded(result, context, chosen)
-        if self.float_fallback is not None:
-            result = self._with_floats(result, candidate, context, chosen, self.float_fallback.accuracy_drop)
+        make = functools.partial(self._quantized, candidate.evolve(samples=samples), context, left_out, chosen)
+        if self.float_fallback is None:
+            result = make()
+        else:
+            whole = fold_batch_norm(self._unrounded(candidate, context, samples, left_out)) if self._on_grids else None
+            result = self._with_floats(make, whole, context, chosen, self.float_fallback.accuracy_drop)
         result = result.evolve(skipped=(*result.skipped, *context.skip(lacking)))
         return result.with_guarantee(Stored(context.stage, self.scheme, result.storage.float_layers))
+
+    def _quantized(
+        self,
+        candidate: Candidate,
+        context: Context,
+        left_out: tuple[str, ...],
+        chosen: frozenset[str],
+        kept: tuple[str, ...] = (),
+    ) -> Candidate:
+        """Return the candidate as it is written; ``kept``: those of the chosen layers that stay floats."""
+        floats = (*left_out, *kept)
+        calibration = Calibration(self.calibration_images, self.ranges, self.percentile)
+        storage = Storage(self.scheme, calibration, float_layers=floats, packed=self.packed)
+        if self._on_grids:
+            return self._rounded(candidate.evolve(storage=storage), context, left_out, chosen, kept)
+        model = self._prepared(candidate, context, candidate.samples, floats)
+        return candidate.evolve(model=model, storage=storage, skipped=())
 
     def _prepared(
         self, candidate: Candidate, context: Context, samples: np.ndarray | None, floats: Collection[str]
@@ -188,33 +205,64 @@ class Quantize(Strategy):
         return model
 
     def _with_floats(
-        self, result: Candidate, before: Candidate, context: Context, chosen: frozenset[str], most: float
+        self,
+        make: Callable[[tuple[str, ...]], Candidate],
+        original: tf_keras.Model | None,
+        context: Context,
+        chosen: frozenset[str],
+        most: float,
     ) -> Candidate:
-        """Return the quantized candidate with as few floats as its accuracy needs; ``before``: what it was made of."""
+        """Return what ``make`` makes with as few layers as floats as the accuracy needs.
+
+        ``original``: the model before its weights were rounded, where they are.
+        """
+        floats: tuple[str, ...] = ()
+        result = make(floats)
         names = [kernel.layer.name for kernel in kernels(result.model) if kernel.layer.name in chosen]
-        while more := keep_floats(result, context.data, names, most, context.stage):
-            floats = (*result.storage.float_layers, *more)
-            result = result.evolve(storage=replace(result.storage, float_layers=floats))
-            if not self.bias_correction:
+        while more := keep_floats(result, context.data, names, most, context.stage, original):
+            floats = (*floats, *more)
+            result = make(floats)
+            if not self._reads_samples:
                 break
-            # Floats have no rounding to make up for. Without their corrections the accuracy is another one.
-            result = result.evolve(model=self._prepared(before, context, result.samples, floats))
+            # Floats have no rounding that others make up for. Without that the accuracy is another one.
             names = [name for name in names if name not in more]
         return result
 
-    def _rounded(self, candidate: Candidate, context: Context, chosen: frozenset[str]) -> Candidate:
+    def _unrounded(
+        self, candidate: Candidate, context: Context, samples: np.ndarray | None, left_out: Collection[str]
+    ) -> tf_keras.Model:
+        model = self._prepared(candidate, context, samples, left_out)
+        return fold_layer_norm(model, valued_layers(candidate.guarantees))
+
+    def _rounded(
+        self,
+        candidate: Candidate,
+        context: Context,
+        left_out: tuple[str, ...],
+        chosen: frozenset[str],
+        kept: Collection[str],
+    ) -> Candidate:
         samples = self._rounding_samples(candidate.samples, context)
-        model = fold_layer_norm(candidate.model, valued_layers(candidate.guarantees))
+        model = self._unrounded(candidate, context, candidate.samples, left_out)
         repair = Repair(model, samples, context.seed, candidate.guarantees)
         names = (kernel.layer.name for kernel in kernels(repair.folded) if kernel.layer.name in chosen)
         wanted = bits_of_layers(names, self.bits, self.layer_bits, f"strategy.{context.stage}.layer_bits")
+        wanted = {name: bits for name, bits in wanted.items() if name not in kept}
+        if kept and not wanted:
+            return candidate.evolve(model=repair.folded, skipped=())
         model, grids = round_layers(repair, wanted)
         skipped = [
+            Skipped(layer.name, f"weights of {type(layer).__name__} layers are left to the converter: 8 bits")
+            for layer in without_kernel(model)
+            if layer.name in chosen
+        ] + [
             Skipped(name, "its weights are rounded to the nearest of 8 bits: it is no Dense or Conv2D called once")
             for name in wanted
             if f"{name}/kernel" not in grids
         ]
         if not grids:
+            if kept:
+                return candidate.evolve(model=model, skipped=context.skip(skipped))
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose weights can be rounded", skipped)
         on_grid = OnGrid.of(context.stage, model, grids)
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(on_grid)
