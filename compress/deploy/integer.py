@@ -29,7 +29,7 @@ from compress.deploy.conversion import (
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids
 from compress.deploy.points import find_points
-from compress.deploy.ranges import choose, collect
+from compress.deploy.ranges import choose, collect, of_nothing_replaced
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
 
@@ -71,7 +71,7 @@ class Calibrated:
             content = _with_ranges(content, {name: choose(h, storage.calibration) for name, h in found.items()})
         if storage.ranges:
             content = _with_ranges(content, _of_tensors(content, candidate, next(samples())[0]))
-        return cls(content, grids_of(candidate), one_scale_per_tensor(candidate), storage.packed)
+        return cls(of_nothing_replaced(content), grids_of(candidate), one_scale_per_tensor(candidate), storage.packed)
 
     def quantized(self, float_layers: Collection[str] = ()) -> bytes:
         """Return the file with int8 for its weights and for what it computes, but for the layers that are named.

@@ -15,11 +15,14 @@ from ai_edge_litert.interpreter import Interpreter
 from scipy.special import rel_entr
 
 from compress.candidate import Calibration
+from compress.deploy.flatbuffer import parse, serialize
 from compress.metrics.tflite_file import TFLiteFile
 from compress.quiet import stderr_aside
 
 _BINS = 2048
 _SHRINKS = np.linspace(0.2, 1.0, 33)
+_NOTHING = 1e-30
+"""A range that is narrower holds zero alone."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,31 @@ def choose(histogram: Histogram, calibration: Calibration, levels: int = 256) ->
         pairs = np.stack([lows, highs], -1)
     best = pairs[np.argmin(cost(histogram, pairs, levels))]
     return float(best[0]), float(best[1])
+
+
+def of_nothing_replaced(content: bytes) -> bytes:
+    """Return the calibrated file with other ranges for what is always zero: that of what is computed from it.
+
+    Any range would do, but the runtime refuses sums with an infinitely fine summand.
+    """
+    model = parse(content)
+    graph = model.subgraphs[0]
+    ranges = {
+        index: tensor.quantization
+        for index, tensor in enumerate(graph.tensors)
+        if tensor.quantization is not None and tensor.quantization.min is not None
+    }
+
+    def always_zero(index: int) -> bool:
+        return bool(ranges[index].max[0] - ranges[index].min[0] < _NOTHING)
+
+    for operator in reversed(graph.operators):
+        for output in (index for index in operator.outputs if index in ranges):
+            if always_zero(output):
+                ranges[output].min, ranges[output].max = [0.0], [1.0]
+            for index in (index for index in operator.inputs if index in ranges and always_zero(index)):
+                ranges[index].min, ranges[index].max = list(ranges[output].min), list(ranges[output].max)
+    return serialize(model)
 
 
 def _squared_errors(histogram: Histogram, pairs: np.ndarray, levels: int) -> np.ndarray:

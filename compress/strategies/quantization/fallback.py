@@ -52,7 +52,7 @@ def keep_floats(
         most: points of accuracy.
         stage: for the error.
         original: the model before its weights were rounded, its layers named alike: the float file that is compared
-            with, and what layers that stay floats hold. None: the candidate's weights are not rounded before the export.
+            with, and what layers that stay floats hold. None: no weights of the candidate are rounded yet.
 
     Raises:
         CompressError: if the accuracy drops by more even with all of these layers as floats.
