@@ -33,6 +33,7 @@ from compress.data.source import Data  # noqa: E402
 from compress.deploy.conversion import complaints_explained, make_converter  # noqa: E402
 from compress.deploy.points import find_points  # noqa: E402
 from compress.deploy.tflite import export  # noqa: E402
+from compress.deploy.verification import float_operators  # noqa: E402
 from compress.errors import CompressError  # noqa: E402
 from compress.graph.rewrite import rewrite  # noqa: E402
 from compress.metrics.accuracy import file_outputs, keras_outputs  # noqa: E402
@@ -89,12 +90,6 @@ def fake_quantized(candidate: Candidate, data: Data) -> tf_keras.Model:
         content = bytes(converter.convert())
     points = find_points(content, candidate.model, data.train.x[:1])
     return with_fake_quantization(candidate.model, candidate.storage.ranges, points.tied)
-
-
-def float_operators(file: TFLiteFile) -> dict[str, int]:
-    """Return the operators that give floats and are not there to give the outputs of integer ones, and their number."""
-    computing = (op for op in file.operators if op.name != "DEQUANTIZE")
-    return Counter(op.name for op in computing if any(file.tensors[i].dtype == np.float32 for i in op.outputs))
 
 
 def page(rows: Sequence[Row]) -> str:

@@ -175,6 +175,8 @@ def _verification(found: Mapping[str, Any]) -> str:
         )
     used = ", ".join(f"{row['count']} {row['name']}" for row in found["operators"])
     lines.append(f"Operators: {used}.")
+    if found.get("float_operators"):
+        lines.append(f"Between its integer operators it computes with floats: {', '.join(found['float_operators'])}.")
     for who, key in (
         (f"The board {found['board']}", "lacking"),
         ("TensorFlow Lite for Microcontrollers", "micro_lacking"),

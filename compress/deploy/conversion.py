@@ -16,10 +16,13 @@ from compress.data.source import Data
 from compress.errors import CompressError
 from compress.graph.kernels import kernel_attributes
 from compress.graph.norms import with_norms_as_convolutions
+from compress.metrics.tflite_file import TFLiteFile
 from compress.quiet import stderr_aside
 
 _OVERFLOWN = 1e37
 """The converter writes the largest float for an infinite limit."""
+_NOT_WIDE = {"SQUARED_DIFFERENCE": "which stops or crashes it", "SUM": "whose results are wrong by half"}
+"""Operator -> what becomes of it in LiteRT 2.3 with 16-bit activations."""
 
 
 def make_converter(model: tf_keras.Model, *, select_tf_ops: bool = False) -> tf.lite.TFLiteConverter:
@@ -93,6 +96,24 @@ def check_loops(model: tf_keras.Model, *, wide: bool = False) -> None:
                     f"{' with return_state' * inner.return_state}",
                     fix="Build it with unroll=True and the same weights, or quantize with scheme=dynamic.",
                 )
+
+
+def check_wide(content: bytes, model: tf_keras.Model) -> None:
+    """Refuse a file with operators that the converter writes with 16-bit activations and LiteRT does not run so.
+
+    Raises:
+        CompressError: naming the layer.
+    """
+    file = TFLiteFile(content)
+    for operator in file.operators:
+        output = file.tensors[operator.outputs[0]]
+        if operator.name in _NOT_WIDE and output.dtype == np.int16:
+            raise CompressError(
+                f"export as int16, layer {layer_of(output.name, model) or output.name}",
+                expected="operators that LiteRT computes with 16-bit activations",
+                received=f"{operator.name}, {_NOT_WIDE[operator.name]}",
+                fix="Write scheme=int8 or scheme=dynamic, or put a layer in its place that does the same otherwise.",
+            )
 
 
 @contextmanager

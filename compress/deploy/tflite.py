@@ -17,6 +17,7 @@ from compress.data.source import Data
 from compress.deploy.conversion import (
     calibration_samples,
     check_loops,
+    check_wide,
     complaints_explained,
     make_converter,
     one_scale_per_tensor,
@@ -113,6 +114,8 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
         converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
     with complaints_explained(storage.scheme, candidate.model):
         content = bytes(converter.convert())
+    if storage.scheme == "int16":
+        check_wide(content, candidate.model)
     if storage.scheme == "weight_only":
         grids, floats = grids_of(candidate), storage.float_layers
         return expand_from_grids(content, grids, per_tensor=whole, spared=floats, packed=storage.packed)

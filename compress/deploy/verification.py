@@ -15,6 +15,7 @@ from compress.boards.board import Board
 from compress.boards.micro_kernels import MICRO_KERNELS
 from compress.candidate import Scheme
 from compress.errors import CompressError
+from compress.metrics.tflite_file import TFLiteFile
 
 LEAST_SAME_CLASS = 99.0
 """Percent of the samples that file and Keras model must put into the same class, or the report says so."""
@@ -59,6 +60,8 @@ class Verification:
     """Operators that the board says it has no kernel for."""
     micro_lacking: tuple[str, ...]
     """Operators that TensorFlow Lite for Microcontrollers has no kernel for."""
+    float_operators: tuple[str, ...] = ()
+    """Operators that compute with floats in a file whose others compute with integers."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it under the keys of the report."""
@@ -123,6 +126,23 @@ def verify(content: bytes, agreed: Agreement | None, board: Board) -> Verificati
         board.name,
         lacking=tuple(sorted(board.lacks(names))),
         micro_lacking=tuple(name for name in names if name not in MICRO_KERNELS),
+        float_operators=tuple(sorted(float_operators(TFLiteFile(content)))),
+    )
+
+
+def float_operators(file: TFLiteFile) -> dict[str, int]:
+    """Return the operators that compute with floats in a file whose others compute with integers, and their number.
+
+    Those that only turn integers into floats are left out. Empty for a file that computes with floats as a whole.
+    """
+    outputs = [(op.name, [file.tensors[index] for index in op.outputs]) for op in file.operators]
+    computed = [(name, tensor) for name, tensors in outputs for tensor in tensors if tensor.data is None]
+    if not any(tensor.scales.size and name != "QUANTIZE" for name, tensor in computed):
+        return {}
+    return Counter(
+        name
+        for name, tensors in outputs
+        if name not in ("DEQUANTIZE", "DENSIFY") and any(tensor.dtype == np.float32 for tensor in tensors)
     )
 
 

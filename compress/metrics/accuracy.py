@@ -51,7 +51,9 @@ def file_outputs(path: Path, inputs: np.ndarray, *, batch: int = 128, threads: i
             raise CompressError(
                 f"LiteRT run of {path.name}",
                 expected="a file that the runtime accepts",
-                received=_last_line(done.stderr) or f"exit code {done.returncode}",
+                received=f"a crash (signal {-done.returncode})"
+                if done.returncode < 0
+                else _last_line(done.stderr) or f"exit code {done.returncode}",
                 fix="Choose another storage, e.g. quantize with scheme=dynamic, or report the model.",
             )
         return np.asarray(np.load(target, allow_pickle=False))

@@ -230,6 +230,18 @@ class TFLiteFile:
         pairs = ((op, self.stored(op.inputs[1])) for op in self.operators if op.name in _WEIGHT_OPERATORS)
         return [(op, tensor) for op, tensor in pairs if tensor.data is not None]
 
+    def holds(self, dtype: np.dtype, least: int) -> bool:
+        """Say whether any subgraph stores a tensor of at least ``least`` numbers of this type."""
+        graphs = [self._model.Subgraphs(i) for i in range(self._model.SubgraphsLength())]
+        tensors = (graph.Tensors(i) for graph in graphs for i in range(graph.TensorsLength()))
+        return any(
+            _DTYPES.get(tensor.Type()) == dtype
+            and tensor.ShapeLength()
+            and int(np.prod(tensor.ShapeAsNumpy())) >= least
+            and self._model.Buffers(tensor.Buffer()).DataLength()
+            for tensor in tensors
+        )
+
     @property
     def sparse_kernels(self) -> int:
         """Number of kernels that are stored sparsely."""

@@ -248,7 +248,8 @@ def _require_walkable(model: tf_keras.Model) -> None:
                 f"layer {node.layer.name}",
                 expected="layers that treat each sample by itself and pass on no mask, for a repair in closed form",
                 received=f"{type(node.layer).__name__}, which does not",
-                fix="Choose what needs no repair: share, prune (criterion=magnitude), prune_channels (criterion=l2).",
+                fix="Choose what needs no repair: quantize (bits=8, rounding=nearest), share, "
+                "prune (criterion=magnitude), prune_channels (criterion=l2).",
             )
 
 

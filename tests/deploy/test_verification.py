@@ -6,10 +6,12 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
 from hypothesis import given
@@ -20,8 +22,10 @@ from sklearn.datasets import load_digits
 from compress.boards.board import Board
 from compress.boards.host import Host
 from compress.boards.micro_kernels import MICRO_KERNELS
-from compress.candidate import Artifact, Measurement
+from compress.candidate import Artifact, Candidate, Measurement, Storage
+from compress.data.source import Split, make_data
 from compress.deploy.flatbuffer import parse, serialize
+from compress.deploy.tflite import export
 from compress.deploy.verification import (
     Agreement,
     OperatorUse,
@@ -33,6 +37,7 @@ from compress.deploy.verification import (
     verify,
 )
 from compress.errors import CompressError
+from compress.graph.rewrite import rewrite
 from compress.tracking.report import SCHEMA_FILE
 
 SCORES = arrays(np.float32, (5, 3), elements=st.floats(-100, 100, width=32))
@@ -106,6 +111,27 @@ def test_an_operator_that_is_not_builtin_goes_by_its_own_name(finished_run):
     assert found.lacking == ("FlexErf",)
     assert "FlexErf" in found.micro_lacking
     assert any("host has no kernel for FlexErf" in text for text in complaints(found, "int8"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "storage", "floats"),
+    [
+        (lambda x: tf.sin(tf_keras.layers.ELU()(x)), Storage("int8"), ("ELU", "SIN")),
+        (lambda x: tf_keras.layers.ReLU()(x), Storage("int8"), ()),
+        (lambda x: tf_keras.layers.ReLU()(x), Storage("int8", float_layers=("head",)), ("FULLY_CONNECTED",)),
+        (lambda x: tf_keras.layers.ELU()(x), Storage("dynamic"), ()),
+        (lambda x: tf_keras.layers.ELU()(x), Storage(), ()),
+    ],
+    ids=["no integer form", "integers", "left in float", "dynamic", "floats"],
+)
+def test_operators_that_compute_with_floats_between_integers_are_listed(tmp_path: Path, layer, storage, floats):
+    x = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
+    part = Split(x, np.arange(32) % 4)
+    image = tf_keras.Input((64,))
+    model = tf_keras.Model(image, tf_keras.layers.Dense(4, name="head")(layer(tf_keras.layers.Dense(64)(image))))
+    candidate = Candidate(rewrite(model), storage=storage)
+    path = export(candidate, make_data("random", part, part), tmp_path / "model.tflite").path
+    assert verify(path.read_bytes(), None, Host()).float_operators == floats
 
 
 class Poor(Board):

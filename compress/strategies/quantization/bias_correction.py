@@ -30,16 +30,7 @@ def correct_biases(
         per_tensor: round each kernel to one grid instead of one for each output.
     """
     result = copy_model(model)
-    times = calls(model)
-    # A separable layer has two kernels, and no place for a bias between them.
-    chosen = [
-        kernel
-        for kernel in kernels(result)
-        if kernel.name in rounded
-        and times[kernel.layer.name] == 1
-        and kernel.layer.use_bias
-        and not hasattr(kernel.layer, "pointwise_kernel")
-    ]
+    chosen = correctable(result, rounded)
     if not chosen:
         return result
     look = tf_keras.Model(model.inputs, [model.get_layer(kernel.layer.name).input for kernel in chosen])
@@ -52,6 +43,20 @@ def correct_biases(
         error = _linear(kernel, _rounding_error(kernel, bits, None if per_tensor else kernel.inner_axes), mean)
         kernel.layer.bias.assign(np.asarray(kernel.layer.bias) - error)
     return result
+
+
+def correctable(model: tf_keras.Model, rounded: Collection[str]) -> list[Kernel]:
+    """Return those of the kernels named in ``rounded`` whose layers have a bias that can make up for the rounding."""
+    times = calls(model)
+    # A separable layer has two kernels, and no place for a bias between them.
+    return [
+        kernel
+        for kernel in kernels(model)
+        if kernel.name in rounded
+        and times[kernel.layer.name] == 1
+        and kernel.layer.use_bias
+        and not hasattr(kernel.layer, "pointwise_kernel")
+    ]
 
 
 def _rounding_error(kernel: Kernel, bits: int, together: tuple[int, ...] | None) -> np.ndarray:

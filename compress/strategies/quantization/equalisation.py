@@ -35,26 +35,32 @@ def valued_layers(guarantees: Iterable[Guarantee]) -> frozenset[str]:
 def equalise(model: tf_keras.Model, bound: Collection[str] = ()) -> tf_keras.Model:
     """Return a copy whose outputs are equal, and whose layers are scaled alike.
 
-    A pair is a convolution or Dense and the one that alone reads it, with nothing between them but ReLUs and layers
-    that treat channels alike and zero as zero. Batch norms must have been folded before.
-
     Args:
-        model: a flat functional model.
+        model: a flat functional model, its batch norms folded.
         bound: layers whose weights must stay as they are.
     """
     result = copy_model(model)
-    table = {kernel.layer.name: kernel for kernel in kernels(result)}
-    times = calls(result)
-    pairs = []
-    for name, kernel in table.items():
-        reader = _reader(result, kernel, table)
-        if reader is not None and times[name] == times[reader] == 1 and not {name, reader} & set(bound):
-            pairs.append((name, reader))
+    table, pairs = {kernel.layer.name: kernel for kernel in kernels(result)}, trading_pairs(result, bound)
     for _ in range(_ROUNDS):
         moved = max((_trade(table[first], table[second]) for first, second in pairs), default=0.0)
         if moved < 1e-3:
             break
     return result
+
+
+def trading_pairs(model: tf_keras.Model, bound: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Return the layers that can trade scale; arguments as for :func:`equalise`.
+
+    A pair is a convolution or Dense and the one that alone reads it, with nothing between them but ReLUs and layers
+    that treat channels alike and zero as zero.
+    """
+    table, times = {kernel.layer.name: kernel for kernel in kernels(model)}, calls(model)
+    found = []
+    for name, kernel in table.items():
+        reader = _reader(model, kernel, table)
+        if reader is not None and times[name] == times[reader] == 1 and not {name, reader} & set(bound):
+            found.append((name, reader))
+    return found
 
 
 def _reader(model: tf_keras.Model, kernel: Kernel, table: dict[str, Kernel]) -> str | None:

@@ -22,10 +22,10 @@ from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import kernels, without_kernel
 from compress.graph.rewrite import copy_model
 from compress.strategies.options import refuse_without_effect
-from compress.strategies.quantization.bias_correction import correct_biases
+from compress.strategies.quantization.bias_correction import correct_biases, correctable
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
-from compress.strategies.quantization.equalisation import equalise, valued_layers
+from compress.strategies.quantization.equalisation import equalise, trading_pairs, valued_layers
 from compress.strategies.quantization.fallback import keep_floats, require_labels
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
@@ -147,9 +147,10 @@ class Quantize(Strategy):
                 received=f"scheme={self.scheme}, which the converter applies to the whole file",
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
-        lacking = float_only(candidate.model, chosen) if self.scheme in _CALIBRATED else []
+        lacking = float_only(candidate.model, chosen) if self.scheme in (*_CALIBRATED, "dynamic") else []
         left_out += tuple(item.layer for item in lacking)
         chosen -= set(left_out)
+        self._require_effect(candidate, context, left_out, chosen)
         samples = None
         if self.calibrate_on == "synthetic":
             count = max(self.calibration_images, self.rounding_images if self._reads_samples else 0)
@@ -192,17 +193,34 @@ class Quantize(Strategy):
         if self.equalise:
             model = equalise(model, valued_layers(candidate.guarantees))
         if self.bias_correction:
-            on_grids = grids_of(candidate)
-            rounded = {
-                kernel.name
-                for kernel in kernels(model)
-                if kernel.layer.name not in floats
-                and kernel.name not in on_grids
-                and not stays_float(self.scheme, kernel.size)
-            }
-            whole = one_scale_per_tensor(candidate)
+            whole, rounded = one_scale_per_tensor(candidate), self._rounded_by_file(model, candidate, floats)
             model = correct_biases(model, self._rounding_samples(samples, context), rounded, per_tensor=whole)
         return model
+
+    def _rounded_by_file(self, model: tf_keras.Model, candidate: Candidate, floats: Collection[str]) -> set[str]:
+        """Return the kernels whose weights are rounded as the file is written."""
+        on_grids = grids_of(candidate)
+        return {
+            kernel.name
+            for kernel in kernels(model)
+            if kernel.layer.name not in floats
+            and kernel.name not in on_grids
+            and not stays_float(self.scheme, kernel.size)
+        }
+
+    def _require_effect(
+        self, candidate: Candidate, context: Context, left_out: Collection[str], chosen: Collection[str]
+    ) -> None:
+        """Refuse what is asked for and would change nothing."""
+        names = [kernel.layer.name for kernel in kernels(candidate.model) if kernel.layer.name in chosen]
+        bits_of_layers(names, self.bits, self.layer_bits, f"strategy.{context.stage}.layer_bits")
+        if not (self.equalise or self.bias_correction):
+            return
+        model = fold_batch_norm(candidate.model)
+        if self.equalise and not trading_pairs(model, valued_layers(candidate.guarantees)):
+            raise context.nothing_done("for equalise, two layers of which one alone reads the other", ())
+        if self.bias_correction and not correctable(model, self._rounded_by_file(model, candidate, left_out)):
+            raise context.nothing_done("for bias_correction, a layer with a bias whose weights the file rounds", ())
 
     def _with_floats(
         self,

@@ -24,7 +24,7 @@ def stays_float(scheme: Scheme, weights: int) -> bool:
 
 
 def float_only(model: tf_keras.Model, chosen: Collection[str]) -> list[Skipped]:
-    """Return those of the chosen layers that stay floats in an integer file whatever is asked for."""
+    """Return those of the chosen layers that stay floats where activations are integers, whatever is asked for."""
     return [
         Skipped(kernel.layer.name, f"LiteRT has no integer operator for {type(kernel.layer).__name__} layers")
         for kernel in kernels(model)
@@ -60,10 +60,11 @@ class Stored(Guarantee):
     def check_file(self, file: TFLiteFile) -> list[Violation]:
         """Look at the type of every stored weight tensor."""
         wanted = _TYPES.get(self.scheme, np.dtype(np.float32))
-        if self.scheme in _SPARE_SMALL and not any(tensor.dtype == wanted for _, tensor in file.weighted):
-            return [
-                Violation("every layer", f"fewer than {_SPARE_SMALL_BELOW} weights: {self.scheme} leaves them floats")
-            ]
+        # The kernels of loops are in other subgraphs.
+        if self.scheme in _SPARE_SMALL and not file.holds(wanted, _SPARE_SMALL_BELOW):
+            others = " but for those that have no integer operator" if self.floats else ""
+            few = f"fewer than {_SPARE_SMALL_BELOW} weights{others}: {self.scheme} leaves them floats"
+            return [Violation("every layer", few)]
         spared = {op for layer in self.floats for op in file.operators_of(layer)}
         return [
             Violation(tensor.name, f"stored as {tensor.dtype}, expected {wanted}")
