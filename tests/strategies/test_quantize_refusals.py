@@ -70,7 +70,7 @@ def test_a_file_of_small_layers_is_not_dynamic(data, tmp_path: Path):
     made = applied(Quantize(scheme="dynamic"), network(layers.Flatten()), data)
     path = export(made, data, tmp_path / "model.tflite").path
     (violation,) = [v for guarantee in made.guarantees for v in guarantee.check_file(TFLiteFile.read(path))]
-    assert "fewer than 1024 weights: dynamic leaves them floats" in violation.received
+    assert "fewer than 1024 weights: dynamic leaves them floats" in violation.found
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from compress.graph.kernels import has_integer_operator, kernels
 from compress.metrics.tflite_file import TFLiteFile
 
 _INT8 = np.dtype(np.int8)
-_TYPES = {"float16": np.dtype(np.float16), "int8": _INT8, "int16": _INT8, "dynamic": _INT8, "weight_only": _INT8}
+_TYPES: dict[Scheme, np.dtype] = {
+    "float16": np.dtype(np.float16),
+    "int8": _INT8,
+    "int16": _INT8,
+    "dynamic": _INT8,
+    "weight_only": _INT8,
+}
 _SPARE_SMALL, _SPARE_SMALL_BELOW = ("dynamic", "weight_only"), 1024
 """Schemes that leave kernels with fewer weights than this in float."""
 
