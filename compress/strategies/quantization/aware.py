@@ -22,7 +22,6 @@ from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
 from compress.graph.separable import split_separable
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
-from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
@@ -31,6 +30,7 @@ from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored, float_only
 from compress.strategies.quantization.tfmot_scheme import unwrap, wrapped_by_tfmot
 from compress.strategies.quantization.unfolding import fold_grids, folded_ranges, unfold
+from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 

@@ -5,15 +5,13 @@ Source: Nagel et al., Data-Free Quantization (arXiv 1906.04721, section 4.1, equ
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import numpy as np
 import tf_keras
 
-from compress.candidate import Guarantee
 from compress.graph.kernels import Kernel, kernels
 from compress.graph.rewrite import calls, consumers, copy_model
-from compress.strategies.pruning.zeros import Zeros
 
 _ROUNDS = 20
 _PASSING = (
@@ -24,12 +22,6 @@ _PASSING = (
     tf_keras.layers.GlobalAveragePooling2D,
 )
 _MOST = 1e4
-
-
-def valued_layers(guarantees: Iterable[Guarantee]) -> frozenset[str]:
-    """Return the layers whose weights must not be multiplied: more than zeros is guaranteed of their values."""
-    valued = (guarantee for guarantee in guarantees if not isinstance(guarantee, Zeros))
-    return frozenset(name.rpartition("/")[0] for guarantee in valued for name in guarantee.weights())
 
 
 def equalise(model: tf_keras.Model, bound: Collection[str] = ()) -> tf_keras.Model:

@@ -17,8 +17,8 @@ from compress.candidate import Candidate, Effect, Skipped
 from compress.graph.fold import fold_layer_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
 from compress.graph.rewrite import calls, copy_model
-from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.levels import Levels
+from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.strategy import Context, Strategy
 from compress.training import WeightQuantizer
 

@@ -30,11 +30,11 @@ from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
-from compress.strategies.quantization.equalisation import valued_layers
 from compress.strategies.quantization.float_share import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
 from compress.strategies.quantization.stored import Stored, float_only
+from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
 from compress.strategies.strategy import STRICT, Context, Strategy
 

@@ -25,16 +25,17 @@ from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.bias_correction import correct_biases, correctable
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
-from compress.strategies.quantization.equalisation import equalise, trading_pairs, valued_layers
+from compress.strategies.quantization.equalisation import equalise, trading_pairs
 from compress.strategies.quantization.fallback import keep_floats, require_labels
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.rounding import round_layers
 from compress.strategies.quantization.stored import Stored, float_only, stays_float
+from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 
-_ON_GRIDS = ("int8", "weight_only")
+_BY_LAYER = ("int8", "weight_only")
 """Schemes whose weights are written layer by layer."""
 _CALIBRATED = ("int8", "int16")
 """Schemes of integer activations."""
@@ -109,9 +110,9 @@ class Quantize(Strategy):
             self,
             (
                 (
-                    self.scheme in _ON_GRIDS,
+                    self.scheme in _BY_LAYER,
                     ("bits", "layer_bits", "packed", "rounding"),
-                    f"scheme={' or '.join(_ON_GRIDS)}",
+                    f"scheme={' or '.join(_BY_LAYER)}",
                 ),
                 (self.scheme == "int8", ("ranges", "percentile", "float_fallback"), "scheme=int8"),
                 (self.ranges == "percentile", ("percentile",), "ranges=percentile"),
@@ -140,10 +141,10 @@ class Quantize(Strategy):
             require_labels(context.data, context.stage)
         chosen = context.selection.names(candidate.model)
         left_out = tuple(k.layer.name for k in kernels(candidate.model) if k.layer.name not in chosen)
-        if left_out and self.scheme not in _ON_GRIDS:
+        if left_out and self.scheme not in _BY_LAYER:
             raise CompressError(
                 f"stage {context.stage}",
-                expected=f"scheme={' or '.join(_ON_GRIDS)} beside only or skip",
+                expected=f"scheme={' or '.join(_BY_LAYER)} beside only or skip",
                 received=f"scheme={self.scheme}, which the converter applies to the whole file",
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
