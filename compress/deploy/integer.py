@@ -28,6 +28,7 @@ from compress.deploy.conversion import (
 )
 from compress.deploy.flatbuffer import parse, serialize
 from compress.deploy.grids import write_grids
+from compress.deploy.naming import with_kernels_named
 from compress.deploy.points import find_points
 from compress.deploy.ranges import choose, collect, of_nothing_replaced
 from compress.graph.kernels import get_weight
@@ -64,7 +65,7 @@ class Calibrated:
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter._experimental_calibrate_only = True
         with complaints_explained(storage.scheme, model):
-            content = bytes(converter.convert())
+            content = with_kernels_named(bytes(converter.convert()), model)
         _check_finite(content, candidate)
         if storage.calibration.ranges != "minmax":
             found = collect(content, [sample for (sample,) in samples()])

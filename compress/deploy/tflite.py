@@ -24,6 +24,7 @@ from compress.deploy.conversion import (
 )
 from compress.deploy.grids import expand_from_grids
 from compress.deploy.integer import Calibrated, grids_of
+from compress.deploy.naming import with_kernels_named
 from compress.deploy.sparse import store_sparsely
 from compress.errors import CompressError
 from compress.metrics.accuracy import file_outputs
@@ -114,6 +115,8 @@ def _converted(candidate: Candidate, data: Data) -> bytes:
         converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
     with complaints_explained(storage.scheme, candidate.model):
         content = bytes(converter.convert())
+    if storage.scheme in ("float32", "weight_only"):
+        content = with_kernels_named(content, candidate.model)
     if storage.scheme == "int16":
         check_wide(content, candidate.model)
     if storage.scheme == "weight_only":
