@@ -39,6 +39,10 @@ def randomise(model: tf_keras.Model) -> None:
             weight.assign(rng.uniform(0.5, 1.5, weight.shape))
         elif any(part in weight.name for part in ("beta", "moving_mean")):
             weight.assign(rng.normal(size=weight.shape) * 0.2)
+    for layer in model.submodules:
+        if isinstance(layer, tf_keras.layers.Normalization):
+            # It computes with numbers that it has made of these weights before.
+            layer.finalize_state()
     images = random_data(model).test.x
     if _magnified(model, images) > _MAGNIFIED:
         settle(model, images)

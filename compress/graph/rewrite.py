@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
 from compress.errors import CompressError
 from compress.graph.einsum import einsum
+
+_RECURSION = 4
+"""Calls of Keras on top of one another for each layer: one, and training puts as many layers between them again."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ def _rewritten(
     size: tuple[int | None, ...] | None = None,
 ) -> tuple[tf_keras.Model, _Builder]:
     require_functional(model)
+    # Keras walks a graph by recursion, some calls for each layer in a row.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION * len(list(model._flatten_layers()))))
     builder = _Builder(replacements, arguments, bypassed, frozenset(layer.name for layer in model.layers))
     shapes = [t.shape if size is None else (t.shape[0], *size, t.shape[-1]) for t in model.inputs]
     inputs = [

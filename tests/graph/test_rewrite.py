@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -239,3 +241,20 @@ def test_what_only_looks_like_a_pair_is_not_folded(convolution, norm):
     x = np.random.default_rng(1).normal(size=(2, 5, 5, 3)).astype(np.float32)
     np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-5)
     assert is_linear(model.get_layer("conv")) == (convolution is layers.Conv2D)
+
+
+def test_a_network_may_be_deeper_than_python_recurses():
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    try:
+        image = x = tf_keras.Input((2,))
+        for index in range(600):
+            x = tf_keras.layers.ReLU(name=f"relu{index}")(x)
+        model = tf_keras.Model(image, x)
+        two = {
+            layer.name: [NewLayer(tf_keras.layers.ReLU(name=f"{layer.name}_{half}")) for half in "ab"]
+            for layer in model.layers[1:]
+        }
+        assert len(rewrite(model, two).layers) == 1201
+    finally:
+        sys.setrecursionlimit(before)
