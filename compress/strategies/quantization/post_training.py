@@ -151,13 +151,13 @@ class Quantize(Strategy):
         lacking = float_only(candidate.model, chosen) if self.scheme in (*_CALIBRATED, "dynamic") else []
         left_out += tuple(item.layer for item in lacking)
         chosen -= set(left_out)
-        self._require_effect(candidate, context, left_out, chosen)
         samples = None
         if self.calibrate_on == "synthetic":
             count = max(self.calibration_images, self.rounding_images if self._reads_samples else 0)
             samples = synthetic_samples(context.reference, count, context.seed, f"stage {context.stage}")
         if self.scheme in _CALIBRATED or self._reads_samples:
             check_activations(candidate.evolve(samples=samples), context.data, self.calibration_images)
+        self._require_effect(candidate, context, left_out, chosen)
         make = functools.partial(self._quantized, candidate.evolve(samples=samples), context, left_out, chosen)
         if self.float_fallback is None:
             result = make()

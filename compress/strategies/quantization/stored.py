@@ -67,7 +67,8 @@ class Stored(Guarantee):
         """Look at the type of every stored weight tensor."""
         wanted = _TYPES.get(self.scheme, np.dtype(np.float32))
         # The kernels of loops are in other subgraphs.
-        if self.scheme in _SPARE_SMALL and not file.holds(wanted, _SPARE_SMALL_BELOW):
+        some = any(tensor.dtype == wanted for _, tensor in file.weighted) or file.holds(wanted, _SPARE_SMALL_BELOW)
+        if self.scheme in _SPARE_SMALL and not some:
             others = " but for those that have no integer operator" if self.floats else ""
             few = f"fewer than {_SPARE_SMALL_BELOW} weights{others}: {self.scheme} leaves them floats"
             return [Violation("every layer", few)]
