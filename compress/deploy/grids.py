@@ -15,7 +15,6 @@ from compress.metrics.tflite_file import KernelPlace, TFLiteFile
 
 _PACKED = {"CONV_2D", "FULLY_CONNECTED"}
 """Operators whose kernels LiteRT reads in four bits."""
-_TOLERANCE = 1e-4
 _LEAST = 1024
 """Smaller kernels stay floats, as the converter's own do."""
 
@@ -136,11 +135,8 @@ def _read(place: KernelPlace, written: np.ndarray, kernel: np.ndarray, grid: Gri
     """Return the levels of what the float file has for a kernel; None if it is another."""
     own = np.moveaxis(place.to_file(kernel), place.channel_axis, 0)
     steps = np.moveaxis(place.to_file(np.broadcast_to(grid.steps, kernel.shape)), place.channel_axis, 0)
-    # The converter multiplies whole channels with what stands beside the layer, a rescaled input or a batch norm.
-    flat, other = own.reshape(len(own), -1), np.moveaxis(written, place.channel_axis, 0).reshape(len(own), -1)
-    squares = (flat**2).sum(1)
-    factors = np.where(squares > 0, (flat * other).sum(1) / np.maximum(squares, 1e-30), 1.0)
-    if np.abs(other - factors[:, None] * flat).max() > _TOLERANCE * np.abs(other).max():
+    factors = place.factors(kernel, written)
+    if factors is None:
         return None
     levels = np.rint(own / steps) * np.sign(factors).reshape(-1, *[1] * (own.ndim - 1))
     scales = steps.reshape(len(own), -1)[:, 0] * np.maximum(np.abs(factors), 1e-12)

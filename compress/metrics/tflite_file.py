@@ -29,6 +29,8 @@ _PACKED_BITS = {schema.TensorType.INT4: 4}
 _OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _WEIGHT_OPERATORS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "CONV_3D"}
 _EXPANSIONS = ("DENSIFY", "DEQUANTIZE")
+_TOLERANCE = 1e-4
+"""Between a kernel and what the file has of it, as a share of the largest weight."""
 _KERNEL_SUFFIXES = (
     "Conv2D",
     "Conv1D",
@@ -129,6 +131,21 @@ class KernelPlace:
             # Outputs come before inputs; a convolution along one axis has no height.
             return np.moveaxis(kernel, -2, 0).reshape(self.shape)
         return np.moveaxis(kernel, -1, 0).reshape(self.shape)
+
+    def factors(self, kernel: np.ndarray, written: np.ndarray) -> np.ndarray | None:
+        """Return what each channel of a Keras kernel has been multiplied by to become what the file has written.
+
+        The converter multiplies whole channels with what stands beside the layer, a rescaled input or a batch norm.
+        None if it is another kernel.
+        """
+        one, other = (
+            np.moveaxis(values, self.channel_axis, 0).reshape(self.shape[self.channel_axis], -1)
+            for values in (self.to_file(kernel), written)
+        )
+        squares = (one**2).sum(1)
+        found = np.where(squares > 0, (one * other).sum(1) / np.maximum(squares, 1e-30), 1.0)
+        close = np.abs(other - found[:, None] * one).max() <= _TOLERANCE * np.abs(other).max()
+        return found if close else None
 
 
 class TFLiteFile:
