@@ -1,4 +1,4 @@
-"""Help, configuration and completion answer at once, without TensorFlow and MLflow."""
+"""Help, configuration and completion take little more than Hydra itself, without TensorFlow and MLflow."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ def test_help_of_the_other_commands(outside, module):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=lambda a: " ".join(a))
-def test_answers_within_a_second(outside, arguments):
-    seconds = []
+def test_answers_at_once(outside, arguments):
+    seconds: dict[tuple[str, ...], list[float]] = {("-c", "import hydra"): [], ("-m", "compress.run", *arguments): []}
     for _ in range(5):
-        started = time.perf_counter()
-        assert outside("-m", "compress.run", *arguments).returncode == 0
-        seconds.append(time.perf_counter() - started)
-    # The best of five: the machine may be busy with other tests.
-    assert min(seconds) < 1.0
+        for command, taken in seconds.items():
+            started = time.perf_counter()
+            assert outside(*command).returncode == 0
+            taken.append(time.perf_counter() - started)
+    # In turns, the best of five: machines differ, and this one may be busy with other tests. Help took 6 times Hydra's
+    # import, of which most is Hydra's listing of the groups; TensorFlow alone takes 15 times as long.
+    plain, ours = (min(taken) for taken in seconds.values())
+    assert ours < 9 * plain
 
 
 def test_a_misspelt_strategy_is_answered_without_tensorflow(outside):

@@ -48,8 +48,8 @@ SETTINGS = {
 }
 SETTINGS_AFTER = {("prune", "mixed_precision"): "bytes=0.4"}
 """Of the second stage: the float file of a pruned model leaves its zeros out, and is not far above the integer one."""
-RATES = {("lowrank", "trained_ternary"): 0.003, ("lowrank", "hashed"): 0.001}
-"""Learning rates of the second stage: where two ternary or hashed factors follow each other, 0.01 diverges."""
+RATES = {("lowrank", "trained_ternary"): 0.003, ("lowrank", "hashed"): 0.001, ("compact", "lowrank"): 0.003}
+"""Learning rates of the second stage: where linear, ternary or hashed factors follow each other, 0.01 may diverge."""
 LEAST = {"xnor": 30}
 """Accuracies after the short training; binary inputs take longer."""
 

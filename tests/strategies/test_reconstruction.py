@@ -157,12 +157,12 @@ def test_channels_that_others_can_stand_in_for_cost_nothing(residual, data):
 
 
 def test_it_keeps_the_accuracy_that_norms_alone_lose(model, data, context):
-    """Half of the multiply-adds, no gradient step, no labels."""
+    """A third of the multiply-adds, no gradient step, no labels."""
     before = keras_accuracy(model, data.test)
     reached = {}
     for criterion in ("l2", "reconstruction"):
-        result = PruneChannels(macs=0.5, criterion=criterion).apply(Candidate(model), context)
-        assert 0.47 <= count_macs(result.model) / count_macs(model) <= 0.5
+        result = PruneChannels(macs=0.35, criterion=criterion).apply(Candidate(model), context)
+        assert 0.32 <= count_macs(result.model) / count_macs(model) <= 0.35
         reached[criterion] = keras_accuracy(result.model, data.test)
     assert reached["reconstruction"] > before - 2
     assert reached["reconstruction"] > reached["l2"] + 5
