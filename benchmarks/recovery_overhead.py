@@ -32,7 +32,8 @@ from compress.cli.places import conf_dir  # noqa: E402
 from compress.graph.rewrite import copy_model  # noqa: E402
 from compress.reference import make_reference  # noqa: E402
 from compress.strategies.strategy import Context  # noqa: E402
-from compress.training import LossTerm, Projection, WeightQuantizer, train  # noqa: E402
+from compress.training import train  # noqa: E402
+from compress.training_step import LossTerm, Projection, WeightQuantizer  # noqa: E402
 
 SHORT, LONG, ROUNDS = 10, 60, 3
 DEFAULT = ("model=resnet20", "data=cifar10")

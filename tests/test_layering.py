@@ -21,7 +21,7 @@ FLOORS = (
     {"strategies"},
     {"deploy"},
     {"boards"},
-    {"training", "checkpoints"},
+    {"training", "training_step", "checkpoints"},
     {"distribution"},
     {"batches"},
     {"metrics"},

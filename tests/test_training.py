@@ -20,12 +20,8 @@ from compress.graph.rewrite import copy_model
 from compress.graph.softmax import gives_probabilities, logits_of
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.sharing.codebook import Codebook
-from compress.training import (
-    Batch,
-    Recovery,
-    restore,
-    train,
-)
+from compress.training import Recovery, restore, train
+from compress.training_step import Batch
 
 layers = tf_keras.layers
 PLAIN = Augmentation()

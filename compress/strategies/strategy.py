@@ -24,7 +24,8 @@ from compress.progress import progress
 from compress.strategies.distillation.judging import require_same_classes
 from compress.strategies.distillation.teacher import Keep, Teacher, keep_nothing
 from compress.strategies.distillation.terms import distillation_terms
-from compress.training import LossTerm, Projection, Recovery, WeightQuantizer, train
+from compress.training import Recovery, train
+from compress.training_step import LossTerm, Projection, WeightQuantizer
 
 STRICT = ConfigDict(extra="forbid")
 REFERENCE = "reference"

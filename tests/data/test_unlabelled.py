@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from compress.data.npz import Npz
 from compress.data.source import NO_LABEL
 from compress.errors import CompressError
-from compress.training import task_loss
+from compress.training_step import task_loss
 
 from .test_sources import arrays, refused, rows, saved
 

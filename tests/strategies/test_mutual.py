@@ -14,7 +14,8 @@ from compress.pipeline.refusals import refuse_without_labels
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.mutual import Mutual, PeerTerm
 from compress.strategies.strategy import Context
-from compress.training import Batch, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch
 
 layers = tf_keras.layers
 COUNT = 24

@@ -25,7 +25,8 @@ from compress.strategies.distillation.pairing import Layers, Pair, pair, stage_p
 from compress.strategies.distillation.teacher import Teacher, keep_nothing
 from compress.strategies.distillation.terms import LayerTerm, LogitsTerm, distillation_terms
 from compress.strategies.strategy import Context
-from compress.training import Batch, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch
 
 layers = tf_keras.layers
 

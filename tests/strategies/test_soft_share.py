@@ -17,7 +17,8 @@ from compress.strategies.pruning.prune import Prune
 from compress.strategies.sharing.mixture import MixturePrior
 from compress.strategies.sharing.soft_share import SoftShare
 from compress.strategies.strategy import Context
-from compress.training import Batch, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch
 
 layers = tf_keras.layers
 TRAINING = Recovery(epochs=2, batch_size=16, learning_rate=0.01)

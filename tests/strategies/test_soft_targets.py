@@ -17,7 +17,8 @@ from compress.strategies.distillation.losses.soft_targets import SoftTargets
 from compress.strategies.distillation.teacher import Teacher
 from compress.strategies.distillation.terms import LogitsTerm
 from compress.strategies.strategy import Context
-from compress.training import Batch, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch
 
 layers = tf_keras.layers
 COUNT = 24

@@ -15,7 +15,8 @@ from compress.data.source import Augmentation, Data, Split, make_data
 from compress.strategies.distillation import teacher as teacher_module
 from compress.strategies.distillation.teacher import Teacher
 from compress.strategies.strategy import Context
-from compress.training import Batch, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch
 
 layers = tf_keras.layers
 COUNT = 40

@@ -25,7 +25,8 @@ from compress.graph.scaling import with_fresh_weights
 from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.student import AGAIN, StudentStrategy
 from compress.strategies.strategy import STRICT, Context
-from compress.training import Batch, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,7 +17,7 @@ from compress.data.source import Data
 from compress.graph.fold import fold_batch_norm, foldable_pairs
 from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.pairing import Layers
-from compress.training import Batch
+from compress.training_step import Batch
 
 _LOG = logging.getLogger("compress")
 _MOST_BYTES = 256_000_000

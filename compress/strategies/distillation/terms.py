@@ -18,7 +18,8 @@ from compress.strategies.distillation.losses import losses
 from compress.strategies.distillation.losses.soft_targets import SoftTargets
 from compress.strategies.distillation.pairing import Layers, Pair, pairs_by_rule
 from compress.strategies.distillation.teacher import Keep, Teacher
-from compress.training import Batch, LossTerm, Recovery
+from compress.training import Recovery
+from compress.training_step import Batch, LossTerm
 
 _SETTINGS = "Give it a weight, or its settings: {weight: 1, ...}."
 

@@ -20,7 +20,7 @@ from compress.graph.rewrite import calls, copy_model
 from compress.strategies.quantization.levels import Levels
 from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.strategy import Context, Strategy
-from compress.training import WeightQuantizer
+from compress.training_step import WeightQuantizer
 
 
 class LevelQuantizer(WeightQuantizer, Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from compress.data.source import Data
-from compress.training import Batch
+from compress.training_step import Batch
 
 _FITTING_STEPS = 30
 _PLACES = 8192
