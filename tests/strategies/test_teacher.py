@@ -103,7 +103,7 @@ def test_outputs_that_would_take_too_much_are_made_in_the_step(tmp_path, monkeyp
 
 def trained(source: Data, keep, **fields) -> tf_keras.Model:
     recovery = Recovery(
-        method="distill", epochs=3, learning_rate=0.1, batch_size=8, losses={"hints": 1.0, "decoupled": 0.1}, **fields
+        method="distill", epochs=3, learning_rate=0.02, batch_size=8, losses={"hints": 1.0, "decoupled": 0.1}, **fields
     )
     context = Context(stage="stage", data=source, reference=network(), recovery=recovery, seed=1, keep=keep)
     return context.recover(Candidate(network(2))).model
