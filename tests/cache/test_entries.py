@@ -4,78 +4,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
-import logging
-import os
-import shutil
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tf_keras
 
-import compress
-from compress.cache import code, store
+from compress.cache import store
 from compress.cache.__main__ import main as cache_command
-from compress.cache.code import code_digest
 from compress.cache.store import Entry, StageCache
 from compress.cache.trainings import Trainings
-from compress.candidate import Calibration, Candidate, Storage
-from compress.models.small import Lenet5
-from compress.strategies.compact.separable_form import SeparableForm
-from compress.strategies.lowrank.factorize import LowRank
-from compress.strategies.lowrank.rank import Rank
-from compress.strategies.pruning.prune import Prune
-from compress.strategies.pruning.zeros import Zeros
-from compress.strategies.quantization.stored import Stored
-from compress.strategies.sharing.codebook import Codebook
+from compress.candidate import Candidate
+from tests.cache.conftest import KEY
 
 layers = tf_keras.layers
-KEY = "0123456789abcdef"
 FILES = ("guarantees.npz", "manifest.json", "model.cmp", "model.keras", "model.tflite", "record.json")
 X = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype(np.float32)
-
-
-def network() -> tf_keras.Model:
-    tf_keras.utils.set_random_seed(0)
-    image = tf_keras.Input((6, 6, 2), name="image")
-    x = layers.DepthwiseConv2D(3, name="conv_depthwise")(image)
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 1, name="conv")(x)))
-    return tf_keras.Model(image, layers.Dense(3, name="dense")(layers.Flatten()(x)))
-
-
-@pytest.fixture
-def entry() -> Entry:
-    mask = np.arange(8).reshape(1, 1, 2, 4) % 3 > 0
-    guarantees = (
-        Zeros("prune", {"conv/kernel": mask, "dense/kernel": np.ones((64, 3), bool)}),
-        Codebook("share", 300, {"dense/kernel": np.arange(192, dtype=np.uint16).reshape(64, 3)}),
-        Rank("lowrank", {"dense": 5}),
-        SeparableForm("compact", {"conv": "conv_depthwise"}),
-        Stored("quantize", "int8"),
-    )
-    candidate = Candidate(
-        network(),
-        guarantees,
-        Storage("int8", Calibration(images=17, ranges="mse"), ("conv",)),
-        lineage=("prune", "share"),
-        released=("lowrank: gone",),
-    )
-    return Entry(
-        candidate, {"name": "share", "skipped": [{"layer": "conv", "reason": "too small"}]}, b"\0TFLite\xff", b"\x93CMP"
-    )
-
-
-@pytest.fixture
-def warnings(monkeypatch) -> list[str]:
-    said: list[str] = []
-    monkeypatch.setattr(logging.getLogger("compress"), "warning", lambda text, *values: said.append(text % values))
-    return said
 
 
 def test_an_entry_comes_back_whole(entry, tmp_path):
@@ -374,218 +320,8 @@ def test_code_in_a_stored_model_does_not_run(entry, tmp_path, warnings):
     assert len(warnings) == 1
 
 
-@pytest.fixture
-def family(tmp_path, monkeypatch) -> Path:
-    """A strategy family outside the package, whose source can be changed."""
-    folder = tmp_path / "planted_family"
-    folder.mkdir()
-    (folder / "__init__.py").write_text("")
-    (folder / "method.py").write_text("class Method:\n    pass\n")
-    (folder / "helper.py").write_text("RATE = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield folder
-    for name in [name for name in sys.modules if name.startswith("planted_family")]:
-        del sys.modules[name]
-
-
-def test_the_digest_follows_the_source_of_the_strategys_family(family):
-    kind = importlib.import_module("planted_family.method").Method
-    first = code_digest(kind)
-    assert code_digest(kind) == first
-    (family / "helper.py").write_text("RATE = 2\n")
-    second = code_digest(kind)
-    (family / "method.py").write_text("class Method:\n    fast = True\n")
-    third = code_digest(kind)
-    (family / "notes.txt").write_text("no code")
-    assert code_digest(kind) == third
-    assert len({first, second, third}) == 3
-
-
-def test_the_digest_follows_what_the_family_imports_of_this_package(family, monkeypatch):
-    kind = importlib.import_module("planted_family.method").Method
-    before = {other: code_digest(other) for other in (kind, Prune)}
-    (family / "helper.py").write_text("def late():\n    from compress.strategies import repair\n    return repair\n")
-    importing = code_digest(kind)
-    (family / "helper.py").write_text("RATE = 1\n")
-    read, repair = Path.read_bytes, Path(compress.__file__).parent / "strategies" / "repair.py"
-    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + (b"# changed" if file == repair else b""))
-    assert code_digest(kind) == before[kind]
-    assert code_digest(Prune) != before[Prune]
-    (family / "helper.py").write_text("def late():\n    from compress.strategies import repair\n    return repair\n")
-    assert code_digest(kind) != importing
-
-
-def test_strategies_of_different_families_have_different_digests():
-    assert len({code_digest(Prune), code_digest(LowRank), code_digest(Lenet5)}) == 3
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        "training.py",
-        "graph/rewrite.py",
-        "deploy/tflite.py",
-        "metrics/interpreter_worker.py",
-        "strategies/strategy.py",
-        "strategies/distillation/losses/soft_targets.py",
-        "boards/host_worker.py",
-    ],
-)
-def test_the_digest_follows_every_room_that_a_stage_stands_on(changed, tmp_path, monkeypatch):
-    package = Path(code.__file__).parent.parent
-    shutil.copytree(package, tmp_path / "compress", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(code, "__file__", str(tmp_path / "compress" / "cache" / "code.py"))
-    before = code_digest(Prune)
-    with (tmp_path / "compress" / changed).open("a") as file:
-        file.write("\n# changed\n")
-    assert code_digest(Prune) != before
-
-
-@pytest.mark.parametrize(
-    "changed", ["tensorflow", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert", "numpy"]
-)
-def test_the_digest_follows_the_versions_of_what_computes(changed, monkeypatch):
-    before = code_digest(Prune)
-    known = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "999" if name == changed else known(name))
-    code._versions.cache_clear()
-    try:
-        assert code_digest(Prune) != before
-    finally:
-        code._versions.cache_clear()
-
-
 def test_a_model_with_code_is_not_kept(tmp_path, caplog):
     image = tf_keras.Input((4,))
     model = tf_keras.Model(image, tf_keras.layers.Lambda(lambda t: t * 2)(image))
     StageCache(tmp_path / "cache").store(KEY, Entry(Candidate(model), {"skipped": []}, b"", b""))
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_strategy_in_a_file_of_its_own_is_digested_alone(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("class Mine: pass")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    mine = importlib.import_module("mine").Mine
-    first = code_digest(mine)
-    (tmp_path / "notes.py").write_text("anything")
-    assert code_digest(mine) == first
-    (tmp_path / "mine.py").write_text("class Mine: changed = True")
-    assert code_digest(mine) != first
-
-
-def aged(cache: StageCache, entry: Entry, ages: dict[str, float]) -> None:
-    """Store entries that were used so many seconds ago."""
-    for key, age in ages.items():
-        cache.store(key, entry)
-        used = time.time() - age
-        os.utime(cache.folder / key / "manifest.json", (used, used))
-
-
-def kept(folder: Path) -> set[str]:
-    return {item.name for item in folder.iterdir() if not item.name.startswith(".")}
-
-
-def test_what_was_not_used_for_longest_makes_room(entry, tmp_path):
-    aged(StageCache(tmp_path), entry, {"old": 300, "older": 500, "read again": 400})
-    assert StageCache(tmp_path).load("read again") is not None
-    size = sum(file.stat().st_size for file in (tmp_path / "old").iterdir())
-    StageCache(tmp_path, most_bytes=2.5 * size).store("new", entry)
-    assert kept(tmp_path) == {"new", "read again"}
-    StageCache(tmp_path, most_bytes=1).store("newest", entry)
-    assert kept(tmp_path) == {"newest"}
-
-
-def test_what_was_never_finished_is_removed_after_a_day(entry, tmp_path):
-    for name, age in {"abandoned": 100_000, "being written": 100}.items():
-        (tmp_path / f".partial-{name}").mkdir()
-        os.utime(tmp_path / f".partial-{name}", (time.time() - age,) * 2)
-    StageCache(tmp_path).store(KEY, entry)
-    assert sorted(item.name for item in tmp_path.iterdir()) == [".partial-being written", KEY]
-
-
-def test_two_that_want_the_same_take_turns(tmp_path):
-    cache, inside, most = StageCache(tmp_path), [], []
-
-    def work(number: int) -> None:
-        with cache.alone(KEY):
-            inside.append(number)
-            most.append(len(inside))
-            time.sleep(0.05)
-            inside.remove(number)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert most == [1, 1, 1, 1]
-    with cache.alone("one"), cache.alone("another"):
-        pass
-
-
-def test_a_measurement_that_two_want_is_made_once(tmp_path):
-    cache, made = StageCache(tmp_path), []
-
-    def measure() -> list[float]:
-        made.append(1)
-        time.sleep(0.1)
-        return [0.5]
-
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda _: cache.remembered(KEY, measure), range(3))) == [[0.5]] * 3
-    assert len(made) == 1
-
-
-def test_the_command_lists_and_clears(entry, tmp_path, capsys):
-    aged(StageCache(tmp_path), entry, {"a" * 64: 10, "b" * 64: 3 * 24 * 3600})
-    StageCache(tmp_path).remembered(KEY, lambda: 1)
-
-    def command(*arguments: str) -> tuple[int, list[str]]:
-        with pytest.raises(SystemExit) as stopped:
-            cache_command([*arguments, "--dir", str(tmp_path)])
-        return int(stopped.value.code or 0), capsys.readouterr().out.splitlines()
-
-    code_, lines = command()
-    assert code_ == 0
-    assert [line.split()[4] for line in lines[:2]] == ["a" * 12, "b" * 12]
-    assert all(line.endswith("prune+share") for line in lines[:2])
-    assert lines[2].startswith("2 finished stages")
-    assert command("clear", "--older-than", "2")[1][0].startswith("removed 1 finished stages")
-    assert kept(tmp_path) == {"a" * 64, "measured"}
-    command("clear")
-    assert kept(tmp_path) == set()
-
-
-def test_clearing_leaves_what_a_run_is_at(tmp_path, capsys):
-    cache, inside, most = StageCache(tmp_path), [], []
-    held, cleared = threading.Event(), threading.Event()
-
-    def work(wait: threading.Event) -> None:
-        with cache.alone(KEY):
-            held.set()
-            inside.append(1)
-            most.append(len(inside))
-            wait.wait(10)
-            inside.pop()
-
-    for key in (KEY, "idle"):
-        cache.trainings(key).next().save("who", {"step": np.array(1)})
-    cache.remembered("idle", lambda: 1)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(work, cleared)
-        held.wait(10)
-        with pytest.raises(SystemExit):
-            cache_command(["clear", "--dir", str(tmp_path)])
-        second = pool.submit(work, cleared)
-        time.sleep(0.3)
-        cleared.set()
-        first.result()
-        second.result()
-    assert most == [1, 1], "one at a time, also after the locks were cleared"
-    assert [folder.name for folder in (tmp_path / ".trainings").iterdir()] == [KEY]
-    assert not (tmp_path / "measured").exists()
-    assert "left: what belongs to 1 stages" in capsys.readouterr().out
-
-
-def test_the_command_names_a_folder_that_is_not_there(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cache_command(["--dir", str(tmp_path / "none")])
-    assert stopped.value.code == 2
-    assert "which is not there" in " ".join(capsys.readouterr().err.split())
