@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import tensorflow as tf
+import tf_keras
 from tensorflow.lite.python.convert import mlir_quantize
 
 from compress.candidate import Candidate, Grid
@@ -31,8 +32,11 @@ from compress.deploy.grids import write_grids
 from compress.deploy.naming import with_kernels_named
 from compress.deploy.points import find_points
 from compress.deploy.ranges import choose, collect, of_nothing_replaced
+from compress.errors import CompressError
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
+
+_LARGEST_MULTIPLIER = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Calibrated:
     one_scale_per_tensor: bool
     packed: bool
     """As :attr:`compress.candidate.Storage.packed`."""
+    model: tf_keras.Model
+    """For the names of its layers in errors."""
 
     @classmethod
     def of(cls, candidate: Candidate, data: Data) -> Calibrated:
@@ -72,13 +78,19 @@ class Calibrated:
             content = _with_ranges(content, {name: choose(h, storage.calibration) for name, h in found.items()})
         if storage.ranges:
             content = _with_ranges(content, _of_tensors(content, candidate, next(samples())[0]))
-        return cls(of_nothing_replaced(content), grids_of(candidate), one_scale_per_tensor(candidate), storage.packed)
+        return cls(
+            of_nothing_replaced(content),
+            grids_of(candidate),
+            one_scale_per_tensor(candidate),
+            storage.packed,
+            candidate.model,
+        )
 
     def quantized(self, float_layers: Collection[str] = ()) -> bytes:
         """Return the file with int8 for its weights and for what it computes, but for the layers that are named.
 
         Raises:
-            CompressError: if the converter refuses the model.
+            CompressError: if the converter refuses the model, or LiteRT cannot compute a layer with the ranges found.
         """
         file = TFLiteFile(self.floats)
         spared = {name for layer in float_layers for name in file.written_by(layer)}
@@ -92,7 +104,9 @@ class Calibrated:
                 )
             )
         grids = {name: item for name, item in self.grids.items() if name.rpartition("/")[0] not in float_layers}
-        return write_grids(content, self.floats, grids, packed=self.packed) if grids else content
+        content = write_grids(content, self.floats, grids, packed=self.packed) if grids else content
+        _check_multipliers(content, self.model)
+        return content
 
 
 def grids_of(candidate: Candidate) -> dict[str, tuple[np.ndarray, Grid]]:
@@ -126,6 +140,32 @@ def _check_finite(content: bytes, candidate: Candidate) -> None:
                 name = tensor.name.decode()
                 low, high = tensor.quantization.min[0], tensor.quantization.max[0]
                 refuse_overflow(layer_of(name, candidate.model) or name, low, high)
+
+
+def _check_multipliers(content: bytes, model: tf_keras.Model) -> None:
+    """Refuse a file in which a step of the sums that an operator makes would be hundreds of steps of its output.
+
+    LiteRT's kernels (XNNPACK) take less than 256, and refuse the whole file otherwise, without a name.
+
+    Raises:
+        CompressError: naming the layer.
+    """
+    file = TFLiteFile(content)
+    for operator, kernel in file.weighted:
+        inputs = file.tensors[operator.inputs[2 if operator.name == "TRANSPOSE_CONV" else 0]]
+        output = file.tensors[operator.outputs[0]]
+        if output.dtype != np.int8 or not (inputs.scales.size and kernel.scales.size and output.scales.size):
+            continue
+        found = float(inputs.scales[0]) * float(kernel.scales.max()) / float(output.scales[0])
+        if not found < _LARGEST_MULTIPLIER:
+            layer = layer_of(output.name, model) or layer_of(kernel.name, model) or output.name
+            raise CompressError(
+                f"export in integers, layer {layer}",
+                expected=f"one step of the sums to be less than {_LARGEST_MULTIPLIER} steps of the outputs, for LiteRT",
+                received=f"{found:.4g}: few of the inputs are far larger than the others",
+                fix=f"Let the layer stay in floats (float_fallback={{accuracy_drop: 0.5}} or skip=[{layer}]), even the "
+                "channels out (equalise=true), or take narrower ranges (ranges=percentile).",
+            )
 
 
 def _with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> bytes:

@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 
 from compress.candidate import Candidate
 from compress.data.source import Data, Split, Unlabelled, make_data
+from compress.deploy import integer
+from compress.deploy.integer import Calibrated
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.accuracy import accuracy, file_outputs, keras_outputs
@@ -88,3 +90,45 @@ def test_what_has_no_labels_cannot_be_judged(data):
     strategy = Quantize(float_fallback=FloatFallback(accuracy_drop=0.5))
     with pytest.raises(CompressError, match=r"strategy\.quantize\.float_fallback: expected labels of the validation"):
         strategy.apply(Candidate(context.reference), context)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 2, "rounding_images": 64}], ids=str)
+def test_a_layer_that_litert_cannot_compute_with_integers_becomes_a_float(data, settings):
+    """Four features that are a hundred thousand times as large as the others leave these no steps."""
+    model = network(data, 1e5)
+    context = Context("quantize", data, model, Recovery(method="none"), seed=0)
+    plain = Quantize(calibration_images=64, **settings)
+    with pytest.raises(CompressError, match=rf"layer {SECOND}.*less than 256 steps.*float_fallback"):
+        file_of_it(plain, model, context)
+    made = replace(plain, float_fallback=FloatFallback(accuracy_drop=0.5)).apply(Candidate(model), context)
+    assert SECOND in made.storage.float_layers
+
+
+def file_of_it(strategy: Quantize, model: tf_keras.Model, context: Context) -> bytes:
+    candidate = strategy.apply(Candidate(model), context)
+    return Calibrated.of(candidate, context.data).quantized()
+
+
+def test_what_is_not_refused_runs(data, tmp_path):
+    """And what is refused would not: the limit is that of LiteRT's kernels."""
+    refused = []
+    for spread in np.geomspace(1e2, 1e5, 13):
+        model = network(data, float(spread))
+        context = Context("quantize", data, model, Recovery(method="none"), seed=0)
+        try:
+            content = file_of_it(Quantize(calibration_images=64), model, context)
+        except CompressError:
+            refused.append(True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(integer, "_LARGEST_MULTIPLIER", np.inf)
+                content = file_of_it(Quantize(calibration_images=64), model, context)
+        else:
+            refused.append(False)
+        (tmp_path / "model.tflite").write_bytes(content)
+        if refused[-1]:
+            with pytest.raises(CompressError, match="XNNPACK"):
+                file_outputs(tmp_path / "model.tflite", data.test.x[:2])
+        else:
+            assert np.isfinite(file_outputs(tmp_path / "model.tflite", data.test.x[:2])).all()
+    assert set(refused) == {True, False}
+    assert refused == sorted(refused)

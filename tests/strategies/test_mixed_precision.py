@@ -19,7 +19,7 @@ from compress.models.small import DigitsCnn
 from compress.models.source import Schedule
 from compress.reference import make_reference
 from compress.strategies.quantization import mixed_precision
-from compress.strategies.quantization.float_share import worth_most
+from compress.strategies.quantization.float_by_latency import worth_most
 from compress.strategies.quantization.mixed_precision import MixedPrecision, choose_bits
 from compress.strategies.strategy import Context
 from compress.training import Recovery

@@ -30,7 +30,7 @@ from compress.strategies.budget import Budget, one_budget
 from compress.strategies.least_squares import assign_matrix, is_linear, matrix_of
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
-from compress.strategies.quantization.float_share import keep_floats_within
+from compress.strategies.quantization.float_by_latency import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
 from compress.strategies.quantization.stored import Stored, float_only

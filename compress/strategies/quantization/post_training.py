@@ -26,7 +26,7 @@ from compress.strategies.quantization.bias_correction import correct_biases, cor
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
 from compress.strategies.quantization.equalisation import equalise, trading_pairs
-from compress.strategies.quantization.fallback import keep_floats, require_labels
+from compress.strategies.quantization.float_by_accuracy import keep_floats, require_labels
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.rounding import round_layers

@@ -79,7 +79,21 @@ def keep_floats(
         least = accuracy(outputs(whole.floats, judged.x), judged.y) - most
 
         def holds(count: int) -> bool:
-            return accuracy(outputs(quantized(ranked[:count]), judged.x), judged.y) >= least
+            try:
+                content = quantized(ranked[:count])
+            except CompressError:
+                # A layer of it cannot be computed in integers; as floats it may.
+                if count == len(ranked):
+                    raise
+                return False
+            return accuracy(outputs(content, judged.x), judged.y) >= least
+
+        def error_with(layer: str) -> float:
+            try:
+                content = quantized([layer])
+            except CompressError:
+                return np.inf
+            return float(np.mean((outputs(content, compared) - wanted) ** 2))
 
         if holds(0):
             return ()
@@ -87,7 +101,7 @@ def keep_floats(
         errors = {}
         with progress("float fallback") as shown:
             for number, layer in enumerate(layers, start=1):
-                errors[layer] = float(np.mean((outputs(quantized([layer]), compared) - wanted) ** 2))
+                errors[layer] = error_with(layer)
                 shown.advance(number, len(layers), layer)
         ranked.sort(key=errors.__getitem__)
         if not holds(len(ranked)):
