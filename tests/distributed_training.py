@@ -26,10 +26,12 @@ from compress.distribution.replicas import Distribution  # noqa: E402
 from compress.distribution.settings import Mirrored, MultiWorker  # noqa: E402
 from compress.errors import CompressError  # noqa: E402
 from compress.graph.kernels import get_variable, get_weight  # noqa: E402
+from compress.strategies.distillation.losses.hints import Hints  # noqa: E402
 from compress.strategies.distillation.losses.soft_targets import SoftTargets  # noqa: E402
 from compress.strategies.distillation.mutual import PeerTerm  # noqa: E402
+from compress.strategies.distillation.pairing import Pair  # noqa: E402
 from compress.strategies.distillation.teacher import Teacher  # noqa: E402
-from compress.strategies.distillation.terms import LogitsTerm  # noqa: E402
+from compress.strategies.distillation.terms import LayerTerm, LogitsTerm  # noqa: E402
 from compress.strategies.pruning.masks import Axes, Masking, Pattern  # noqa: E402
 from compress.strategies.pruning.schedules import Movement  # noqa: E402
 from compress.strategies.pruning.zeros import Zeros  # noqa: E402
@@ -71,10 +73,12 @@ def gradients(net: tf_keras.Model) -> dict[str, Any]:
 
 
 def guaranteed(net: tf_keras.Model) -> dict[str, Any]:
-    """Augmentation, mixup, weight decay, batch norms, zeros, soft targets of a teacher that runs in the step."""
+    """Augmentation, mixup, weight decay, batch norms, zeros; soft targets and hints of a teacher in the step."""
     guarantees: tuple[Guarantee, ...] = (Zeros("prune", {"conv/kernel": MASK}),)
-    term = LogitsTerm(SoftTargets(weight=0.5), [Teacher(model(1))], 2.0, 0.5)
-    return {"recovery": recovery(), "guarantees": guarantees, "terms": [term]}
+    teacher = Teacher(model(1))
+    hints = LayerTerm(Hints(weight=0.3), teacher, [Pair("inner", "inner", (8,), (8,))])
+    terms = [LogitsTerm(SoftTargets(weight=0.5), [teacher], 2.0, 0.5), hints]
+    return {"recovery": recovery(), "guarantees": guarantees, "terms": terms}
 
 
 def quantized(net: tf_keras.Model) -> dict[str, Any]:

@@ -292,7 +292,8 @@ def _check_config(path: Path, config: dict[str, Any], allow_code: bool) -> None:
                 _where(path, layer),
                 expected="a model that carries no code of its own",
                 received=f"{code}, which can run any program on this computer",
-                fix="If you trust whoever made the file, write model.allow_code=true; else put a Keras layer there.",
+                fix="Put a Keras layer there; or, if you trust whoever made the file, bring it as the base model with "
+                "model.allow_code=true.",
             )
         foreign = _foreign(item)
         if foreign and not graph:

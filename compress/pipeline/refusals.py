@@ -15,7 +15,7 @@ from compress.graph.saved_graph import has_layers
 from compress.models.source import ModelSource
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.recovering import AUTO
-from compress.strategies.strategy import require_labels
+from compress.strategies.strategy import require_labels, require_training
 from compress.training import Recovery
 
 _OF_TEACHERS = ("temperature", "soft_weight", "label_weight", "losses", "pairs", "teachers")
@@ -115,28 +115,40 @@ def refuse_unfit(stages: Sequence[Stage], data: Data) -> None:
     """
     _refuse_unheard(stages)
     for stage in stages:
+        if stage.strategy.needs_training:
+            require_training(stage.recovery, stage.name, stage.strategy.own_method)
         stage.strategy.require(data, stage.recovery, stage.name)
 
 
 def _refuse_unheard(stages: Sequence[Stage]) -> None:
-    """Refuse settings of teachers in stages that train without any, unless another stage obeys them.
+    """Refuse settings of teachers in stages without any, unless another stage obeys them.
 
     ``recovery`` gives all stages the same values, so those that some stage has a use for may be meant for that one.
     """
     defaults = {item.name: item.default for item in dataclasses.fields(Recovery)}
-    heard = [stage.recovery for stage in stages if stage.method in ("distill", AUTO)]
-    for stage in stages:
-        if stage.method != "finetune":
+    methods = [
+        (stage.strategy.own_method or stage.recovery.method) if Effect.TRAIN in stage.strategy.effects else "none"
+        for stage in stages
+    ]
+    heard = [stage.recovery for stage, method in zip(stages, methods, strict=True) if method in ("distill", AUTO)]
+    for stage, method in zip(stages, methods, strict=True):
+        # What is written for all stages may be meant for another one.
+        if method in ("distill", AUTO) or (method == "none" and heard):
             continue
         for name in _OF_TEACHERS:
             value = getattr(stage.recovery, name)
             if value != defaults[name] and all(getattr(other, name) != value for other in heard):
                 raise CompressError(
                     f"strategy.{stage.name}.recovery.{name}",
-                    expected=f"nothing of teachers: {stage.name} trains on the labels alone",
+                    expected=f"nothing of teachers: {stage.name} "
+                    + ("trains on the labels alone" if method == "finetune" else "does not train"),
                     received=f"{name}={list(value) if isinstance(value, tuple) else value}",
                     fix=f"Leave {name} out"
-                    + (", or write strategy=distill." if stage.strategy.own_method else ", or write recovery=distill."),
+                    + (
+                        ", or let it learn from one: recovery=distill."
+                        if method == "finetune" and not stage.strategy.own_method
+                        else ", or add a stage that learns from one: strategy=distill."
+                    ),
                 )
 
 

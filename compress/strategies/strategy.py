@@ -219,20 +219,9 @@ class Context:
             samples[mixed] = ratio * samples[mixed] + (1 - ratio) * samples[rng.permutation(len(samples))[: len(mixed)]]
         return samples
 
-    def require_training(self) -> None:
-        """Refuse a stage that does nothing but train when its recovery does not train.
-
-        Raises:
-            CompressError: if the recovery makes no step.
-        """
-        if not self.recovery.trains:
-            raise CompressError(
-                f"strategy.{self.stage}.recovery",
-                expected="some training: this stage does nothing else",
-                received=f"method={self.recovery.method} epochs={self.recovery.epochs:g}",
-                fix=f"Write strategy.{self.stage}.recovery.method=finetune strategy.{self.stage}.recovery.epochs=1, "
-                "or leave the stage out.",
-            )
+    def require_training(self, method: str | None = None) -> None:
+        """Refuse a stage that does nothing but train when its recovery does not train; see :func:`require_training`."""
+        require_training(self.recovery, self.stage, method)
 
     def skip(self, skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
         """Return the skipped layers for the report.
@@ -281,6 +270,8 @@ class Strategy(ABC):
     """How the file is written from then on, if it decides that."""
     needs_labels: ClassVar[bool] = False
     """Whether it learns from labels, whatever its recovery."""
+    needs_training: ClassVar[bool] = False
+    """Whether it does nothing else, so that a recovery without a step is refused."""
     own_method: ClassVar[Literal["finetune", "distill"] | None] = None
     """How it trains, if it says so itself: ``recovery.method`` then says nothing but whether it trains."""
 
@@ -318,6 +309,22 @@ class Strategy(ABC):
             return None
         broken = sorted(effect.value for effect in self.effects & earlier.establishes.broken_by)
         return f"it {' and '.join(broken)}" if broken else None
+
+
+def require_training(recovery: Recovery, stage: str, method: str | None) -> None:
+    """Refuse a stage that does nothing but train when its recovery does not train; ``method``: its own, if it has one.
+
+    Raises:
+        CompressError: if the recovery makes no step.
+    """
+    if not recovery.trains:
+        raise CompressError(
+            f"strategy.{stage}.recovery",
+            expected="some training: this stage does nothing else",
+            received=f"method={recovery.method} epochs={recovery.epochs:g}",
+            fix=f"Write strategy.{stage}.recovery.method={method or 'finetune'} strategy.{stage}.recovery.epochs=1, "
+            "or leave the stage out.",
+        )
 
 
 def require_labels(data: Data, stage: str, reason: str, otherwise: str = "") -> None:

@@ -97,6 +97,15 @@ def operators_in(file: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["lowrank", "qat", "share", "prune_channels"])
+def test_every_strategy_recovers_by_losses_of_inner_layers(strategy, pipeline, tmp_path):
+    losses = "recovery.losses={hints: 0.1, relational_distance: 1, activation_boundary: 0.0001, attention: 1}"
+    result = pipeline(f"strategy={strategy}", "recovery=distill", losses, NO_BOARD).run(tmp_path)
+    assert result.final.accuracy > 90
+    assert result.stages[0].recovered.method == "distill"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_pair(first, second, pipeline, tmp_path):
     second_stage = second if second != first else f"{second}2"

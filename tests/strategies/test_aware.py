@@ -193,6 +193,28 @@ def test_tfmot_s_scheme_gives_a_file_that_is_as_good(context, data, tmp_path):
     assert [item.layer for item in candidate.skipped] == ["rescale"]
 
 
+def test_tfmot_s_scheme_trains_a_model_that_ends_in_a_softmax_on_its_logits(data, tmp_path):
+    def network(activation) -> tf_keras.Model:
+        tf_keras.utils.set_random_seed(0)
+        image = layers.Input((8, 8, 1), name="image")
+        x = layers.Conv2D(4, 3, activation="relu", name="conv")(image)
+        return tf_keras.Model(image, layers.Dense(10, activation, name="head")(layers.Flatten()(x)))
+
+    found = []
+    for ending in (None, "softmax"):
+        model = network(ending)
+        context = Context("qat", data, model, Recovery(epochs=0.5, batch_size=64), seed=0)
+        candidate = QuantizeAware(scheme="tfmot").apply(Candidate(model), context)
+        found.append(candidate.model.get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    export(candidate, data, tmp_path / "model.tflite")
+    images = data.test.x.astype(np.float32)
+    outputs = file_outputs(tmp_path / "model.tflite", images)
+    np.testing.assert_allclose(outputs.sum(-1), 1.0, atol=0.03)
+    assert (outputs.argmax(-1) == candidate.model.predict(images, verbose=0).argmax(-1)).mean() > 0.95
+
+
 def test_tfmot_s_scheme_lists_what_it_leaves_alone(data):
     image = layers.Input((8, 8, 1), name="image")
     x = layers.PReLU(name="leaky")(layers.Conv2D(4, 3)(image))

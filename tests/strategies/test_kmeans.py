@@ -17,6 +17,7 @@ from compress.data.source import Data, Split, make_data
 from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.kernels import kernels
+from compress.graph.rewrite import copy_model
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.sharing.centroids import TrainedCentroids
@@ -370,6 +371,18 @@ def test_tfmot_s_scheme_gives_few_values_and_keeps_zeros(pruned, model, data):
         assert not new.value[old.value == 0].any()
         if new.layer.name in ("conv", "dense"):
             assert 3 <= len(np.unique(new.value)) <= 6
+
+
+def test_tfmot_s_scheme_trains_a_model_that_ends_in_a_softmax_on_its_logits(model, data):
+    found = []
+    for ending in (tf_keras.activations.linear, tf_keras.activations.softmax):
+        network = copy_model(model)
+        network.outputs[0].node.layer.activation = ending
+        candidate = Share(clusters=6, scheme="tfmot").apply(Candidate(network), context(network, data, TRAINING))
+        assert candidate.model.outputs[0].node.layer.activation is ending
+        found.append(candidate.model.get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_tfmot_s_scheme_is_refused_or_listed_where_it_cannot(model, data):

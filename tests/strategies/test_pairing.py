@@ -17,6 +17,7 @@ from compress.graph.rewrite import copy_model
 from compress.models.resnet import cifar_resnet
 from compress.strategies.distillation.loss import LayerLoss
 from compress.strategies.distillation.losses import losses
+from compress.strategies.distillation.losses.activation_boundary import ActivationBoundary
 from compress.strategies.distillation.losses.hints import Hints
 from compress.strategies.distillation.losses.relational_distance import RelationalDistance
 from compress.strategies.distillation.losses.similarity import Similarity
@@ -24,6 +25,7 @@ from compress.strategies.distillation.losses.soft_targets import SoftTargets
 from compress.strategies.distillation.pairing import Layers, Pair, pair, stage_pairs
 from compress.strategies.distillation.teacher import Teacher, keep_nothing
 from compress.strategies.distillation.terms import LayerTerm, LogitsTerm, distillation_terms
+from compress.strategies.quantization.fake_quantization import with_fake_quantization
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 from compress.training_step import Batch
@@ -137,6 +139,42 @@ def test_relations_compare_what_the_classes_are_told_by_and_similarity_the_last_
     assert names(Similarity().choose(teacher, Layers(dense(6)))) == [("active0", "mean")]
 
 
+def test_boundaries_are_those_before_the_activation_beyond_pooling_and_rounding():
+    def network(pooled: bool, activation=None) -> tf_keras.Model:
+        image = tf_keras.Input((8, 8, 1))
+        x = layers.Conv2D(4, 3, padding="same", activation=activation, name="conv1")(image)
+        x = x if activation else layers.ReLU(name="relu1")(x)
+        x = layers.Conv2D(4, 3, strides=1 if pooled else 2, padding="same", name="conv2")(x)
+        x = tf.nn.relu(layers.BatchNormalization(name="norm2")(x))
+        x = layers.Dropout(0.5)(layers.MaxPooling2D(name="pool")(x)) if pooled else x
+        return tf_keras.Model(image, layers.Dense(5, name="logits")(layers.Flatten()(x)), name="network")
+
+    def chosen(teacher: tf_keras.Model, student: tf_keras.Model) -> list[tuple[str, str]]:
+        return names(ActivationBoundary().choose(Layers(teacher), Layers(student)))
+
+    assert chosen(network(True), network(True)) == [("norm2", "norm2")]
+    assert chosen(network(False), network(False)) == [("conv1", "conv1"), ("norm2", "norm2")]
+    # A layer with its activation within does not show what goes into it.
+    assert chosen(network(False), network(False, "relu")) == [("norm2", "norm2")]
+    rounding = with_fake_quantization(network(False), {"relu1": (0.0, 1.0), "norm2": (-1.0, 1.0)}, {})
+    assert chosen(network(False), rounding) == [("conv1", "conv1"), ("norm2_range", "norm2")]
+    assert chosen(residual(), residual()) == [("sum0", "sum0"), ("sum1", "sum1")]
+
+
+def test_layers_that_have_become_several_are_known_by_their_names():
+    def network(factorized: bool) -> tf_keras.Model:
+        image = x = tf_keras.Input((8, 8, 1))
+        x = layers.Flatten(name="flat")(x)
+        for name, units in (("fc1", 9), ("fc2", 8), ("logits", 5)):
+            x = layers.Dense(3, use_bias=False, name=f"{name}_reduce")(x) if factorized and name != "fc1" else x
+            x = layers.Dense(units, name=name)(x)
+        return tf_keras.Model(image, x, name="network")
+
+    whole, factorized = network(False), network(True)
+    assert stages(whole, factorized) == [("fc1", "fc1"), ("fc2", "fc2")]
+    assert names(RelationalDistance().choose(Layers(whole), Layers(factorized))) == [("fc2", "fc2")]
+
+
 def terms(teacher: tf_keras.Model, student: tf_keras.Model, **fields):
     recovery = Recovery(method="distill", **fields)
     return distillation_terms(recovery, [Teacher(teacher)], student, seed=0, where="recovery", keep=keep_nothing)
@@ -187,6 +225,34 @@ def test_a_teacher_that_reads_or_gives_something_else_is_refused_with_both(teach
     with pytest.raises(CompressError, match=r"recovery\.teachers.*plain.*\(8, 8, 1\) to \(5,\).*other") as refused:
         terms(other, plain(3))
     assert shapes in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pairs": {"relu1": "sum0"}, "losses": None}, ["recovery.pairs", "hints", "leave the pairs out"]),
+        ({"pairs": {"relu1": "sum0"}, "losses": {"decoupled": 1.0}}, ["recovery.pairs"]),
+        ({"batch_size": 1, "losses": {"similarity": 1.0}}, ["recovery.batch_size", "2 samples", "similarity"]),
+        ({"batch_size": 1024, "losses": {"relational_angle": 1.0}}, ["recovery.batch_size", "512 at most"]),
+    ],
+)
+def test_what_a_loss_would_not_read_or_cannot_compute_is_refused(fields, said):
+    with pytest.raises(CompressError) as refused:
+        terms(residual(), residual(), **fields)
+    for part in said:
+        assert part in str(refused.value)
+
+
+def test_a_second_teacher_that_nobody_listens_to_is_refused():
+    recovery = Recovery(method="distill", soft_weight=0.0, losses={"hints": 1.0})
+    teachers = [Teacher(residual()), Teacher(residual())]
+    with pytest.raises(CompressError, match=r"recovery\.teachers.*one teacher.*2 teachers"):
+        distillation_terms(recovery, teachers, residual(), seed=0, where="recovery", keep=keep_nothing)
+
+
+def test_hints_of_a_single_vector_are_relative_to_its_size():
+    teacher, student = tf.constant([[3.0, -4.0]]), tf.constant([[3.0, 1.0]])
+    np.testing.assert_allclose(Hints().between(student, teacher), 12.5 / 12.5)
 
 
 def test_nothing_to_learn_is_refused():

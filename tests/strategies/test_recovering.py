@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from compress.strategies.distillation.finetune import Finetune
 from compress.strategies.distillation.judging import accuracy_of, probabilities, require_same_values
 from compress.strategies.distillation.mutual import Mutual
 from compress.strategies.pruning.prune import Prune
+from compress.strategies.quantization.aware import QuantizeAware
+from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -116,6 +119,8 @@ def test_a_teacher_worse_than_the_model_received_is_warned_of(data):
     assert (found.teacher_accuracy, found.received_accuracy, found.images) == (50, 100, 100)
     assert "(bad)" in found.warning
     assert "worse than the model that the stage received: 50.00 against 100.00 %" in found.warning
+    # A stage of its own would distil whatever recovery says.
+    assert "strategy=finetune in its place" in found.warning
     assert "validation images" in found.warning
     found = Stage("distill", Distill(), recovery=recovery).apply(Candidate(good), context).recovered
     assert found.teachers == ("reference",)
@@ -281,10 +286,24 @@ def test_settings_of_teachers_are_refused_where_nobody_obeys_them(strategy, meth
         refuse_unfit([stage], data)
     assert caught.value.where == f"strategy.stage.recovery.{name}"
     other = Stage("prune", Prune(), recovery=dataclasses.replace(recovery, method="distill"))
+    without = dataclasses.replace(recovery, method="none")
     refuse_unfit([stage, other], data)
     with pytest.raises(CompressError):
         refuse_unfit([stage, dataclasses.replace(other, recovery=Recovery("distill"))], data)
-    refuse_unfit([dataclasses.replace(stage, recovery=dataclasses.replace(recovery, epochs=0))], data)
+    for idle in (Stage("quantize", Quantize(), recovery=recovery), Stage("prune", Prune(), recovery=without)):
+        with pytest.raises(CompressError, match="does not train"):
+            refuse_unfit([idle], data)
+        refuse_unfit([idle, other], data)
+
+
+@pytest.mark.parametrize("strategy", [Distill(), Finetune(), Mutual(), QuantizeAware()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("recovery", [Recovery("none"), Recovery("distill", epochs=0)], ids=["none", "no epoch"])
+def test_a_stage_that_only_trains_is_refused_without_training_by_advice_that_works(strategy, recovery, data):
+    with pytest.raises(CompressError, match="some training") as caught:
+        refuse_unfit([Stage("stage", strategy, recovery=recovery)], data)
+    (method,) = re.findall(r"recovery\.method=(\w+)", caught.value.fix)
+    assert method == (strategy.own_method or "finetune")
+    refuse_unfit([Stage("stage", strategy, recovery=Recovery(method, epochs=1))], data)
 
 
 def test_omitted_classes_need_labels_and_must_be_there(data):
@@ -303,6 +322,15 @@ def test_omitted_classes_need_labels_and_must_be_there(data):
     refuse_unfit([Stage("distill", Distill())], more)
     with pytest.raises(CompressError, match="mixed"):
         refuse_unfit([Stage("mutual", Mutual(), recovery=Recovery(mixup=0.5))], data)
+
+
+def test_a_class_that_is_named_twice_is_omitted_once(data):
+    weights = []
+    for omit in ((1,), (1, 1)):
+        stage = Stage("distill", Distill(omit=omit, raise_bias=True), recovery=Recovery("distill", epochs=0.5))
+        weights.append(stage.apply(Candidate(classifier()), Context("", data, classifier(), Recovery(), 0)).model)
+    for one, other in zip(*(model.get_weights() for model in weights), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_who_has_no_labels_is_told_what_does_without(data):

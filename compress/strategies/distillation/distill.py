@@ -55,7 +55,7 @@ class Distill(StudentStrategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Make the student, and train it."""
-        context.require_training()
+        context.require_training(self.own_method)
         self.require(context.data, context.recovery, context.stage)
         if self.omit:
             context = context.for_stage(context.stage, data=context.data.without(self.omit))
@@ -109,13 +109,13 @@ class Distill(StudentStrategy):
 
     def _raise_bias(self, model: tf_keras.Model, context: Context) -> float:
         """Raise the biases in place; return by how much."""
-        layer = self._biased(model, context)
+        layer, omitted = self._biased(model, context), sorted(set(self.omit))
         x = context.data.validation.x
-        wanted = float(probabilities(context.teacher_models(), x)[:, list(self.omit)].sum(axis=1).mean())
-        given = probabilities([model], x)[:, list(self.omit)].sum(axis=1)
+        wanted = float(probabilities(context.teacher_models(), x)[:, omitted].sum(axis=1).mean())
+        given = probabilities([model], x)[:, omitted].sum(axis=1)
         raised = _offset(given, wanted)
         bias = np.asarray(layer.bias).copy()
-        bias[list(self.omit)] += raised
+        bias[omitted] += raised
         layer.bias.assign(bias)
         return raised
 

@@ -23,6 +23,6 @@ class Finetune(StudentStrategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Train a copy."""
-        context.require_training()
+        context.require_training(self.own_method)
         plain = context.for_stage(context.stage, recovery=replace(context.recovery, method="finetune"))
         return plain.recover(self.student_of(candidate, context))

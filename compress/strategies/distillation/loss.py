@@ -57,6 +57,8 @@ class LayerLoss(Loss):
 
     least: ClassVar[int] = 1
     """How many pairs of layers it takes."""
+    samples: ClassVar[tuple[int, int | None]] = (1, None)
+    """How many samples of a batch it takes, and how many it can; None: any number."""
 
     def choose(self, teacher: Layers, student: Layers) -> list[Pair]:
         """Return the pairs that are compared where no rule says which: the ends of the networks' stages."""

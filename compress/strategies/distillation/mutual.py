@@ -71,7 +71,7 @@ class Mutual(StudentStrategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Make student and peers, and train them."""
-        context.require_training()
+        context.require_training(self.own_method)
         self.require(context.data, context.recovery, context.stage)
         student = self.student_of(candidate, context)
         peers = [self._peer(name, student.model, context, number) for number, name in enumerate(self.peers, start=1)]

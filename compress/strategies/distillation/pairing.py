@@ -24,6 +24,10 @@ _ACTIVATIONS = (
     tf_keras.layers.ELU,
     tf_keras.layers.ThresholdedReLU,
 )
+_ACTIVATION_FUNCTIONS = ("relu", "relu6", "leaky_relu", "elu", "silu", "swish", "gelu")
+_DROPPING = (tf_keras.layers.Dropout, tf_keras.layers.SpatialDropout2D)
+_PASSING = (*_DROPPING, tf_keras.layers.MaxPooling2D, tf_keras.layers.AveragePooling2D)
+"""Layers behind an activation that have none of their own."""
 
 
 @dataclass(frozen=True)
@@ -90,22 +94,37 @@ class Layers:
         """Return the last layer that gives feature maps."""
         return next((name for name in reversed(self.learned) if len(self.shapes[name]) == 3), None)
 
-    def before_activation(self, name: str) -> str:
-        """Return the layer whose output the activation layer ``name`` reads; the name itself if it is none."""
+    def before_activation(self, name: str) -> str | None:
+        """Return the layer that the last activation up to the layer ``name`` reads, beyond any pooling.
+
+        The name itself if it does not end with an activation; None if that is within a layer, and so is what it reads.
+        """
         node = next(node for node in self._nodes if node.layer.name == name)
-        if not isinstance(node.layer, _ACTIVATIONS):
-            return name
-        (parent,) = node.parent_nodes
-        return parent.layer.name if parent.layer.name in self.shapes else name
+        while (isinstance(node.layer, _PASSING) or getattr(node.layer, "rounds_only", False)) and node.parent_nodes:
+            (node,) = node.parent_nodes
+        if _is_activation(node.layer):
+            (parent,) = node.parent_nodes
+            return parent.layer.name if parent.layer.name in self.shapes else None
+        return name if _is_linear(getattr(node.layer, "activation", None)) else None
 
     def _feeding(self, node: Any) -> str | None:
         """Return the layer that a call reads, leaving out those that drop features at random."""
         parent = next(iter(node.parent_nodes), None)
-        while parent is not None and isinstance(
-            parent.layer, (tf_keras.layers.Dropout, tf_keras.layers.SpatialDropout2D)
-        ):
+        while parent is not None and isinstance(parent.layer, _DROPPING):
             parent = next(iter(parent.parent_nodes), None)
         return None if parent is None else parent.layer.name
+
+
+def _is_activation(layer: tf_keras.layers.Layer) -> bool:
+    """Say whether the layer does nothing but activate; an operation layer carries the function that it calls."""
+    if isinstance(layer, tf_keras.layers.Activation):
+        return not _is_linear(layer.activation)
+    function = str(getattr(getattr(layer, "function", None), "__name__", ""))
+    return isinstance(layer, _ACTIVATIONS) or function in _ACTIVATION_FUNCTIONS
+
+
+def _is_linear(activation: Any) -> bool:
+    return activation is None or getattr(activation, "__name__", "") == "linear"
 
 
 def pair(teacher: Layers, student: Layers, name: str, other: str) -> Pair:
@@ -116,12 +135,17 @@ def pair(teacher: Layers, student: Layers, name: str, other: str) -> Pair:
 def stage_pairs(teacher: Layers, student: Layers) -> list[Pair]:
     """Pair the ends of stages whose maps have the same size, at the same relative depth within the stage.
 
-    Without any size that both have, the stages themselves are paired by relative depth; in two networks without maps,
-    the hidden layers. Empty where one has maps and the other has none.
+    Without any size that both have, the stages themselves are paired by relative depth. In two networks without maps,
+    the hidden layers are: those of one name and size, or else by depth. Empty where one has maps and the other none.
     """
     ours, theirs = student.maps(), teacher.maps()
     if not ours and not theirs:
-        return _by_depth(teacher, student, student.hidden(), teacher.hidden())
+        hidden = teacher.hidden()
+        # A layer that has become several is known by the one that kept its name.
+        shared = [name for name in hidden if name in student.learned and student.shapes[name] == teacher.shapes[name]]
+        if shared:
+            return [pair(teacher, student, name, name) for name in shared]
+        return _by_depth(teacher, student, student.hidden(), hidden)
     common = [size for size in ours if size in theirs]
     if common:
         return [found for size in common for found in _by_depth(teacher, student, ours[size], theirs[size])]
@@ -161,8 +185,13 @@ def _another_depth(teacher: Layers, student: Layers) -> bool:
 
 
 def feature_pairs(teacher: Layers, student: Layers) -> list[Pair]:
-    """Pair the features that the classes are told by."""
+    """Pair the features that the classes are told by.
+
+    Where the student's classifier has become several layers, the features are what goes into the first.
+    """
     ours, theirs = student.features(), teacher.features()
+    if theirs is not None and theirs in student.learned and ours not in teacher.shapes:
+        ours = theirs
     return [] if ours is None or theirs is None else [pair(teacher, student, ours, theirs)]
 
 

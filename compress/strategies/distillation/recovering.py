@@ -24,6 +24,7 @@ class Recovering:
         self._received = received
         self._why: str | None = None
         self._if_worse: str | None = None
+        self._own_method: str | None = None
         self._trained = False
         self._taught = False
 
@@ -43,6 +44,7 @@ class Recovering:
                 recovery, self._why = choose(context.recovery, context.data, context.teacher_models(), previous)
             context = dataclasses.replace(context, recovery=recovery)
         self._context, self._received, self._if_worse = context, previous, strategy.if_worse
+        self._own_method = strategy.own_method
         return context
 
     def _heard(self, taught: bool) -> None:
@@ -95,7 +97,8 @@ class Recovering:
         if teacher is None or received is None or student is None:
             return None
         said = f"The teacher ({', '.join(found.teachers)}) is worse than"
-        advice = f"Name a better one in strategy.{self._context.stage}.recovery.teachers, or write recovery=finetune."
+        otherwise = "recovery=finetune" if self._own_method is None else "strategy=finetune in its place"
+        advice = f"Name a better one in strategy.{self._context.stage}.recovery.teachers, or write {otherwise}."
         where = f"of {found.images} validation images (Keras models)"
         if teacher < received:
             return f"{said} the model that the stage received: {teacher:.2f} against {received:.2f} % {where}. {advice}"

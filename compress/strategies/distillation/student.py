@@ -37,6 +37,8 @@ class StudentStrategy(Strategy):
     depth: Annotated[float, Gt(0), Lt(1)] | None = None
     start: Literal["random", "teacher"] = "random"
 
+    needs_training = True
+
     def __post_init__(self) -> None:
         """Refuse two students at once."""
         copies = self.width is not None or self.depth is not None

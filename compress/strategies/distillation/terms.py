@@ -92,7 +92,7 @@ def chosen_losses(recovery: Recovery, where: str) -> list[Loss]:
         where: the configuration key of the recovery, for errors.
 
     Raises:
-        CompressError: if there is no such loss, or a setting of it is unknown or out of range.
+        CompressError: if there is no such loss, a setting of it is unknown or out of range, or no loss reads the pairs.
     """
     known = losses()
     found = []
@@ -113,6 +113,14 @@ def chosen_losses(recovery: Recovery, where: str) -> list[Loss]:
                 fix=did_you_mean(name, set(known) - {SoftTargets.name}),
             )
         found.append(_made(known[name], settings, key))
+    if recovery.pairs is not None and not any(isinstance(loss, LayerLoss) and loss.pairs is None for loss in found):
+        inner = sorted(name for name, kind in known.items() if issubclass(kind, LayerLoss))
+        raise CompressError(
+            f"{where}.pairs",
+            expected=f"a loss that compares the layers of these pairs: {', '.join(inner)}",
+            received=f"losses={recovery.losses or {}}",
+            fix=f"Name one, {where}.losses={{{inner[-1]}: 1}}, or leave the pairs out.",
+        )
     return [loss for loss in found if loss.weight]
 
 
@@ -143,8 +151,18 @@ def distillation_terms(
             f"{where}.soft_weight",
             expected="something to learn from the teacher: soft targets, or a loss in losses",
             received=f"soft_weight={recovery.soft_weight:g} losses={recovery.losses or {}}",
-            fix=f"Write {where}.soft_weight=0.9, or {where}.method=finetune.",
+            fix=f"Give the soft targets a weight (soft_weight=0.9), name a loss ({where}.losses={{hints: 1}}), or "
+            "train on the labels alone (recovery=finetune; strategy=finetune in place of distill).",
         )
+    if len(teachers) > 1 and not any(isinstance(loss, LogitsLoss) for loss in chosen):
+        raise CompressError(
+            f"{where}.teachers",
+            expected="one teacher: losses of inner layers look at the first alone",
+            received=f"{len(teachers)} teachers, and no loss of what they say about the classes",
+            fix="Name one, or give the soft targets a weight (soft_weight=0.9).",
+        )
+    for loss in chosen:
+        _require_samples(loss, recovery.batch_size, where)
     for teacher in teachers:
         _require_fit(teacher.model, student, where)
         teacher.keep = keep
@@ -235,6 +253,20 @@ def _require_fit(teacher: tf_keras.Model, student: tf_keras.Model, where: str) -
             expected=f"teachers that read and give what the student, {student.name}, does: {_shown(student)}",
             received=f"{teacher.name}: {_shown(teacher)}",
             fix="Name models that were trained on the same inputs and classes.",
+        )
+
+
+def _require_samples(loss: Loss, batch_size: int, where: str) -> None:
+    """Refuse batches of fewer samples than a loss compares with each other, or of more than it can hold."""
+    fewest, most = loss.samples if isinstance(loss, LayerLoss) else (1, None)
+    if batch_size < fewest or (most is not None and batch_size > most):
+        raise CompressError(
+            f"{where}.batch_size",
+            expected=f"{fewest} samples of a batch or more"
+            + (f", and {most} at most" if most else "")
+            + f", which {loss.name} compares with each other",
+            received=str(batch_size),
+            fix=f"Write {where}.batch_size=128, or leave the loss out.",
         )
 
 

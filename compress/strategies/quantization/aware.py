@@ -69,6 +69,7 @@ class QuantizeAware(Strategy):
 
     effects = frozenset({Effect.TRAIN, Effect.STORE, Effect.ROUND})
     establishes = OnGrid
+    needs_training = True
     stores = "int8"
 
     def __post_init__(self) -> None:

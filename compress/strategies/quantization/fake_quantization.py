@@ -23,6 +23,8 @@ class FakeQuantize(tf_keras.layers.Layer):
     ``point``: the call whose output it rounds.
     """
 
+    rounds_only = True
+
     def __init__(self, point: str, low: float, high: float, bits: int) -> None:
         super().__init__(name=f"{point.replace(':', '_call')}_range")
         self.point = point

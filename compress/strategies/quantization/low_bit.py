@@ -34,6 +34,7 @@ class LowBit(Strategy):
     """Train the selected kernels as levels. Subclasses say which."""
 
     effects = frozenset({Effect.TRAIN, Effect.SHARE, Effect.LEVEL})
+    needs_training = True
     establishes: ClassVar[type[Levels]] = Levels
 
     @property

@@ -17,13 +17,15 @@ from compress.errors import CompressError
 from compress.graph.fold import foldable_pairs
 from compress.graph.kernels import kernels
 from compress.graph.rewrite import copy_model
+from compress.graph.softmax import gives_probabilities, without_softmax
 from compress.strategies.quantization.unfolding import fold_grids
 
 
 def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tuple[tf_keras.Model, list[str]]:
     """Return a copy whose layers round their weights and outputs as TFMOT has them do, and the layers that do not.
 
-    Those are the ones that its registry does not know, which ``quantize_model`` refuses.
+    Those are the ones that its registry does not know, which ``quantize_model`` refuses. The copy gives logits: under
+    TFMOT's layers nobody sees a softmax at the end.
 
     Raises:
         CompressError: with TFMOT's own reason, if it refuses the model.
@@ -40,8 +42,9 @@ def wrapped_by_tfmot(model: tf_keras.Model, where: str) -> tuple[tf_keras.Model,
         as_it_is = isinstance(layer, tf_keras.layers.InputLayer) or layer.name in unknown
         return layer if as_it_is else quantize_annotate_layer(layer)
 
+    ending = without_softmax(copy_model(model))
     try:
-        return quantize_apply(tf_keras.models.clone_model(copy_model(model), clone_function=annotated)), unknown
+        return quantize_apply(tf_keras.models.clone_model(ending, clone_function=annotated)), unknown
     except Exception as error:
         # It raises what it likes; any of it is a refusal.
         raise CompressError(
@@ -86,6 +89,9 @@ def unwrap(
         if kernel.name in steps:
             step = steps[kernel.name]
             getattr(kernel.layer, kernel.attribute).assign(np.clip(np.rint(kernel.value / step), -127, 127) * step)
+    if gives_probabilities(model):
+        # What was rounded are its logits.
+        ranges.pop(model.outputs[0].node.layer.name, None)
     return (*fold_grids(trained, steps, dict.fromkeys(steps, 8)), ranges)
 
 

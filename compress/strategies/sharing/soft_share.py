@@ -51,6 +51,7 @@ class SoftShare(Strategy):
 
     effects = frozenset({Effect.TRAIN, Effect.ZERO, Effect.SHARE, Effect.LEVEL})
     establishes = Codebook
+    needs_training = True
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Fold, train under the prior, collapse, train the values."""

@@ -14,6 +14,7 @@ import tf_keras
 from compress.errors import CompressError
 from compress.graph.kernels import kernel_attributes
 from compress.graph.rewrite import copy_model
+from compress.graph.softmax import without_softmax
 
 STARTS: Mapping[str, str] = MappingProxyType(
     {"linear": "LINEAR", "density": "DENSITY_BASED", "kmeans++": "KMEANS_PLUS_PLUS"}
@@ -39,7 +40,7 @@ def wrapped_by_tfmot(
     keep_zeros: Collection[str],
     where: str,
 ) -> tf_keras.Model:
-    """Return a copy whose ``layers`` cluster their kernels while they train.
+    """Return a copy whose ``layers`` cluster their kernels while they train, and that gives logits.
 
     Args:
         model: a flat model.
@@ -70,8 +71,10 @@ def wrapped_by_tfmot(
             cluster_gradient_aggregation=GradientAggregation.AVG if gradient == "mean" else GradientAggregation.SUM,
         )
 
+    # Under TFMOT's layers nobody sees a softmax at the end.
+    ending = without_softmax(copy_model(model))
     try:
-        return tf_keras.models.clone_model(copy_model(model), clone_function=wrapped)
+        return tf_keras.models.clone_model(ending, clone_function=wrapped)
     except Exception as error:
         # It raises what it likes; any of it is a refusal.
         raise CompressError(
@@ -87,6 +90,6 @@ def unwrap(wrapped: tf_keras.Model, model: tf_keras.Model) -> tf_keras.Model:
     from tensorflow_model_optimization.python.core.clustering.keras.cluster import strip_clustering
 
     stripped, trained = strip_clustering(wrapped), copy_model(model)
-    for layer in trained.layers:
-        layer.set_weights(stripped.get_layer(layer.name).get_weights())
+    for layer in stripped.layers:
+        trained.get_layer(layer.name).set_weights(layer.get_weights())
     return trained

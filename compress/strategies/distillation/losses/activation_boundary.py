@@ -25,7 +25,8 @@ class ActivationBoundary(PairLoss):
 
     It is summed over the layers, too, and averaged over the batch. ``s`` is the student's response past a connector
     that is trained and starts as the identity where the channels are as many. A neuron of the teacher is active where
-    its response is above zero.
+    its response is above zero; so the responses are those before the activation. Layers that have their activation
+    within (``activation="relu"``) do not show them, and are left out.
 
     Attributes:
         margin: how far from the boundary the student's responses should lie.
@@ -36,11 +37,12 @@ class ActivationBoundary(PairLoss):
     name = "activation_boundary"
 
     def choose(self, teacher: Layers, student: Layers) -> list[Pair]:
-        """Take the ends of the stages; where they end with an activation, what goes into it."""
-        return [
-            pair(teacher, student, student.before_activation(found.student), teacher.before_activation(found.teacher))
-            for found in stage_pairs(teacher, student)
-        ]
+        """Take what goes into the activations at the ends of the stages."""
+        found = dict.fromkeys(
+            (student.before_activation(end.student), teacher.before_activation(end.teacher))
+            for end in stage_pairs(teacher, student)
+        )
+        return [pair(teacher, student, ours, theirs) for ours, theirs in found if ours and theirs]
 
     def misfit(self, pair: Pair) -> str | None:
         """Maps of one size, or vectors."""

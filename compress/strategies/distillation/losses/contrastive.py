@@ -38,6 +38,7 @@ class Contrastive(LayerLoss):
     temperature: Annotated[float, Gt(0), Le(1e3)] = 0.07
 
     name = "contrastive"
+    samples = (2, None)
 
     def choose(self, teacher: Layers, student: Layers) -> list[Pair]:
         """Take the features that the classes are told by."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from compress.distribution.replicas import mean_over_replicas
 from compress.strategies.distillation.connector import Connector
 from compress.strategies.distillation.loss import PairLoss
 from compress.strategies.distillation.pairing import Layers, Pair, same_layers, stage_pairs
@@ -50,7 +51,13 @@ class Hints(PairLoss):
         return Connector(int(ours[-1] or 0), int(theirs[-1] or 0), seed, kernel=kernel), None
 
     def between(self, student: tf.Tensor, teacher: tf.Tensor) -> tf.Tensor:
-        """Return the mean square of the difference, relative to how much the teacher's channels vary."""
+        """Return the mean square of the difference, relative to how much the teacher's channels vary.
+
+        A single vector does not vary: there, relative to its size.
+        """
         axes = list(range(teacher.shape.rank - 1))
-        spread = tf.reduce_mean(tf.math.reduce_variance(teacher, axes))
+        mean = mean_over_replicas(tf.reduce_mean(teacher, axes))
+        spread = tf.reduce_mean(mean_over_replicas(tf.reduce_mean((teacher - mean) ** 2, axes)))
+        size = tf.reduce_mean(mean_over_replicas(tf.reduce_mean(teacher**2, axes)))
+        spread = tf.where(spread > 0.0, spread, size)
         return tf.reduce_mean((student - teacher) ** 2) / tf.maximum(spread, 1e-12)

@@ -17,6 +17,8 @@ class RelationalAngle(PairLoss):
     """The mean over all triplets (i, j, k) of Huber's loss between the cosines of their angles at j."""
 
     name = "relational_angle"
+    samples = (3, 512)
+    """It holds the cosines of all triplets: half a gigabyte for 512 samples."""
 
     def choose(self, teacher: Layers, student: Layers) -> list[Pair]:
         """Take the features that the classes are told by."""

@@ -20,6 +20,7 @@ class RelationalDistance(PairLoss):
     """
 
     name = "relational_distance"
+    samples = (2, None)
 
     def choose(self, teacher: Layers, student: Layers) -> list[Pair]:
         """Take the features that the classes are told by."""

@@ -19,6 +19,7 @@ class Similarity(PairLoss):
     """
 
     name = "similarity"
+    samples = (2, None)
 
     def choose(self, teacher: Layers, student: Layers) -> list[Pair]:
         """Take the last feature maps; where a network has none, the features that the classes are told by."""
