@@ -24,10 +24,10 @@ from compress.cache.store import Entry, StageCache
 from compress.cache.trainings import Trainings
 from compress.candidate import Artifact, Candidate, Numbers, Storage
 from compress.data.source import Data
+from compress.deploy.files import write_files
 from compress.deploy.measure import measure
 from compress.deploy.noise import Noise, quantization_noise
 from compress.deploy.packing import write_cmp
-from compress.deploy.tflite import export
 from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
@@ -226,6 +226,8 @@ class Pipeline:
             other_model=functools.cache(lambda name: self.networks.teacher(name, reference, self.data, self._trained)),
             distribution=self.distribution,
             untrained_model=lambda name, seed: self.networks.student(name, reference, data, seed),
+            sparse=self._sparse,
+            save=self.model.save,
         )
 
     def _trained(self, source: ModelSource) -> tf_keras.Model:
@@ -259,6 +261,11 @@ class Pipeline:
 
     def _board(self) -> list[Any]:
         return [type(self.board).__qualname__, dataclasses.asdict(self.board)]  # type: ignore[call-overload]
+
+    @property
+    def _sparse(self) -> bool:
+        """A board that cannot expand kernels would not run the file at all."""
+        return not self.board.lacks(["DENSIFY"])
 
     def _reference_key(self) -> str:
         """Return a digest of what makes the reference model."""
@@ -311,13 +318,10 @@ class Pipeline:
         _LOG.info("%s: running", name)
         started = time.perf_counter()
         candidate = make()
-        # A board that cannot expand kernels would not run the file at all.
-        sparse = not self.board.lacks(["DENSIFY"])
-        artifact = export(candidate, data, folder / "model.tflite", sparse=sparse)
+        artifact = write_files(candidate, data, folder, sparse=self._sparse, save=self.model.save)
         file = TFLiteFile.read(artifact.path)
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
-        artifact = self._packed(candidate, artifact)
         numbers, agreement = measure(artifact, file, candidate.model, data, self.board, baseline)
         noise: tuple[Noise, ...] = ()
         if candidate.storage.scheme in _QUANTIZED:
@@ -341,21 +345,6 @@ class Pipeline:
             agreement=agreement,
             recovered=candidate.recovered,
         )
-
-    def _packed(self, candidate: Candidate, artifact: Artifact) -> Artifact:
-        """Write the packed file beside the exported one."""
-        target = artifact.path.with_suffix(".cmp")
-        hashes = [found for guarantee in candidate.guarantees for found in guarantee.hashes().values()]
-        transfers = [found for guarantee in candidate.guarantees for found in guarantee.transfers().values()]
-        # Whole numbers are the exported file's; floats are the Keras model's, which conversion only copies.
-        if candidate.storage.scheme == "float32" and has_layers(candidate.model):
-            with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-                source = Path(folder, "model.keras")
-                self.model.save(candidate.model, source)
-                write_cmp(target, source, candidate.coder, hashes, transfers)
-        else:
-            write_cmp(target, artifact.path, candidate.coder, hashes, transfers)
-        return dataclasses.replace(artifact, packed=target)
 
 
 def _move(artifact: Artifact, target: Artifact) -> None:

@@ -17,7 +17,6 @@ from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Candidate, Effect, Guarantee, Skipped
-from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.accuracy import file_accuracy
 from compress.search.allocation import Allocation, Allocator, Limits
@@ -238,7 +237,7 @@ class Auto(Strategy):
         }
         in_turns = self.latency is not None
         size, time = context.remember(
-            "built", [board, chosen, in_turns], lambda: list(self._measured(make(), context, limits))
+            "built", [board, chosen, in_turns, context.sparse], lambda: list(self._measured(make(), context, limits))
         )
         costs = tuple(v for v, limit in ((size, limits.bytes), (time, limits.milliseconds)) if limit and v is not None)
         _LOG.info("%s: %s", context.stage, _said(limits, costs, found))
@@ -296,9 +295,9 @@ class Auto(Strategy):
             return
         with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
             data = context.data
-            original = export(Candidate(context.reference), data, Path(folder, "a.tflite"))
+            original = context.export(Candidate(context.reference), Path(folder, "a.tflite"))
             before = file_accuracy(original.path, data.evaluated)
-            after = file_accuracy(export(result, data, Path(folder, "b.tflite")).path, data.evaluated)
+            after = file_accuracy(context.export(result, Path(folder, "b.tflite")).path, data.evaluated)
         if before - after > self.accuracy_drop:
             raise CompressError(
                 "budget.accuracy_drop",
@@ -328,7 +327,7 @@ def _times_longer(first: Candidate, second: Candidate, context: Context) -> floa
     """Return how much longer the second one's file takes than the first one's on the board, both in turns."""
     with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
         names = ("first.tflite", "second.tflite")
-        files = [export(c, context.data, Path(folder, n)) for c, n in zip((first, second), names, strict=True)]
+        files = [context.export(c, Path(folder, n)) for c, n in zip((first, second), names, strict=True)]
         before, after = context.median_latencies(files, "bytes")
     return after / before
 

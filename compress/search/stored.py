@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.candidate import Artifact, Candidate, Grid
-from compress.deploy.packing import packed_bytes, write_cmp
-from compress.deploy.tflite import export
+from compress.candidate import Candidate, Grid
+from compress.deploy.packing import packed_bytes
 from compress.graph.kernels import Kernel
 from compress.strategies.quantization.stored import stays_float
 from compress.strategies.strategy import Context
@@ -56,19 +55,6 @@ def grids_by_name(candidate: Candidate) -> dict[str, Grid]:
     return {name: grid for guarantee in candidate.guarantees for name, grid in guarantee.grids().items()}
 
 
-def write_files(candidate: Candidate, context: Context, folder: Path) -> Artifact:
-    """Export the candidate into ``folder``, and pack it as the pipeline does: integers from the exported file."""
-    artifact = export(candidate, context.data, folder / "model.tflite")
-    packed, source = folder / "model.cmp", artifact.path
-    if candidate.storage.scheme == "float32":
-        source = folder / "model.keras"
-        candidate.model.save(str(source))
-    hashes = [found for guarantee in candidate.guarantees for found in guarantee.hashes().values()]
-    transfers = [found for guarantee in candidate.guarantees for found in guarantee.transfers().values()]
-    write_cmp(packed, source, candidate.coder, hashes, transfers)
-    return Artifact(artifact.path, artifact.storage, packed)
-
-
 def measure_files(candidate: Candidate, context: Context, *, latency: bool) -> tuple[int, float | None]:
     """Return the bytes of the packed file and, if asked for, the milliseconds that the exported file takes.
 
@@ -76,7 +62,7 @@ def measure_files(candidate: Candidate, context: Context, *, latency: bool) -> t
         CompressError: if the board gives no latency.
     """
     with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
-        artifact = write_files(candidate, context, Path(folder))
+        artifact = context.write_files(candidate, Path(folder))
         assert artifact.packed is not None
         milliseconds = context.median_latency(artifact, "bytes") if latency else None
         return artifact.packed.stat().st_size, milliseconds

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from compress.candidate import Candidate, Skipped, Storage
-from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.metrics.counts import count_macs
 from compress.progress import progress
@@ -162,11 +161,11 @@ def _measured(
     wholes: list[float] = []
     rows = []
     with tempfile.TemporaryDirectory(prefix=".measured-") as folder, progress("latency of levels") as shown:
-        first = export(made, context.data, Path(folder, "whole.tflite"))
+        first = context.export(made, Path(folder, "whole.tflite"))
         for start in range(0, max(len(others), 1), _AT_ONCE):
             some = others[start : start + _AT_ONCE]
             files = [
-                export(_stored_like(made, other.candidate, originals), context.data, Path(folder, f"{number}.tflite"))
+                context.export(_stored_like(made, other.candidate, originals), Path(folder, f"{number}.tflite"))
                 for number, other in enumerate(some)
             ]
             whole, *times = (measurement.cost_ms for measurement in context.measurements([first, *files]))

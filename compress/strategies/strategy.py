@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,8 @@ from compress.batches import augment
 from compress.candidate import Artifact, Candidate, Effect, Guarantee, Measurement, Scheme, Skipped
 from compress.checkpoints import Checkpoint
 from compress.data.source import Data
+from compress.deploy.files import Save, save_flat, write_files
+from compress.deploy.tflite import export
 from compress.distribution.replicas import SINGLE, Distribution
 from compress.errors import CompressError
 from compress.graph.selection import Selection
@@ -84,6 +87,18 @@ class Context:
     """Who computes the steps of a training."""
     on_recovery: Callable[[bool], None] = _nobody
     """Is told of every training whether teachers have part in it."""
+    sparse: bool = True
+    """Whether the board runs files whose kernels are stored without their zeros."""
+    save: Save = save_flat
+    """Writes a Keras file as the pipeline delivers it: in the format that the reference came in."""
+
+    def export(self, candidate: Candidate, path: Path) -> Artifact:
+        """Write the candidate's file as the pipeline would deliver it on this board."""
+        return export(candidate, self.data, path, sparse=self.sparse)
+
+    def write_files(self, candidate: Candidate, folder: Path) -> Artifact:
+        """Write the candidate's file, and the packed one beside it, as the pipeline would deliver them."""
+        return write_files(candidate, self.data, folder, sparse=self.sparse, save=self.save)
 
     def recover(
         self,

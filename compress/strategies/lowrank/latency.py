@@ -12,7 +12,6 @@ import numpy as np
 import tf_keras
 
 from compress.candidate import Candidate
-from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.rewrite import NewLayer
 from compress.progress import progress
@@ -39,7 +38,7 @@ class Timer:
     def of_file(self, candidate: Candidate) -> float:
         """Return the median milliseconds of a candidate's file."""
         with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
-            artifact = export(candidate, self._context.data, Path(folder, "model.tflite"))
+            artifact = self._context.export(candidate, Path(folder, "model.tflite"))
             return self._context.median_latency(artifact, "macs")
 
     def of_layers(self, shape: Sequence[int | None], chain: Sequence[NewLayer]) -> float:

@@ -12,7 +12,6 @@ import tf_keras
 from scipy.optimize import brentq
 
 from compress.candidate import Candidate
-from compress.deploy.tflite import export
 from compress.graph.channels.groups import Channels, Group
 from compress.metrics.size import file_bytes
 from compress.strategies.pruning.plan import Size
@@ -57,7 +56,7 @@ class Start:
 
 def _measure(candidate: Candidate, context: Context, unit: str) -> float:
     with tempfile.TemporaryDirectory(prefix=".measured-") as folder:
-        artifact = export(candidate, context.data, Path(folder, "model.tflite"))
+        artifact = context.export(candidate, Path(folder, "model.tflite"))
         if unit == "bytes":
             return float(file_bytes(artifact.path))
         return context.median_latency(artifact, "macs")

@@ -18,7 +18,6 @@ from pydantic.dataclasses import dataclass
 from scipy.optimize import LinearConstraint, milp
 
 from compress.candidate import Calibration, Candidate, Effect, Grid, Guarantee, Skipped, Storage
-from compress.deploy.tflite import export
 from compress.errors import CompressError
 from compress.graph.fold import fold_layer_norm
 from compress.graph.kernels import kernels
@@ -169,7 +168,7 @@ class MixedPrecision(Strategy):
 
 def _file_bytes(candidate: Candidate, context: Context) -> int:
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-        return file_bytes(export(candidate, context.data, Path(folder, "model.tflite")).path)
+        return file_bytes(context.export(candidate, Path(folder, "model.tflite")).path)
 
 
 def _widest_grid(kernel: np.ndarray, bits: int) -> Grid:
