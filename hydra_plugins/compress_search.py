@@ -129,26 +129,38 @@ class SearchSweeper(Sweeper):
             sampler=self._sampler,
             seed=self._seed,
             population=self._population,
+            settings=_digest(composed),
         )
         _LOG.info("search: %d of %d trials were made before", study.finished, self._trials)
-        number = 0
+        tried = 0
         while (left := study.left(self._trials)) > 0:
-            trials = [study.ask() for _ in range(min(self._at_once, left))]
-            jobs = [_of_its_pipeline([*fixed, *trial.overrides], space) for trial in trials]
-            results = self._launcher.launch(jobs, initial_job_idx=number)
-            number += len(jobs)
-            for trial, result in zip(trials, results, strict=True):
-                _tell(study, trial, result)
-            if number >= _MOST_TRIES * self._trials:
+            if tried >= _MOST_TRIES * self._trials:
                 raise CompressError(
                     "hydra.sweeper.params",
                     expected="a search space in which pipelines work",
-                    received=f"{study.finished} finished trials of {number}; the log says why",
+                    received=f"{study.finished} finished trials of {tried}; the log says why",
                     fix="Narrow the space to what the strategies accept.",
                 )
+            trials = [study.ask() for _ in range(min(self._at_once, left))]
+            jobs = [_of_its_pipeline([*fixed, *trial.overrides], space) for trial in trials]
+            # Numbers as the study's: where it is continued in the same folder, no job writes into an older one's.
+            results = self._launcher.launch(jobs, initial_job_idx=trials[0].number)
+            tried += len(jobs)
+            without = [
+                error for pair in zip(trials, results, strict=True) if (error := _tell(study, *pair)) is not None
+            ]
+            if without and not study.reported:
+                raise without[0]
+            for error in without:
+                _LOG.warning("%s The trial counts as failed.", error)
         best = [
-            {"trial": trial, "setting": _setting_of_its_pipeline(setting, space), "values": values}
-            for trial, setting, values in study.best()
+            {
+                "trial": found.number,
+                "setting": _setting_of_its_pipeline(found.setting, space),
+                "values": list(found.values),
+                "folder": found.folder,
+            }
+            for found in study.best()
         ]
         (sweep / "search.json").write_text(json.dumps({"objectives": self._objectives, "best": best}, indent=1))
         _LOG.info("search: %d trials, %d of them not beaten: %s", study.finished, len(best), sweep / "search.json")
@@ -231,15 +243,21 @@ _MOST_TRIES = 3
 """Jobs for each trial that is wanted, at most: those that fail are replaced."""
 
 
-def _tell(study: Study, trial: Trial, result: JobReturn) -> None:
+def _tell(study: Study, trial: Trial, result: JobReturn) -> CompressError | None:
+    """Take down what a job has come to; return the error if it has not reported an objective."""
     # Imported here: Hydra imports this module at every start.
     from compress.search.trial import read_outcome
 
     # Raises what the job has raised, under debug=true.
     accuracy = result.return_value
     assert result.hydra_cfg is not None
-    metrics, hopeless = read_outcome(Path(result.hydra_cfg.hydra.runtime.output_dir))
-    study.tell(trial, None if accuracy is None else metrics, hopeless=hopeless)
+    folder = str(result.hydra_cfg.hydra.runtime.output_dir)
+    metrics, hopeless = read_outcome(Path(folder))
+    try:
+        study.tell(trial, None if accuracy is None else metrics, hopeless=hopeless, folder=folder)
+    except CompressError as error:
+        return error
+    return None
 
 
 def _written(value: Any) -> str:
@@ -262,6 +280,13 @@ def _values(override: Override) -> Interval | Choice | None:
         # interval(1,4) holds floats, int(interval(1,4)) whole numbers.
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         return Interval(value.start, value.end, whole=whole, log="log" in value.tags)
+    if isinstance(value, RangeSweep) and "log" in value.tags:
+        raise CompressError(
+            override.get_key_element(),
+            expected="tag(log,...) around an interval",
+            received=f"tag(log,range({value.start},{value.stop}))",
+            fix="Write tag(log,int(interval(1,1000))), whose numbers are whole, too.",
+        )
     if isinstance(value, RangeSweep) and isinstance(value.start, int) and isinstance(value.stop, int):
         step = value.step
         if isinstance(step, int) and step > 0 and value.start < value.stop:
@@ -280,4 +305,8 @@ def _values(override: Override) -> Interval | Choice | None:
 
 def _name_of(*parts: Any) -> str:
     """Return the name of the study that these decide, so that the same command continues its own search."""
-    return "search-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    return f"search-{_digest(parts)}"
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

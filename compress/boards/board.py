@@ -17,6 +17,11 @@ class Board(ABC):
     channel_multiple: int = 1
     """It computes as long for fewer channels than the next multiple of this."""
 
+    @property
+    def place(self) -> str:
+        """What its answers depend on beside its fields: empty, unless it times this machine."""
+        return ""
+
     @abstractmethod
     def measure(self, artifact: Artifact) -> Measurement:
         """Return what the board says of the artifact; a failure of the board is returned, not raised."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,6 +26,11 @@ class Host(Timing, Board):
     """Measures in child processes, so that a crash of the runtime cannot take the run along; fields as in Timing."""
 
     name: ClassVar[str] = "host"
+
+    @property
+    def place(self) -> str:
+        """The processor: another one takes other times."""
+        return processor()
 
     def lacks(self, operators: Collection[str]) -> frozenset[str]:
         """Return the operators of TensorFlow itself, which LiteRT has no kernels for."""
@@ -50,3 +58,12 @@ class Host(Timing, Board):
             reason = f"the runtime ended with code {answer.code}: {answer.last_error}".rstrip(": ")
             return [Measurement(self.name, None, reason)] * count
         return read_times(self.name, answer.output, count)
+
+
+def processor() -> str:
+    """Return this machine's processor: its model, what it can do, and how many there are."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = hashlib.sha256(" ".join(sorted(known.get("flags", "").split())).encode()).hexdigest()[:12]
+    return f"{known.get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, {flags}"

@@ -18,7 +18,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,14 @@ class StageCache:
             return None
         try:
             found = _read(entry)
-            mark_used(entry)
+            with suppress(FileNotFoundError):
+                mark_used(entry)
             return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            _LOG.warning("cache entry %s is damaged (%s): made anew", key[:12], error)
-            shutil.rmtree(entry, ignore_errors=True)
+            if entry.is_dir():
+                _LOG.warning("cache entry %s is damaged (%s): made anew", key[:12], error)
+                shutil.rmtree(entry, ignore_errors=True)
+            # Else another run has made room meanwhile.
             return None
 
     @contextmanager

@@ -45,15 +45,13 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
         if debug:
             raise
         failures = [translate(error, arguments)]
-    except BrokenExecutor as error:
-        if debug:
-            raise
-        failures = [_worker_gone(error)]
-    except ValueError as error:
+    except (BrokenExecutor, ValueError, RuntimeError) as error:
+        # A job of submitit that was ended from outside is one of its own RuntimeErrors; it may not be installed.
+        gone = isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit.")
         # Hydra refuses some overrides, such as strategy=null, with a bare ValueError.
-        if debug or not _raised_in_hydra(error):
+        if debug or not (gone or (isinstance(error, ValueError) and _raised_in_hydra(error))):
             raise
-        failures = [translate(error, arguments)]
+        failures = [_worker_gone(error) if gone else translate(error, arguments)]
     for failure in failures:
         print(paragraph(failure), file=sys.stderr)
     return USER_ERROR if failures else 0

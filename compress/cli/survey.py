@@ -21,7 +21,7 @@ from compress.pipeline.stage import Stage
 from compress.search.sensitivity import Sensitivity, Survey, measure_sensitivity
 from compress.search.table import heat_map, markdown, print_table
 from compress.search.technique import UNTRAINED
-from compress.tracking.recorder import log_survey
+from compress.tracking.recorder import log_survey, meet_store
 
 _LOG = logging.getLogger("compress")
 _OWN = ("images", "only", "skip")
@@ -63,6 +63,7 @@ def run_survey(config: DictConfig, folder: Path) -> Sensitivity:
         raise CompressError(
             "model", expected="a model with Keras layers", received=given.name, fix="Bring what it was made from."
         )
+    meet_store(plan.tracking)
     with tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work:
         candidate, _, context = plan.pipeline().before_first(stage, Path(work))
         found = measure_sensitivity(candidate, techniques, context, images)
@@ -70,8 +71,8 @@ def run_survey(config: DictConfig, folder: Path) -> Sensitivity:
     _write(folder / "sensitivity.json", json.dumps(found.to_json(), indent=2) + "\n")
     _write(folder / "sensitivity.md", markdown(found, title))
     heat_map(found, title, folder / "sensitivity.png")
-    log_survey(plan.tracking, plain, folder, sys.argv[1:], _metrics(found))
     print_table(found, title)
+    log_survey(plan.tracking, plain, folder, sys.argv[1:], _metrics(found))
     _LOG.info("sensitivity: %s", folder / "sensitivity.md")
     return found
 

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from compress.cli.errors import guarded
 from compress.cli.failures import clear_failures, exit_code, print_failures, read_failures
-from compress.errors import USER_ERROR, CompressError, paragraph
+from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.tracking.store import TrackingSettings
     from compress.tracking.sweeps import Summary
 
 _LOG = logging.getLogger("compress")
+_DEFECT = 1
 _BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
@@ -56,10 +58,9 @@ class SweepCallback(Callback):
             deliver(Path(settings.unsent), store)
             store.ask(close_orphans)
             parent = start_parent(store, "multirun", sys.argv[1:])
-        except CompressError as error:
+        except Exception as error:
             # Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
-            print(paragraph(error), file=sys.stderr)
-            sys.exit(USER_ERROR)
+            sys.exit(guarded(partial(_raise, error), sys.argv[1:]))
         sweep = Path(config.hydra.sweep.dir)
         write_parent(sweep, parent)
         self._close = partial(end_sweep, store, parent, settings)
@@ -76,25 +77,32 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compute and log the Pareto fronts, close the parent run; say which jobs failed, and exit if some did."""
-        missing = self._finish() if config.tracking.enabled else None
         failures = read_failures(Path(config.hydra.sweep.dir))
-        print_failures(failures)
-        if missing is not None:
-            print(paragraph(missing), file=sys.stderr)
-        code = max(exit_code(failures), USER_ERROR if missing is not None else 0)
+        code = 0
+        try:
+            if config.tracking.enabled:
+                code = guarded(self._finish, sys.argv[1:])
+        except Exception:
+            # Hydra would make a warning of it.
+            _LOG.exception("a defect: the multirun could not be closed in MLflow")
+            code = _DEFECT
+        finally:
+            print_failures(failures)
+        code = max(exit_code(failures), code)
         if code:
             sys.exit(code)
 
-    def _finish(self) -> CompressError | None:
+    def _finish(self) -> list[CompressError]:
         atexit.unregister(self._stop)
-        try:
-            summary = self._close(stopped=False)
-        except CompressError as error:
-            return error
+        summary = self._close(stopped=False)
         if summary is None:
-            return None
+            return []
         _log_summary(summary)
-        return summary.missing
+        return [] if summary.missing is None else [summary.missing]
+
+
+def _raise(error: Exception) -> list[CompressError]:
+    raise error
 
 
 def _log_summary(summary: Summary) -> None:

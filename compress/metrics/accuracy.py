@@ -35,13 +35,23 @@ def keras_accuracy(model: tf_keras.Model, split: Split) -> float:
     return accuracy(keras_outputs(model, split.x), split.y)
 
 
+def _own_share() -> int:
+    """Return the threads that TensorFlow may use in this process: a launcher divides them; else one for each core."""
+    tensorflow = sys.modules.get("tensorflow")
+    threads = 0 if tensorflow is None else tensorflow.config.threading.get_intra_op_parallelism_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(threads or cores)
+
+
 def file_outputs(path: Path, inputs: np.ndarray, *, batch: int = 128, threads: int | None = None) -> np.ndarray:
     """Return the outputs of a ``.tflite`` file, run by LiteRT in a child process.
+
+    ``threads``: None: as many as TensorFlow may use in this process.
 
     Raises:
         CompressError: if the runtime rejects the file or crashes on it.
     """
-    threads = threads or os.cpu_count() or 1
+    threads = threads or _own_share()
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         source, target = Path(folder, "inputs.npy"), Path(folder, "outputs.npy")
         np.save(source, inputs, allow_pickle=False)

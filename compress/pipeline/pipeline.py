@@ -260,7 +260,7 @@ class Pipeline:
         return dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
 
     def _board(self) -> list[Any]:
-        return [type(self.board).__qualname__, dataclasses.asdict(self.board)]  # type: ignore[call-overload]
+        return [type(self.board).__qualname__, dataclasses.asdict(self.board), self.board.place]  # type: ignore[call-overload]
 
     @property
     def _sparse(self) -> bool:

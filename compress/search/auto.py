@@ -137,8 +137,9 @@ class Auto(Strategy):
         found, allocator = best.allocation, best.allocator
         if context.recovery.trains:
             result = realise(candidate, found, self.techniques, context, trains=True)
-            self._check_costs(best, result, limits, context)
+            share = self._check_costs(best, result, limits, context)
         else:
+            share = None
             result = best.make()
         self._check_accuracy(result, context)
         unused = (*left_out, *_unused(sensitivity, self.techniques))
@@ -146,7 +147,11 @@ class Auto(Strategy):
         return result.evolve(
             skipped=(*result.skipped, *unused),
             allocation=table(found, allocator),
-            measured={"expected_divergence": found.divergence, **{f"expected_{k}": v for k, v in expected.items()}},
+            measured={
+                "expected_divergence": found.divergence,
+                **{f"expected_{k}": v for k, v in expected.items()},
+                **({} if share is None else {"share_of_budget_time": share}),
+            },
         )
 
     def _milliseconds(self, context: Context) -> float | None:
@@ -257,18 +262,20 @@ class Auto(Strategy):
             f"(now: {', '.join(technique.name for technique in self.techniques)}).",
         )
 
-    def _check_costs(self, built: _Built, result: Candidate, limits: Limits, context: Context) -> None:
-        """Refuse a file that is too large or slow after the training.
+    def _check_costs(self, built: _Built, result: Candidate, limits: Limits, context: Context) -> float | None:
+        """Refuse a file that is too large or slow after the training; return which share of the time it takes.
 
-        Its time is that of the file before, as it was measured, times how much longer it takes with both in turns.
+        As times are noisy, two percent more are let pass. Its time is that of the file before, as it was measured,
+        times how much longer it takes with both in turns.
         """
+        longer = None
         if limits.milliseconds is not None:
             time = built.costs[-1] * _times_longer(built.make(), result, context)
-            if time > limits.milliseconds * _NOISE:
+            longer = time / limits.milliseconds
+            if longer > _NOISE:
                 other = any(technique.trained for technique in self.techniques)
                 field, given = ("latency_ms", self.latency_ms) if self.latency is None else ("latency", self.latency)
                 assert given is not None
-                longer = time / limits.milliseconds
                 raise CompressError(
                     f"budget.{field}",
                     expected=f"at most {given:.4g} after the training, too",
@@ -288,6 +295,7 @@ class Auto(Strategy):
                     else f"Aim lower, budget.bytes={int(self.bytes * self.bytes / size * 0.99)}, and the file will be "
                     f"near {self.bytes:,}.",
                 )
+        return longer
 
     def _check_accuracy(self, result: Candidate, context: Context) -> None:
         """Refuse a file that has lost too much."""

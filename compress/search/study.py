@@ -37,6 +37,16 @@ class Trial:
     overrides: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Best:
+    """A trial that no other one beats: what was drawn, what it came to, and where its results are."""
+
+    number: int
+    setting: Mapping[str, Any]
+    values: tuple[float, ...]
+    folder: str
+
+
 class Study:
     """A study in a database.
 
@@ -46,12 +56,14 @@ class Study:
         objectives: what is optimised.
         space: what may be tried.
         sampler: ``gaussian``, ``nsga2``, ``tpe`` or ``random``.
+        settings: what decides the outcomes of its trials beside the space.
         seed: of the sampler.
         population: size of a generation, for ``nsga2``; how many are drawn without a model first, for ``gaussian`` and
             ``tpe``.
 
     Raises:
-        CompressError: if the database does not answer or is locked, or the study of that name has another space.
+        CompressError: if the database does not answer or is locked, or the study of that name has another space or
+            other settings.
     """
 
     def __init__(
@@ -64,6 +76,7 @@ class Study:
         sampler: str,
         seed: int,
         population: int,
+        settings: str = "",
     ) -> None:
         if sampler not in SAMPLERS:
             raise CompressError(
@@ -74,6 +87,7 @@ class Study:
             )
         self._where = without_password(storage)
         self._space, self._objectives = space, tuple(objectives)
+        self._asked: dict[int, optuna.Trial] = {}
         with _answering(self._where):
             optuna = _import_optuna()
             self._distributions = distributions_of(space)
@@ -83,19 +97,23 @@ class Study:
                 directions=["maximize" if o.maximise else "minimize" for o in objectives],
                 load_if_exists=True,
             )
-            known = self._study.user_attrs.get("space")
-            mine = _described(space, objectives)
-            if known is None:
-                self._study.set_user_attr("space", mine)
-            elif known != mine:
-                raise CompressError(
-                    "hydra.sweeper.study",
-                    expected=f"the search space and objectives that the study {name} has",
-                    received="others",
-                    fix="Give the new search a name of its own: hydra.sweeper.study=<name>.",
-                )
+            self._require_same("space", "search space and objectives", _described(space, objectives))
+            self._require_same("settings", "settings of the jobs", settings)
             self._study.sampler = self._sampler(optuna, sampler, seed, population)
             self._continue_killed()
+
+    def _require_same(self, attribute: str, what: str, mine: str) -> None:
+        """Take down what the study's trials are about; refuse to go on with another one."""
+        known = self._study.user_attrs.get(attribute)
+        if known is None:
+            self._study.set_user_attr(attribute, mine)
+        elif known != mine:
+            raise CompressError(
+                "hydra.sweeper.study",
+                expected=f"the {what} that the study {self._study.study_name} has",
+                received="others, whose results could not be compared with its trials'",
+                fix="Give the new search a name of its own: hydra.sweeper.study=<name>.",
+            )
 
     def _sampler(self, optuna: Any, name: str, seed: int, population: int) -> Any:
         from compress.search.draws import NumberedSampler
@@ -138,6 +156,14 @@ class Study:
             done = (TrialState.COMPLETE, TrialState.PRUNED)
             return len(self._study.get_trials(deepcopy=False, states=done))
 
+    @property
+    def reported(self) -> bool:
+        """Whether any trial has reported all objectives."""
+        from optuna.trial import TrialState
+
+        with _answering(self._where):
+            return bool(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
     def left(self, trials: int) -> int:
         """Return how many of ``trials`` are still to be made: neither done, nor at work in another process.
 
@@ -161,17 +187,28 @@ class Study:
         with _answering(self._where):
             trial = self._study.ask(self._distributions)
             trial.set_user_attr("process", process_tags())
+            self._asked[trial.number] = trial
         return Trial(trial.number, tuple(f"{key}={_text(value)}" for key, value in trial.params.items()))
 
-    def tell(self, trial: Trial, metrics: Mapping[str, float] | None, *, hopeless: bool = False) -> None:
-        """Take down what a trial has come to; None: it failed. ``hopeless``: it was given up.
+    def tell(
+        self, trial: Trial, metrics: Mapping[str, float] | None, *, hopeless: bool = False, folder: str = ""
+    ) -> None:
+        """Take down what a trial has come to; None: it failed.
+
+        Args:
+            trial: which one.
+            metrics: what it has reported.
+            hopeless: it was given up.
+            folder: where the job's results are.
 
         Raises:
-            CompressError: if the metrics lack an objective.
+            CompressError: if the metrics lack an objective: the trial has failed.
         """
         from optuna.trial import TrialState
 
         with _answering(self._where):
+            if metrics is not None and folder:
+                self._asked[trial.number].set_user_attr("folder", folder)
             if metrics is None:
                 self._study.tell(trial.number, state=TrialState.PRUNED if hopeless else TrialState.FAIL)
                 return
@@ -199,12 +236,17 @@ class Study:
         if both != before:
             self._study.set_user_attr(REFERENCE, both)
 
-    def best(self) -> list[tuple[int, dict[str, Any], list[float]]]:
-        """Return the non-dominated trials: number, what was drawn, values."""
+    def best(self) -> list[Best]:
+        """Return the non-dominated trials."""
         with _answering(self._where):
             best = self._study.best_trials
         return [
-            (trial.number, {key: _as_run(value) for key, value in trial.params.items()}, list(trial.values))
+            Best(
+                trial.number,
+                {key: _as_run(value) for key, value in trial.params.items()},
+                tuple(trial.values),
+                str(trial.user_attrs.get("folder", "")),
+            )
             for trial in best
         ]
 

@@ -281,7 +281,7 @@ def require_folder(folder: Path) -> None:
 
 
 def remove_litter(folder: Path) -> None:
-    """Remove what processes have left that were killed before the first line, or after the last."""
+    """Remove what processes have left that were killed before the first line, after the last, or while they wrote."""
     for lock_file in folder.glob(f"*{SUFFIX}.lock"):
         file = lock_file.with_suffix("")
         lock = FileLock(lock_file)
@@ -291,6 +291,7 @@ def remove_litter(folder: Path) -> None:
             continue
         if file.is_file() and not file.stat().st_size:
             file.unlink()
+        _partial(file).unlink(missing_ok=True)
         if not file.exists():
             shutil.rmtree(file.with_suffix(""), ignore_errors=True)
             lock_file.unlink(missing_ok=True)
@@ -320,9 +321,13 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
+    partial = _partial(file)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     partial.replace(file)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f".{file.name}.partial")
 
 
 def _locked(file: Path) -> FileLock:

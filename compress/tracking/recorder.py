@@ -161,9 +161,7 @@ def open_recorder(
     own_parent = None
     require_folder(unsent)
     if parent is None:
-        store.reach()
-        deliver(unsent, store)
-        store.ask(close_orphans)
+        _meet(store, unsent)
         parent = start_parent(store, name, command)
         own_parent = Journal.begin(unsent, store, name, {}, run=parent)
     changed = json.dumps([without_password(text) for text in overrides])
@@ -194,6 +192,23 @@ def _end(child: Journal, parent: Journal | None, status: Literal["FINISHED", "FA
     finally:
         if parent is not None:
             end(parent, status)
+
+
+def meet_store(tracking: TrackingSettings) -> None:
+    """Refuse a store that does not answer; send it what runs before have kept, and close what they have left open.
+
+    Raises:
+        CompressError: if it does not answer, or nothing can be kept for it.
+    """
+    if tracking.enabled:
+        require_folder(Path(tracking.unsent))
+        _meet(Store(tracking.uri, tracking.experiment), Path(tracking.unsent))
+
+
+def _meet(store: Store, unsent: Path) -> None:
+    store.reach()
+    deliver(unsent, store)
+    store.ask(close_orphans)
 
 
 def end(journal: Journal, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:

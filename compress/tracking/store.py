@@ -103,7 +103,7 @@ class Store:
 
         Raises:
             StoreAway: if the store does not answer.
-            CompressError: if it answers that it never will take this.
+            CompressError: if it answers that it never will take this, or its files cannot be written from here.
         """
         try:
             return question(*self.reach())
@@ -111,11 +111,11 @@ class Store:
             self._leave()
             raise
         except Exception as error:
-            if not _is_of_store(error):
-                # A defect, or this machine's disk.
+            if not _is_of_store(error) and not isinstance(error, OSError):
+                # A defect.
                 raise
             self._leave()
-            raise as_mistake(error, self.uri) from error
+            raise (as_mistake(error, self.uri) if _is_of_store(error) else _no_access(error)) from error
 
     def try_to(self, tell: Callable[[MlflowClient, str], None], *, at_once: bool = False) -> bool:
         """Tell it something, and say whether it was there to be told.
@@ -152,6 +152,17 @@ class Store:
 def _is_of_store(error: Exception) -> bool:
     """Say whether a client of a store, or of its folder of artifacts, raised it: each kind has types of its own."""
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _no_access(error: Exception) -> CompressError:
+    """Return what it means that a file on this machine's disk cannot be written or read."""
+    assert isinstance(error, OSError)
+    return CompressError(
+        "tracking",
+        expected="files that can be written and read: an experiment keeps those of its runs where it was first made",
+        received=f"{error.strerror or type(error).__name__}: {error.filename or error}",
+        fix="Give access there, or name an experiment that has a folder of its own: tracking.experiment=<name>.",
+    )
 
 
 def is_refusal(error: Exception) -> bool:

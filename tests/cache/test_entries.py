@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -325,3 +326,21 @@ def test_a_model_with_code_is_not_kept(tmp_path, caplog):
     model = tf_keras.Model(image, tf_keras.layers.Lambda(lambda t: t * 2)(image))
     StageCache(tmp_path / "cache").store(KEY, Entry(Candidate(model), {"skipped": []}, b"", b""))
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_entry_that_makes_room_while_it_is_read_is_not_called_damaged(entry, tmp_path, monkeypatch, warnings):
+    cache = StageCache(tmp_path / "cache")
+    cache.store(KEY, entry)
+
+    def trimmed(folder: Path) -> Entry:
+        shutil.rmtree(folder)
+        raise FileNotFoundError(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_read", trimmed)
+        assert cache.load(KEY) is None
+    cache.store(KEY, entry)
+    read = store._read
+    monkeypatch.setattr(store, "_read", lambda folder: (read(folder), shutil.rmtree(folder))[0])
+    assert cache.load(KEY) is not None
+    assert warnings == []

@@ -66,7 +66,7 @@ def test_settings_lie_in_the_space_and_the_front_is_found(sampler):
         )
 
     expected = {(n["accuracy"], n["packed_bytes"]) for n in numbers if not beaten(n)}
-    assert {tuple(values) for _, _, values in study.best()} == expected
+    assert {found.values for found in study.best()} == expected
 
 
 def test_a_gaussian_search_dominates_more_than_chance_does():
@@ -78,7 +78,7 @@ def test_a_gaussian_search_dominates_more_than_chance_does():
         for _ in range(12):
             trial = study.ask()
             study.tell(trial, {**numbers_of(trial), **baseline})
-        values = np.array([values for _, _, values in study.best()])
+        values = np.array([found.values for found in study.best()])
         return float(hypervolume(values * [-0.01, 0.001], ref=[0, 1]))
 
     gaussian, random = ([dominated(sampler, seed) for seed in range(2)] for sampler in ("gaussian", "random"))
@@ -176,8 +176,10 @@ def test_trials_at_work_elsewhere_are_not_made_twice(tmp_path, monkeypatch):
 def test_the_best_settings_are_those_that_ran(tmp_path):
     study = study_in(tmp_path)
     trial = study.ask()
-    study.tell(trial, numbers_of(trial))
-    ((_, setting, _),) = study.best()
+    study.tell(trial, numbers_of(trial), folder="sweep/0")
+    (found,) = study.best()
+    setting = found.setting
+    assert (found.number, found.folder) == (0, "sweep/0")
     assert (
         tuple(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in setting.items())
         == trial.overrides
@@ -202,6 +204,27 @@ def test_a_key_that_can_have_no_value_is_refused_before_the_study_is_made(values
     assert caught.value.where == "strategy.prune.sparsity"
     assert part in caught.value.received
     assert not (tmp_path / "search.db").exists()
+
+
+def test_a_study_is_about_jobs_of_the_same_settings(tmp_path):
+    def study(settings: str) -> Study:
+        storage = f"sqlite:///{tmp_path}/search.db"
+        return Study(storage, "s", OBJECTIVES, SPACE, sampler="random", seed=0, population=4, settings=settings)
+
+    study("recovery=none")
+    study("recovery=none")
+    with pytest.raises(CompressError, match=r"hydra\.sweeper\.study.*settings of the jobs"):
+        study("recovery=finetune")
+
+
+def test_a_trial_without_an_objective_has_failed_and_others_go_on(tmp_path):
+    study = study_in(tmp_path)
+    with pytest.raises(CompressError, match="packed_bytes, which trial 0 does not"):
+        study.tell(study.ask(), {"accuracy": 90.0})
+    assert (study.reported, study.left(1)) == (False, 1)
+    trial = study.ask()
+    study.tell(trial, numbers_of(trial))
+    assert (study.reported, study.left(1)) == (True, 0)
 
 
 def test_given_up_trials_count_and_are_on_no_front(tmp_path):

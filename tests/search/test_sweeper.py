@@ -37,10 +37,12 @@ def test_a_search_is_made_continued_and_drawn(cli, tmp_path):
         *SEARCH, *space, *QUICK, store, "hydra.sweeper.trials=3", "hydra.sweeper.give_up={accuracy: 100.5}"
     )
     assert code == 0, error
-    said = (tmp_path / "sweep" / "0" / "given_up.txt").read_text()
+    said = (tmp_path / "sweep" / "2" / "given_up.txt").read_text()
     assert said.startswith("accuracy is ")
     assert "after prune" in said
-    assert not (tmp_path / "sweep" / "1" / "given_up.txt").exists(), "one more was enough"
+    assert not (tmp_path / "sweep" / "3").exists(), "one more was enough"
+    for best in found["best"]:
+        assert Path(best["folder"]) == tmp_path / "sweep" / str(best["trial"])
     assert json.loads((tmp_path / "sweep" / "search.json").read_text()) == found
     assert reports(tmp_path) == first, "a trial that is given up leaves no report"
 
@@ -62,6 +64,20 @@ def test_each_pipeline_has_fields_of_its_own(cli, tmp_path):
         own = {"prune": "strategy.prune.sparsity", "share": "strategy.share.clusters"}[best["setting"]["strategy"]]
         assert set(best["setting"]) == {"strategy", own}
     assert len(stages) == 4
+
+
+def test_a_trial_that_does_not_report_an_objective_is_one_of_many(cli, tmp_path, monkeypatch):
+    """The first has both numbers, the next lacks one, a third is made in its place."""
+    from compress.search import trial
+
+    outcomes = [{"accuracy": 90.0, "packed_bytes": 5.0}, {"accuracy": 91.0}, {"accuracy": 92.0, "packed_bytes": 6.0}]
+    monkeypatch.setattr(trial, "read_outcome", lambda folder: (outcomes.pop(0), False))
+    space = ("strategy=prune", "strategy.prune.sparsity=interval(0.3,0.9)", "tracking=none")
+    code, said, error = cli(*SEARCH, *space, *QUICK, "hydra.sweeper.trials=2", "hydra.sweeper.at_once=1")
+    assert code == 0, error
+    assert "The trial counts as failed" in " ".join(said.split())
+    found = json.loads((tmp_path / "sweep" / "search.json").read_text())
+    assert [best["trial"] for best in found["best"]] == [0, 2]
 
 
 def test_a_search_begins_anew_where_a_configuration_file_has_changed(cli, tmp_path):
@@ -112,6 +128,10 @@ def test_a_search_that_gives_everything_up_says_so(cli):
         (["strategy=prune", "strategy.prune.sparsity=interval(0.9,0.3)"], ["strategy.prune.sparsity", "0.9", "0.3"]),
         (["strategy=prune", "strategy.prune.sparsity=tag(log,interval(0,0.9))"], ["strategy.prune.sparsity", "log"]),
         (["strategy=share", "strategy.share.clusters=range(9,2)"], ["strategy.share.clusters", "range"]),
+        (
+            ["strategy=share", "strategy.share.clusters=tag(log,range(2,99))"],
+            ["strategy.share.clusters", "tag(log,int(interval("],
+        ),
         ([*SPACE, "strategy.shar.clusters=4,8"], ["strategy.shar.clusters", "nearest to it: share"]),
         ([*SPACE, "strategy.share.cluster=4,8"], ["strategy.share.cluster"]),
     ],

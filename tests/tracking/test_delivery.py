@@ -325,12 +325,51 @@ def test_an_answer_that_the_network_loses_makes_no_second_run(tmp_path):
     assert asked.count("runs/log-batch") == 1
 
 
+@pytest.fixture
+def out_of_reach(database, tmp_path) -> TrackingSettings:
+    """An experiment whose folder of files cannot be written, as that of another user."""
+    client, _ = connect(database.uri, database.experiment)
+    (tmp_path / "file").touch()
+    name = f"elsewhere {tmp_path.name}"
+    client.create_experiment(name, artifact_location=f"{tmp_path}/file/folder")
+    return dataclasses.replace(database, experiment=name)
+
+
+def test_a_folder_of_files_that_cannot_be_written_is_told_and_others_are_sent(out_of_reach, database, tmp_path):
+    sweep, _ = begun(out_of_reach, tmp_path / "sweep")
+    with pytest.raises(CompressError, match=r"tracking\.experiment=") as caught:
+        record(out_of_reach, sweep, tmp_path / "run")
+    assert str(tmp_path / "file") in caught.value.received
+    assert len(list(UNSENT.glob("*.jsonl"))) == 1, "it is kept"
+    Journal.begin(UNSENT, Store(database.uri, database.experiment), "whole", {}).keep()
+    done = deliver(UNSENT, Store(database.uri, database.experiment))
+    assert (done.runs, len(done.kept), len(done.problems)) == (1, 1, 1)
+
+
+def test_a_multirun_whose_files_cannot_be_written_ends_with_an_error(out_of_reach, cli, tmp_path):
+    store = [f"tracking.uri={out_of_reach.uri}", f"tracking.experiment='{out_of_reach.experiment}'"]
+    jobs = [
+        "-m",
+        "strategy=prune,share",
+        "recovery=none",
+        "model.train.epochs=0",
+        "data.test_limit=50",
+        "board=roofline",
+    ]
+    code, _, error = cli(*jobs, *store, "hydra.sweep.dir=sweep")
+    assert code == 2
+    assert str(tmp_path / "file") in " ".join(error.split()).replace(" ", "")
+    assert "Traceback" not in error
+
+
 def test_what_killed_processes_leave_beside_their_files_is_removed(database):
     UNSENT.mkdir()
     (UNSENT / "a.jsonl.lock").touch()
     (UNSENT / "a").mkdir()
     (UNSENT / "b.jsonl").touch()
     (UNSENT / "b.jsonl.lock").touch()
+    (UNSENT / "c.jsonl.lock").touch()
+    (UNSENT / ".c.jsonl.partial").touch()
     assert deliver(UNSENT, Store(database.uri, database.experiment)).problems == ()
     assert not UNSENT.exists()
 
