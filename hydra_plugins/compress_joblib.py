@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 _LOG = logging.getLogger("compress")
 
@@ -45,7 +45,10 @@ class JoblibLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; return what each has returned: None, as of any job that failed, if its process died."""
+        from compress.cli.failures import crashed_job
+
         assert self._config is not None
+        assert self._context is not None
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         Path(str(self._config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,7 @@ class JoblibLauncher(Launcher):
             _LOG.warning("a process of a job has died; again, one at a time: %s", ", ".join(f"#{n}" for n in suspects))
             for number in suspects:
                 if (death := self._run(jobs, [number], done)) is not None:
-                    done[number] = self._crashed(number, jobs[number], death)
+                    done[number] = crashed_job(self._context, self._config, number, jobs[number], death)
         return [done[number] for number in jobs]
 
     def _workers(self) -> int:
@@ -89,26 +92,6 @@ class JoblibLauncher(Launcher):
         except BrokenExecutor as death:
             return death
         return None
-
-    def _crashed(self, number: int, overrides: list[str], death: BrokenExecutor) -> JobReturn:
-        """Leave in the job's folder that its process died."""
-        from compress.cli.failures import record_failure
-
-        assert self._context is not None
-        assert self._config is not None
-        config = self._context.config_loader.load_sweep_config(self._config, overrides)
-        with open_dict(config):
-            config.hydra.job.id = f"{config.hydra.job.name}_{number}"
-            config.hydra.job.num = number
-            folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-            config.hydra.runtime.output_dir = str(folder.absolute())
-        task = list(OmegaConf.select(config, "hydra.overrides.task"))
-        record_failure(folder, str(number), task, death)
-        _LOG.error("job %d: its process has died", number)
-        hydra_config = OmegaConf.masked_copy(config, "hydra")
-        result = JobReturn(overrides=task, cfg=config, hydra_cfg=hydra_config, task_name=str(config.hydra.job.name))
-        result.status, result.return_value = JobStatus.COMPLETED, None
-        return result
 
 
 def _numbered(run: Any, number: int, *arguments: Any) -> tuple[int, JobReturn]:

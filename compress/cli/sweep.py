@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("compress")
 _DEFECT = 1
 _BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-_JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+_JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher"
+_SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+_OWN_LAUNCHERS = {
+    f"{_JOBLIB}.JoblibLauncher": "hydra_plugins.compress_joblib.JoblibLauncher",
+    f"{_SUBMITIT}.LocalLauncher": "hydra_plugins.compress_submitit.LocalLauncher",
+    f"{_SUBMITIT}.SlurmLauncher": "hydra_plugins.compress_submitit.SlurmLauncher",
+}
 
 
 class SweepCallback(Callback):
@@ -36,10 +42,11 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run; refuse a store that does not answer before any job starts."""
         clear_failures(Path(config.hydra.sweep.dir))
-        if config.hydra.launcher._target_ == _JOBLIB:
+        own = _OWN_LAUNCHERS.get(config.hydra.launcher._target_)
+        if own is not None:
             # Hydra takes one choice of this name, the plugin's; but for this it would end with the first dead process.
             with flag_override(config, ["readonly", "struct"], False):
-                config.hydra.launcher._target_ = "hydra_plugins.compress_joblib.JoblibLauncher"
+                config.hydra.launcher._target_ = own
         if not config.tracking.enabled:
             return
         from compress.tracking.delivery import deliver, end_sweep

@@ -222,16 +222,20 @@ def test_a_job_of_a_cluster_is_one_of_the_sweep(tmp_path):
     """Submitit's local executor: a process of its own, as a node of a cluster would start it."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     launcher = ("hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1")
-    sweep = run_sweep(tmp_path, *launcher, "strategy=none,crash", "recovery=none", "model.train.epochs=1")
+    sweep = run_sweep(tmp_path, *launcher, "strategy=die,none,crash", "recovery=none", "model.train.epochs=1")
     assert sweep.code == 1, sweep.error
-    assert sweep.report(0)["strategy"] == "none"
-    (line,) = [line for line in sweep.error.splitlines() if line.startswith("#")]
-    assert line.startswith("#1 ")
-    assert "RuntimeError" in line
+    assert sweep.report(1)["strategy"] == "none"
+    died, crashed = [line for line in sweep.error.splitlines() if line.startswith("#")]
+    assert died.startswith("#0 ")
+    assert "strategy=die" in died
+    assert "crashed: UncompletedJobError" in died
+    assert crashed.startswith("#2 ")
+    assert "RuntimeError" in crashed
     client = MlflowClient(f"sqlite:///{tmp_path}/runs.db")
     runs = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
     assert {r.info.run_name: r.info.status for r in runs} == {
         "multirun": "FAILED",
         "none": "FINISHED",
         "crash": "FAILED",
+        "die": "KILLED",
     }
