@@ -76,7 +76,7 @@ def guaranteed(net: tf_keras.Model) -> dict[str, Any]:
     """Augmentation, mixup, weight decay, batch norms, zeros; soft targets and hints of a teacher in the step."""
     guarantees: tuple[Guarantee, ...] = (Zeros("prune", {"conv/kernel": MASK}),)
     teacher = Teacher(model(1))
-    hints = LayerTerm(Hints(weight=0.3), teacher, [Pair("inner", "inner", (8,), (8,))])
+    hints = LayerTerm(Hints(weight=0.003), teacher, [Pair("inner", "inner", (8,), (8,))])
     terms = [LogitsTerm(SoftTargets(weight=0.5), [teacher], 2.0, 0.5), hints]
     return {"recovery": recovery(), "guarantees": guarantees, "terms": terms}
 
