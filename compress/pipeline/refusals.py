@@ -15,6 +15,7 @@ from compress.graph.saved_graph import has_layers
 from compress.models.source import ModelSource
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.recovering import AUTO
+from compress.strategies.distillation.terms import reads_pairs
 from compress.strategies.strategy import require_labels, require_training
 from compress.training import Recovery
 
@@ -114,6 +115,7 @@ def refuse_unfit(stages: Sequence[Stage], data: Data) -> None:
         CompressError: naming the first such stage.
     """
     _refuse_unheard(stages)
+    _refuse_unread_pairs(stages)
     for stage in stages:
         if stage.strategy.needs_training:
             require_training(stage.recovery, stage.name, stage.strategy.own_method)
@@ -150,6 +152,19 @@ def _refuse_unheard(stages: Sequence[Stage]) -> None:
                         else ", or add a stage that learns from one: strategy=distill."
                     ),
                 )
+
+
+def _refuse_unread_pairs(stages: Sequence[Stage]) -> None:
+    """Refuse pairs of layers that no loss compares, in this stage or another that has the same."""
+    read = [stage.recovery.pairs for stage in stages if reads_pairs(stage.recovery)]
+    for stage in stages:
+        if stage.recovery.pairs is not None and stage.recovery.pairs not in read:
+            raise CompressError(
+                f"strategy.{stage.name}.recovery.pairs",
+                expected="a loss that compares the layers of these pairs, such as hints or attention",
+                received=f"losses={dict(stage.recovery.losses or {})}",
+                fix=f"Name one, strategy.{stage.name}.recovery.losses={{hints: 1}}, or leave the pairs out.",
+            )
 
 
 def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:

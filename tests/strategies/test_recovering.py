@@ -285,7 +285,8 @@ def test_settings_of_teachers_are_refused_where_nobody_obeys_them(strategy, meth
     with pytest.raises(CompressError) as caught:
         refuse_unfit([stage], data)
     assert caught.value.where == f"strategy.stage.recovery.{name}"
-    other = Stage("prune", Prune(), recovery=dataclasses.replace(recovery, method="distill"))
+    read = {"hints": 1.0} if name == "pairs" else recovery.losses
+    other = Stage("prune", Prune(), recovery=dataclasses.replace(recovery, method="distill", losses=read))
     without = dataclasses.replace(recovery, method="none")
     refuse_unfit([stage, other], data)
     with pytest.raises(CompressError):
@@ -304,6 +305,17 @@ def test_a_stage_that_only_trains_is_refused_without_training_by_advice_that_wor
     (method,) = re.findall(r"recovery\.method=(\w+)", caught.value.fix)
     assert method == (strategy.own_method or "finetune")
     refuse_unfit([Stage("stage", strategy, recovery=Recovery(method, epochs=1))], data)
+
+
+@pytest.mark.parametrize("losses", [None, {"decoupled": 1.0}])
+def test_pairs_that_no_loss_compares_are_refused(losses, data):
+    unread = Recovery("distill", losses=losses, pairs={"a": "b"})
+    stage = Stage("distill", Distill(), recovery=unread)
+    with pytest.raises(CompressError, match=r"strategy\.distill\.recovery\.pairs.*leave the pairs out"):
+        refuse_unfit([stage], data)
+    # What is written for all stages may be meant for another one.
+    reads = Stage("prune", Prune(), recovery=dataclasses.replace(unread, losses={"hints": 1.0}))
+    refuse_unfit([stage, reads], data)
 
 
 def test_omitted_classes_need_labels_and_must_be_there(data):

@@ -92,7 +92,7 @@ def chosen_losses(recovery: Recovery, where: str) -> list[Loss]:
         where: the configuration key of the recovery, for errors.
 
     Raises:
-        CompressError: if there is no such loss, a setting of it is unknown or out of range, or no loss reads the pairs.
+        CompressError: if there is no such loss, or a setting of it is unknown or out of range.
     """
     known = losses()
     found = []
@@ -113,15 +113,13 @@ def chosen_losses(recovery: Recovery, where: str) -> list[Loss]:
                 fix=did_you_mean(name, set(known) - {SoftTargets.name}),
             )
         found.append(_made(known[name], settings, key))
-    if recovery.pairs is not None and not any(isinstance(loss, LayerLoss) and loss.pairs is None for loss in found):
-        inner = sorted(name for name, kind in known.items() if issubclass(kind, LayerLoss))
-        raise CompressError(
-            f"{where}.pairs",
-            expected=f"a loss that compares the layers of these pairs: {', '.join(inner)}",
-            received=f"losses={recovery.losses or {}}",
-            fix=f"Name one, {where}.losses={{{inner[-1]}: 1}}, or leave the pairs out.",
-        )
     return [loss for loss in found if loss.weight]
+
+
+def reads_pairs(recovery: Recovery) -> bool:
+    """Say whether a loss compares inner layers; one of weight 0 counts, too, as it is tried beside others."""
+    known = losses()
+    return any(issubclass(known[name], LayerLoss) for name in recovery.losses or {} if name in known)
 
 
 def distillation_terms(
