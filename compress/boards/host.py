@@ -30,7 +30,7 @@ class Host(Timing, Board):
     @property
     def place(self) -> str:
         """The processor: another one takes other times."""
-        return processor()
+        return ", ".join([*processor(), f"{os.cpu_count()} cores"])
 
     def lacks(self, operators: Collection[str]) -> frozenset[str]:
         """Return the operators of TensorFlow itself, which LiteRT has no kernels for."""
@@ -60,10 +60,10 @@ class Host(Timing, Board):
         return read_times(self.name, answer.output, count)
 
 
-def processor() -> str:
-    """Return this machine's processor: its model, what it can do, and how many there are."""
+def processor() -> tuple[str, str]:
+    """Return the name of this machine's processor, and a digest of what it can do."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = hashlib.sha256(" ".join(sorted(known.get("flags", "").split())).encode()).hexdigest()[:12]
-    return f"{known.get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, {flags}"
+    return known.get("model name") or platform.processor() or platform.machine(), flags

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from compress.boards.host import processor
 from compress.cli.compose import compose_config
 from compress.cli.counted import Counted
 from compress.cli.finished import FinishedRuns
@@ -266,11 +267,7 @@ def provenance(command: str, seeds: Sequence[int | str], where: str) -> list[str
 
 def machine() -> str:
     """Return the processor, its number of cores and the operating system."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    name, _ = processor()
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 

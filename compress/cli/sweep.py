@@ -67,7 +67,11 @@ class SweepCallback(Callback):
             parent = start_parent(store, "multirun", sys.argv[1:])
         except Exception as error:
             # Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
-            sys.exit(guarded(partial(_raise, error), sys.argv[1:]))
+            try:
+                sys.exit(guarded(partial(_raise, error), sys.argv[1:]))
+            except Exception:
+                _LOG.exception("a defect: the multirun could not be opened in MLflow")
+                sys.exit(_DEFECT)
         sweep = Path(config.hydra.sweep.dir)
         write_parent(sweep, parent)
         self._close = partial(end_sweep, store, parent, settings)

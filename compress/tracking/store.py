@@ -111,11 +111,15 @@ class Store:
             self._leave()
             raise
         except Exception as error:
-            if not _is_of_store(error) and not isinstance(error, OSError):
+            if _is_of_store(error):
+                mistake = as_mistake(error, self.uri)
+            elif isinstance(error, OSError):
+                mistake = _no_access(error)
+            else:
                 # A defect.
                 raise
             self._leave()
-            raise (as_mistake(error, self.uri) if _is_of_store(error) else _no_access(error)) from error
+            raise mistake from error
 
     def try_to(self, tell: Callable[[MlflowClient, str], None], *, at_once: bool = False) -> bool:
         """Tell it something, and say whether it was there to be told.
@@ -154,9 +158,8 @@ def _is_of_store(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS
 
 
-def _no_access(error: Exception) -> CompressError:
+def _no_access(error: OSError) -> CompressError:
     """Return what it means that a file on this machine's disk cannot be written or read."""
-    assert isinstance(error, OSError)
     return CompressError(
         "tracking",
         expected="files that can be written and read: an experiment keeps those of its runs where it was first made",
