@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,13 +37,13 @@ def write_grids(
     tensors = model.subgraphs[0].tensors
     ratios: dict[int, np.ndarray] = {}
     rescaled: set[int] = set()
-    for place, values in _on_grids(TFLiteFile(floats), file, kernels):
+    found = list(_on_grids(TFLiteFile(floats), file, kernels))
+    for place, values in found:
         if place.kernel not in ratios:
             weight = tensors[place.kernel]
             before = np.asarray(weight.quantization.scale, np.float64)
-            # Of a channel of zeros any scale is right; a tiny one would leave no room for its bias.
-            used = values.levels.any(tuple(axis for axis in range(values.levels.ndim) if axis != place.channel_axis))
-            values = replace(values, scales=np.where(used, values.scales, before))
+            biases = {other.bias for other, _ in found if other.kernel == place.kernel and other.bias is not None}
+            values = values.with_room([_integers(model, tensors[bias]) for bias in biases], before, place.channel_axis)
             written = values.stored(model, place, packed=packed)
             ratios[place.kernel] = values.scales / before
             weight.type, weight.buffer, weight.quantization = written.type, written.buffer, written.quantization
@@ -101,6 +101,20 @@ class _Levels:
     scales: np.ndarray
     bits: int
 
+    def with_room(self, biases: Iterable[np.ndarray], before: np.ndarray, axis: int) -> _Levels:
+        """Return the same, but for channels (along ``axis``) whose biases would not fit in steps this small.
+
+        These get the converter's scales, ``before``, which leave room for the ``biases``, integers in its steps:
+        next to such a bias the weights are nothing. Of a channel of zeros any scale is right.
+        """
+        used = self.levels.any(tuple(other for other in range(self.levels.ndim) if other != axis))
+        ratios = np.maximum(self.scales / before, np.finfo(np.float64).tiny)
+        fits = [np.abs(bias.astype(np.float64)) / ratios <= np.iinfo(bias.dtype).max for bias in biases]
+        keeps = np.logical_and.reduce([used, *fits])
+        spread = np.where(keeps, 1.0, ratios).reshape([-1 if other == axis else 1 for other in range(self.levels.ndim)])
+        levels = np.rint(self.levels * spread).astype(np.int8)
+        return replace(self, levels=levels, scales=np.where(keeps, self.scales, before))
+
     def stored(self, model: schema.ModelT, place: KernelPlace, *, packed: bool) -> schema.TensorT:
         """Return a tensor of the file for it; its buffer is in the model already."""
         packed = packed and self.bits <= 4 and place.operator in _PACKED
@@ -138,7 +152,9 @@ def _read(place: KernelPlace, written: np.ndarray, kernel: np.ndarray, grid: Gri
     factors = place.factors(kernel, written)
     if factors is None:
         return None
-    levels = np.rint(own / steps) * np.sign(factors).reshape(-1, *[1] * (own.ndim - 1))
+    levels = np.rint(np.divide(own, steps, out=np.zeros_like(own), where=steps > 0)) * np.sign(factors).reshape(
+        -1, *[1] * (own.ndim - 1)
+    )
     scales = steps.reshape(len(own), -1)[:, 0] * np.maximum(np.abs(factors), 1e-12)
     return _Levels(np.moveaxis(levels.astype(np.int8), 0, place.channel_axis), scales, grid.bits)
 
@@ -165,11 +181,13 @@ def _pack(levels: np.ndarray) -> np.ndarray:
     return (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
 
 
+def _integers(model: schema.ModelT, bias: schema.TensorT) -> np.ndarray:
+    return model.buffers[bias.buffer].data.view(np.int64 if bias.type == schema.TensorType.INT64 else np.int32)
+
+
 def _rescale(model: schema.ModelT, bias: schema.TensorT, ratios: np.ndarray) -> None:
     """Write a bias anew whose scale, that of the input times that of the kernel, has changed by ``ratios``."""
-    kind = np.int64 if bias.type == schema.TensorType.INT64 else np.int32
-    values = model.buffers[bias.buffer].data.view(kind) / ratios
-    limits = np.iinfo(kind)
-    bias.buffer = add_buffer(model, np.clip(np.rint(values), limits.min, limits.max).astype(kind))
+    values = _integers(model, bias)
+    bias.buffer = add_buffer(model, np.rint(values / ratios).astype(values.dtype))
     bias.quantization.scale = (np.asarray(bias.quantization.scale) * ratios).astype(np.float32)
     bias.quantization.zeroPoint = np.zeros(len(ratios), np.int64)

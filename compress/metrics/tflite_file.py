@@ -142,8 +142,9 @@ class KernelPlace:
             np.moveaxis(values, self.channel_axis, 0).reshape(self.shape[self.channel_axis], -1)
             for values in (self.to_file(kernel), written)
         )
-        squares = (one**2).sum(1)
-        found = np.where(squares > 0, (one * other).sum(1) / np.maximum(squares, 1e-30), 1.0)
+        squares = (one.astype(np.float64) ** 2).sum(1)
+        products = (one.astype(np.float64) * other).sum(1)
+        found = np.divide(products, squares, out=np.ones_like(squares), where=squares > 0)
         close = np.abs(other - found[:, None] * one).max() <= _TOLERANCE * np.abs(other).max()
         return found if close else None
 

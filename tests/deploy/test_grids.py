@@ -179,3 +179,34 @@ def test_every_call_of_a_shared_layer_computes_with_the_levels(normed, data, tmp
     assert np.mean((found - wanted) ** 2) < 0.003 * wanted.var()
     kernels = [t.bits for op, t in TFLiteFile.read(tmp_path / "model.tflite").weighted if op.name == "CONV_2D"]
     assert kernels == [4, 4]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_channel_of_tiny_weights_keeps_its_bias(bits, data, tmp_path: Path):
+    model, guarantee = on_grid(bits)
+    conv = model.get_layer("conv")
+    tiny = np.where(np.arange(8) < 2, np.float32(1e-9), np.float32(1))
+    conv.kernel.assign(conv.kernel * tiny)
+    conv.bias.assign(np.where(np.arange(8) < 2, 2.5, 0.1).astype(np.float32))
+    steps = {**guarantee.steps, "conv/kernel": guarantee.steps["conv/kernel"] * tiny}
+    shrunk = OnGrid("quantize", steps, guarantee.bits, guarantee.shapes)
+    candidate = Candidate(model, storage=Storage("int8", Calibration(images=32))).with_guarantee(shrunk)
+    file = TFLiteFile.read(export(candidate, data, tmp_path / "model.tflite").path)
+    assert shrunk.check(model) == shrunk.check_file(file) == []
+    (operator,) = file.operators_of("conv")
+    bias = file.tensors[operator.inputs[2]]
+    np.testing.assert_allclose(bias.data * bias.scales, conv.bias.numpy(), atol=0.01)
+
+
+def test_steps_of_zero_hold_zeros(data, tmp_path: Path):
+    model, guarantee = on_grid(4)
+    conv = model.get_layer("conv")
+    alive = (np.arange(8) > 0).astype(np.float32)
+    conv.kernel.assign(conv.kernel * alive)
+    steps = {**guarantee.steps, "conv/kernel": guarantee.steps["conv/kernel"] * alive}
+    switched_off = OnGrid("quantize", steps, guarantee.bits, guarantee.shapes)
+    candidate = Candidate(model, storage=Storage("int8", Calibration(images=32))).with_guarantee(switched_off)
+    with np.errstate(all="raise"):
+        file = TFLiteFile.read(export(candidate, data, tmp_path / "model.tflite").path)
+    kernel = file.weights_of("conv", conv.kernel.shape)
+    np.testing.assert_allclose(kernel, conv.kernel.numpy(), rtol=1e-4, atol=1e-7)

@@ -57,6 +57,18 @@ def test_unfolded_it_computes_the_same(model):
         np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
 
 
+def test_an_output_that_is_switched_off_has_steps_that_can_be_divided_by():
+    image = tf_keras.Input((6, 6, 3))
+    norm = layers.BatchNormalization(name="norm")
+    network = tf_keras.Model(image, norm(layers.Conv2D(4, 3, name="conv")(image)))
+    norm.gamma.assign([0, 1e-30, 1, 1])
+    folded, grids = fold_grids(network, {"conv/kernel": np.full((1, 1, 1, 4), 1e-12)}, {"conv/kernel": BITS})
+    steps = grids["conv/kernel"].steps
+    assert steps.dtype == np.float32
+    assert (steps > 0).all()
+    assert np.isfinite(get_weight(folded, "conv/kernel") / steps).all()
+
+
 def test_there_and_back(model):
     changed, grids = rounded(model)
     folded, found = fold_grids(*(unfolded := unfold(model, changed, grids)), dict.fromkeys(unfolded[1], BITS))

@@ -18,6 +18,7 @@ from compress.graph.kernels import get_variable, get_weight
 from compress.graph.rewrite import copy_model
 
 _LEAST_GAIN = 1e-3
+_LEAST_STEP = 1e-30
 
 
 def unfold(
@@ -58,10 +59,11 @@ def fold_grids(
 ) -> tuple[tf_keras.Model, dict[str, Grid]]:
     """Return ``model``, folded, and the grids of its kernels; ``steps`` (those before) and ``bits``: by weight name."""
     gains = folding_gains(model)
-    grids = {
-        name: Grid(np.asarray(step * np.abs(gains.get(name.rpartition("/")[0], np.float32(1))), np.float32), bits[name])
-        for name, step in steps.items()
-    }
+    grids = {}
+    for name, step in steps.items():
+        gain = np.abs(gains.get(name.rpartition("/")[0], np.float32(1)))
+        # An output that its batch norm has switched off is made of zeros, which lie on any grid but that of step zero.
+        grids[name] = Grid(np.maximum(np.asarray(step * gain, np.float32), _LEAST_STEP), bits[name])
     return fold_batch_norm(model), grids
 
 
