@@ -51,6 +51,8 @@ class Recovery:
     soft_weight: Annotated[float, Ge(0), Le(1)] = 0.9
     label_weight: Annotated[float, Ge(0), Le(1e6)] | None = None
     """What the loss of the labels is multiplied with beside a teacher; None: what ``soft_weight`` leaves of 1."""
+    clip_norm: Annotated[float, Gt(0), Lt(float("inf"))] | None = None
+    """A longer gradient, of all weights together, is shortened to this norm at every step; None: never."""
     losses: Mapping[str, Any] | None = None
     """Further losses between student and teacher: name -> weight, or its settings, the weight among them."""
     pairs: Mapping[str, str] | None = None
@@ -152,6 +154,7 @@ def train(
         tapped=tapped,
         latents=list(latents.values()),
         weight_decay=recovery.weight_decay,
+        clip_norm=recovery.clip_norm,
         mixup=recovery.mixup,
         seed=seed,
         batch_size=batch_size,

@@ -123,6 +123,7 @@ class Trainee(tf_keras.Model):
         tapped: Sequence[str],
         latents: Sequence[Latent],
         weight_decay: float,
+        clip_norm: float | None,
         mixup: float,
         seed: int,
         batch_size: int,
@@ -139,6 +140,7 @@ class Trainee(tf_keras.Model):
             "latents": {latent.weight.ref(): latent for latent in latents},
             "decayed": decayed,
             "weight_decay": weight_decay,
+            "clip_norm": clip_norm,
             "mixup": mixup,
             "seed": seed,
             "batch_size": batch_size,
@@ -194,6 +196,10 @@ class Trainee(tf_keras.Model):
     def _update(self, gradients: Sequence[tf.Tensor | None]) -> None:
         """Change the weights by the gradients of the whole batch, and restore what projections keep."""
         plan = self._plan()
+        if plan["clip_norm"] is not None:
+            # Where factors follow each other without a batch norm one long step leads to a longer one.
+            # Source: Pascanu et al. (arXiv 1211.5063), algorithm 1.
+            gradients, _ = tf.clip_by_global_norm(gradients, plan["clip_norm"])
         updates: list[tuple[tf.Tensor, tf.Variable]] = []
         decayed = {v.ref() for v in plan["decayed"]} if plan["weight_decay"] else set()
         for gradient, variable in zip(gradients, self._trained(), strict=True):

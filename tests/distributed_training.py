@@ -78,7 +78,7 @@ def guaranteed(net: tf_keras.Model) -> dict[str, Any]:
     teacher = Teacher(model(1))
     hints = LayerTerm(Hints(weight=0.003), teacher, [Pair("inner", "inner", (8,), (8,))])
     terms = [LogitsTerm(SoftTargets(weight=0.5), [teacher], 2.0, 0.5), hints]
-    return {"recovery": recovery(), "guarantees": guarantees, "terms": terms}
+    return {"recovery": recovery(clip_norm=0.5), "guarantees": guarantees, "terms": terms}
 
 
 def quantized(net: tf_keras.Model) -> dict[str, Any]:
@@ -87,7 +87,12 @@ def quantized(net: tf_keras.Model) -> dict[str, Any]:
     masking = Masking([Axes(-2, (-1,))], Pattern(), "layer", [1.0])
     schedule = Movement([get_variable(net, "dense/kernel")], masking, 0.0, 0.6, ramp=0.5)
     terms = [PeerTerm([model(2)], 1.0, 1e-2)]
-    return {"recovery": recovery(mixup=0.0), "quantizers": quantizers, "projections": [schedule], "terms": terms}
+    return {
+        "recovery": recovery(mixup=0.0, clip_norm=0.5),
+        "quantizers": quantizers,
+        "projections": [schedule],
+        "terms": terms,
+    }
 
 
 CASES: tuple[Callable[[tf_keras.Model], dict[str, Any]], ...] = (gradients, guaranteed, quantized)

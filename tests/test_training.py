@@ -216,6 +216,27 @@ def test_one_step_is_that_of_momentum_gradient_descent_on_the_cross_entropy(soft
     assert history.loss == pytest.approx(-np.log(probabilities[np.arange(len(y)), y]).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("clip_norm", [0.01, 100.0, None])
+def test_a_long_gradient_of_the_loss_is_shortened(clip_norm):
+    source, model = data(40), linear()
+    kernel, bias = (w.astype(np.float64) for w in model.get_weights())
+    recovery = Recovery(
+        epochs=1, batch_size=40, learning_rate=0.3, weight_decay=0.05, momentum=0.0, clip_norm=clip_norm
+    )
+    train(model, source, recovery, seed=0)
+    x, y = source.train.x / 255.0, source.train.y
+    scores = np.exp(x @ kernel + bias)
+    error = (scores / scores.sum(axis=1, keepdims=True) - np.eye(3)[y]) / len(y)
+    by_kernel, by_bias = x.T @ error, error.sum(axis=0)
+    norm = np.sqrt(np.sum(by_kernel**2) + np.sum(by_bias**2))
+    assert 0.01 < norm < 100
+    shortened = 0.01 / norm if clip_norm == 0.01 else 1.0
+    # Weight decay is no part of it.
+    expected = kernel - 0.3 * (shortened * by_kernel + 0.05 * kernel)
+    np.testing.assert_allclose(model.get_weights()[0], expected, atol=1e-6)
+    np.testing.assert_allclose(model.get_weights()[1], bias - 0.3 * shortened * by_bias, atol=1e-6)
+
+
 def test_a_layers_own_penalty_is_part_of_the_loss():
     values = tf_keras.Input((3,))
     penalty = tf_keras.regularizers.L2(10.0)

@@ -48,8 +48,6 @@ SETTINGS = {
 }
 SETTINGS_AFTER = {("prune", "mixed_precision"): "bytes=0.4"}
 """Of the second stage: the float file of a pruned model leaves its zeros out, and is not far above the integer one."""
-RATES = {("lowrank", "trained_ternary"): 0.003, ("lowrank", "hashed"): 0.001, ("compact", "lowrank"): 0.003}
-"""Learning rates of the second stage: where linear, ternary or hashed factors follow each other, 0.01 may diverge."""
 LEAST = {"xnor": 30}
 """Accuracies after the short training; binary inputs take longer."""
 
@@ -114,8 +112,6 @@ def test_pair(first, second, pipeline, tmp_path):
         settings += settings_of(first, second_stage)
     if (first, second) in SETTINGS_AFTER:
         settings.append(f"strategy.{second}.{SETTINGS_AFTER[first, second]}")
-    if (first, second) in RATES:
-        settings.append(f"strategy.{second}.recovery.learning_rate={RATES[first, second]}")
     built = pipeline(f"strategy={first}+{second}", *settings, NO_BOARD)
     (tmp_path / "first").mkdir()
     (tmp_path / "both").mkdir()
