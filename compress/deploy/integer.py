@@ -37,6 +37,8 @@ from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
 
 _LARGEST_MULTIPLIER = 256
+_HIDDEN = 4
+"""Which of an LSTM's intermediate tensors holds its outputs before they are projected."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,16 @@ def _check_multipliers(content: bytes, model: tf_keras.Model) -> None:
 def _with_ranges(content: bytes, ranges: Mapping[str, tuple[float, float]]) -> bytes:
     """Return the calibrated file with other ranges for the tensors that are named."""
     model = parse(content)
-    for tensor in model.subgraphs[0].tensors:
-        name = tensor.name.decode()
-        if name in ranges and tensor.quantization is not None and tensor.quantization.min is not None:
-            low, high = ranges[name]
-            tensor.quantization.min, tensor.quantization.max = [low], [high]
+    graph = model.subgraphs[0]
+    found = {
+        index: ranges[name] for index, tensor in enumerate(graph.tensors) if (name := tensor.name.decode()) in ranges
+    }
+    for operator in graph.operators:
+        # Keras' LSTMs project nothing: LiteRT takes the integers from before a projection for those behind it.
+        if operator.intermediates is not None and len(operator.intermediates) and operator.outputs[0] in found:
+            found[operator.intermediates[_HIDDEN]] = found[operator.outputs[0]]
+    for index, (low, high) in found.items():
+        quantization = graph.tensors[index].quantization
+        if quantization is not None and quantization.min is not None:
+            quantization.min, quantization.max = [low], [high]
     return serialize(model)

@@ -11,6 +11,7 @@ from compress.candidate import Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
 from compress.deploy.integer import Calibrated
 from compress.errors import CompressError
+from compress.metrics.accuracy import file_outputs
 from compress.metrics.tflite_file import TFLiteFile
 
 layers = tf_keras.layers
@@ -60,6 +61,23 @@ def test_a_recurrent_layer_some_of_whose_tensors_are_empty():
     x = np.random.default_rng(0).normal(size=(16, 2, 2))
     operators = {operator.name for operator in TFLiteFile(calibrate(model, x, ranges="mse").quantized()).operators}
     assert "UNIDIRECTIONAL_SEQUENCE_LSTM" in operators
+
+
+def test_a_recurrent_layer_computes_in_any_ranges(tmp_path):
+    tf_keras.utils.set_random_seed(1)
+    sequence = tf_keras.Input((10, 6))
+    inner = layers.LSTM(12, return_sequences=True)(sequence)
+    model = tf_keras.Model(sequence, layers.Dense(3, name="dense")(layers.Flatten()(inner)))
+    x = np.random.default_rng(0).normal(size=(128, 10, 6)).astype(np.float32)
+    part = Split(x, np.arange(128) % 3)
+    expected, errors = model.predict(x, verbose=0), {}
+    for ranges in ("minmax", "percentile", "mse"):
+        candidate = Candidate(model, storage=Storage("int8", Calibration(128, ranges)))
+        content = Calibrated.of(candidate, make_data("made", part, part)).quantized()
+        (tmp_path / "model.tflite").write_bytes(content)
+        errors[ranges] = np.mean((file_outputs(tmp_path / "model.tflite", x) - expected) ** 2) / expected.var()
+    # Its outputs and what it computes before their projection are the same numbers: one range for both.
+    assert max(errors.values()) < 2 * errors["minmax"] < 0.01
 
 
 @pytest.mark.parametrize(
