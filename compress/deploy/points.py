@@ -63,7 +63,12 @@ def calibrated_points(
     samples = [sample for (sample,) in calibration_samples(candidate, data, calibration.images)]
     points = find_points(content, model, samples[0])
     histograms = collect(content, samples)
-    own = {layer: names[0] for layer, names in points.tensors.items() if layer not in points.tied}
+    indices = _indices(TFLiteFile(content))
+    own = {
+        layer: names[0]
+        for layer, names in points.tensors.items()
+        if layer not in points.tied and names[0] not in indices
+    }
     return points, {layer: choose(histograms[name], calibration) for layer, name in own.items()}
 
 
@@ -94,6 +99,12 @@ def find_points(content: bytes, model: tf_keras.Model, sample: np.ndarray) -> Po
         if found:
             tensors[layer] = found
     return Points(tensors, _tied(model, tensors, outputs, _written(content)))
+
+
+def _indices(file: TFLiteFile) -> set[str]:
+    """Return the names of the inputs that are only cast to integers, which say what to look up: none is quantized."""
+    readers = {index: {op.name for op in file.operators if index in op.inputs} for index in file.inputs}
+    return {file.tensors[index].name for index, names in readers.items() if names == {"CAST"}}
 
 
 def _tied(

@@ -76,3 +76,14 @@ def test_each_layer_has_the_scale_that_it_has_in_the_file(body, tmp_path):
             np.testing.assert_allclose(scales[name], (high - low) / 255, rtol=1e-3, err_msg=layer)
             compared.add(layer)
     assert compared >= {name for name, _ in named_calls(model)} - {"image", "last"}
+
+
+def test_what_says_which_words_to_look_up_is_not_rounded():
+    words = tf_keras.Input((12,))
+    x = layers.Embedding(1000, 4, name="embedding")(words)
+    model = tf_keras.Model(words, layers.Dense(3, name="dense")(layers.GlobalAveragePooling1D(name="mean")(x)))
+    part = Split(np.random.default_rng(0).integers(0, 1000, (64, 12)).astype(np.float32), np.arange(64) % 3)
+    data = Data("words", part, part, part, 3, Augmentation(), "identity")
+    _, ranges = calibrated_points(Candidate(model), data, MINMAX)
+    assert {"embedding", "mean", "dense"} & ranges.keys()
+    assert model.inputs[0].name not in ranges
