@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 import tf_keras
@@ -67,6 +67,14 @@ class WeightQuantizer(Protocol):
         """Return the quantized weights; its gradients are those that training is to use."""
 
 
+@runtime_checkable
+class BoundedQuantizer(WeightQuantizer, Protocol):
+    """A quantizer of weights that are clipped after every step."""
+
+    limit: float
+    """How far from zero they may be."""
+
+
 @dataclass(frozen=True)
 class Latent:
     """A weight under quantization: the network holds ``quantizer(value)``."""
@@ -83,7 +91,9 @@ class Latent:
         return list(zip(tape.gradient(quantized, variables, output_gradients=gradient), variables, strict=True))
 
     def write(self) -> None:
-        """Quantize the value into the network."""
+        """Quantize the value into the network, clipped where the quantizer wants it."""
+        if isinstance(self.quantizer, BoundedQuantizer):
+            self.value.assign(tf.clip_by_value(self.value, -self.quantizer.limit, self.quantizer.limit))
         self.weight.assign(self.quantizer(self.value.value()))
 
 

@@ -19,6 +19,7 @@ from compress.errors import CompressError
 from compress.graph.rewrite import copy_model
 from compress.graph.softmax import gives_probabilities, logits_of
 from compress.strategies.pruning.zeros import Zeros
+from compress.strategies.quantization.binary_connect import SignQuantizer
 from compress.strategies.sharing.codebook import Codebook
 from compress.training import Recovery, restore, train
 from compress.training_step import Batch
@@ -214,6 +215,23 @@ def test_one_step_is_that_of_momentum_gradient_descent_on_the_cross_entropy(soft
     np.testing.assert_allclose(model.get_weights()[0], kernel - step * (x.T @ error + decay * kernel), atol=1e-5)
     np.testing.assert_allclose(model.get_weights()[1], bias - step * error.sum(axis=0), atol=1e-5)
     assert history.loss == pytest.approx(-np.log(probabilities[np.arange(len(y)), y]).mean(), rel=1e-4)
+
+
+def test_latent_weights_of_a_bounded_quantizer_are_clipped_after_the_step():
+    source, model = data(40), linear()
+    kernel = model.get_layer("dense").kernel
+    before, limit = kernel.numpy(), 0.02
+    recovery = Recovery(epochs=2, batch_size=40, learning_rate=0.3, weight_decay=0.0, momentum=0.0, schedule="constant")
+    train(model, source, recovery, seed=0, quantizers={"dense/kernel": SignQuantizer(limit)})
+    bias, x, y = np.zeros(3), source.train.x / 255.0, source.train.y
+    latent = np.clip(before, -limit, limit)
+    for _ in range(2):
+        scores = np.exp(x @ np.where(latent >= 0, limit, -limit) + bias)
+        error = (scores / scores.sum(axis=1, keepdims=True) - np.eye(3)[y]) / len(y)
+        latent, bias = np.clip(latent - 0.3 * x.T @ error, -limit, limit), bias - 0.3 * error.sum(axis=0)
+    np.testing.assert_allclose(kernel, np.where(latent >= 0, limit, -limit), rtol=1e-6)
+    np.testing.assert_allclose(model.get_layer("dense").bias, bias, atol=1e-5)
+    assert (np.sign(kernel) != np.sign(before)).any(), "some weight has changed its sign"
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 100.0, None])

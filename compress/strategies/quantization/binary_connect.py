@@ -18,20 +18,19 @@ from compress.strategies.strategy import STRICT
 
 
 class SignQuantizer:
-    """The sign of the weight times a constant; what lies beyond the constant is clipped and learns no more."""
+    """The sign of the weight times a constant, beyond which no weight goes; gradients pass as they are."""
 
     def __init__(self, size: float) -> None:
         self.variables: list[tf.Variable] = []
-        self._size = size
+        self.limit = size
 
     def __call__(self, latent: tf.Tensor) -> tf.Tensor:
         """Return plus or minus the constant."""
-        inside = tf.clip_by_value(latent, -self._size, self._size)
-        return straight_through(tf.where(latent >= 0, self._size, -self._size), inside)
+        return straight_through(tf.where(latent >= 0, self.limit, -self.limit), latent)
 
     def levels(self, quantized: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return minus and plus one, and the constant."""
-        return np.array([-1.0, 1.0], np.float32), np.full([1] * quantized.ndim, self._size, np.float32)
+        return np.array([-1.0, 1.0], np.float32), np.full([1] * quantized.ndim, self.limit, np.float32)
 
 
 @dataclass(frozen=True, config=STRICT)
