@@ -154,6 +154,14 @@ def test_one_way_to_store_the_weights_does_not_clash(order, pipeline):
     refuse_clashes(stages(pipeline, f"strategy={order}"), model)
 
 
+@pytest.mark.parametrize("last", ["quantize", "mixed_precision"])
+def test_trained_ranges_are_not_thrown_away(last, pipeline):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    with pytest.raises(CompressError, match=f"{last} after stage qat.*chooses how its weights are written"):
+        refuse_clashes(stages(pipeline, f"strategy=qat+{last}"), model)
+    refuse_clashes(stages(pipeline, f"strategy=qat+{last}", f"strategy.{last}.release=[qat]"), model)
+
+
 def test_what_a_stage_between_has_released_does_not_clash(pipeline):
     model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
     between = ("strategy=quantize+prune+qat", "strategy.quantize.scheme=int16")

@@ -31,6 +31,7 @@ REFUSED = {
     *((first, second) for first in ("prune", "share") for second in ("lowrank", "compact")),
     *(("prune", second) for second in ("binary_connect", "binary_filters", "dorefa", "xnor", "block_circulant")),
     ("prune", "product_quantization"),
+    ("qat", "quantize"),
     *(("share", second) for second in OTHERS if second not in ("qat", "pack", "auto")),
 }
 NO_BOARD = "board=roofline"

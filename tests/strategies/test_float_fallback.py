@@ -76,6 +76,8 @@ def test_the_file_is_as_accurate_as_asked_for(data, tmp_path: Path, settings, sp
     made, after, file = file_of(replace(losing, float_fallback=FloatFallback(accuracy_drop=0.5)))
     assert after >= before - 0.5 - 1e-9
     assert bool(made.storage.float_layers) == (without < before - 0.5)
+    listed = {item.layer for item in made.skipped if item.by_choice and "accuracy" in item.reason}
+    assert listed == set(made.storage.float_layers)
     for name in made.storage.float_layers:
         stored = file.weights_of(name, tuple(model.get_layer(name).kernel.shape))
         assert stored.dtype == np.float32

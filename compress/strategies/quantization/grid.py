@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import tensorflow as tf
@@ -33,7 +33,7 @@ class OnGrid(Guarantee):
     broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.SHARE, Effect.REPLACE, Effect.ROUND})
 
     @classmethod
-    def of(cls, stage: str, model: tf_keras.Model, grids: Mapping[str, Grid]) -> OnGrid:
+    def of(cls, stage: str, model: tf_keras.Model, grids: Mapping[str, Grid]) -> Self:
         """Return the guarantee for kernels of ``model`` that lie on grids, by weight name."""
         steps = {name: grid.steps for name, grid in grids.items()}
         shapes = {name: get_weight(model, name).shape for name in grids}
@@ -92,6 +92,13 @@ class OnGrid(Guarantee):
         levels, most = values / self.steps[name], 2 ** (self.bits[name] - 1) - 1
         off = (np.abs(levels - np.rint(levels)) > _TOLERANCE) | (np.abs(levels) > most + _TOLERANCE)
         return [Violation(name, f"{off.sum()} weights off the grid of {self.bits[name]} bits")] if off.any() else []
+
+
+@dataclass(frozen=True)
+class TrainedGrid(OnGrid):
+    """A grid on which the network was trained together with the ranges of its activations and its float layers."""
+
+    broken_by: ClassVar[frozenset[Effect]] = OnGrid.broken_by | {Effect.STORE}
 
 
 def cut_spread(

@@ -245,7 +245,8 @@ class Quantize(Strategy):
                 break
             # Floats have no rounding that others make up for. Without that the accuracy is another one.
             names = [name for name in names if name not in more]
-        return result
+        stay = (Skipped(name, "it stays a float: the accuracy needs it", by_choice=True) for name in floats)
+        return result.evolve(skipped=(*result.skipped, *stay))
 
     def _unrounded(
         self, candidate: Candidate, context: Context, samples: np.ndarray | None, left_out: Collection[str]
