@@ -25,6 +25,10 @@ from compress.strategies.pruning.zeros import Zeros
 RIDGE, REPAIR_RIDGE = 1e-4, 1e-3
 """Ridge of a layer that loses inputs, and of one that only makes up for others; relative to its inputs' squares."""
 _CLIP = (0.05, 20.0)
+_WITHOUT_REPAIR = (
+    "quantize (bits=8, rounding=nearest), qat (rounding_images=0), share, prune (criterion=magnitude), "
+    "prune_channels (criterion=l2)"
+)
 _RECTIFIED_ROUNDS = 3
 _LEAST_FACTOR = 0.05
 """A batch norm that multiplies with less than this part of what is usual switches the channel off."""
@@ -241,6 +245,15 @@ def _require_walkable(model: tf_keras.Model) -> None:
     Raises:
         CompressError: naming the layer.
     """
+    for tensor in model.inputs:
+        if tensor.shape[0] is not None:
+            raise CompressError(
+                f"model {model.name}, input {tensor.node.layer.name}",
+                expected="any batch size, for a repair in closed form",
+                received=f"a fixed batch size of {tensor.shape[0]}",
+                fix="Build the model with Input(shape) instead of Input(batch_shape), give it the same weights, and "
+                f"save it again. Or choose what needs no repair: {_WITHOUT_REPAIR}.",
+            )
     for node in nodes(model):
         masks = isinstance(node.layer, tf_keras.layers.Masking) or getattr(node.layer, "mask_zero", False)
         if masks or any(t.shape.rank in (0, None) or t.shape[0] is not None for t in tf.nest.flatten(node.outputs)):
@@ -248,8 +261,7 @@ def _require_walkable(model: tf_keras.Model) -> None:
                 f"layer {node.layer.name}",
                 expected="layers that treat each sample by itself and pass on no mask, for a repair in closed form",
                 received=f"{type(node.layer).__name__}, which does not",
-                fix="Choose what needs no repair: quantize (bits=8, rounding=nearest), share, "
-                "prune (criterion=magnitude), prune_channels (criterion=l2).",
+                fix=f"Choose what needs no repair: {_WITHOUT_REPAIR}.",
             )
 
 

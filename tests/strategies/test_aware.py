@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tf_keras
@@ -147,6 +149,15 @@ def test_the_file_of_an_odd_model_agrees_with_the_fake_quantized_one(body, data,
     operators = {operator.name for operator in TFLiteFile.read(tmp_path / "model.tflite").operators}
     # A transposed convolution along one axis gets its bias from an operator of its own.
     assert not operators & {"MUL", "ADD"} or body is transposed_along_one_axis
+
+
+def test_what_was_trained_is_told_where_the_file_computes_more_finely(context, data, fake):
+    strategy = QuantizeAware(activation_bits=3)
+    made = strategy.apply(Candidate(context.reference), replace(context, recovery=Recovery(epochs=0.2, batch_size=64)))
+    (trained,) = fake
+    wanted = accuracy(trained.predict(data.validation.x, verbose=0), data.validation.y)
+    assert made.measured == {"accuracy_as_trained": pytest.approx(wanted)}
+    assert any("8 bits, not to 3" in item.reason for item in made.skipped)
 
 
 def test_learned_steps_are_trained(context):

@@ -52,6 +52,23 @@ def volumes(x: tf.Tensor) -> tf.Tensor:
     return layers.Flatten()(layers.Conv3D(16, 3, padding="same", name="two")(x))
 
 
+def test_what_half_precision_cannot_hold_is_refused_by_name(data):
+    model = network(dense)
+    applied(Quantize(scheme="float16"), model, data)
+    kernel = model.get_layer("inner").kernel
+    kernel.assign(kernel + np.eye(*kernel.shape) * 1e5)
+    with pytest.raises(CompressError, match="layer inner: expected weights up to 65504"):
+        applied(Quantize(scheme="float16"), model, data)
+
+
+def test_a_fixed_batch_size_is_named_where_it_is_in_the_way(data):
+    sequence = tf_keras.Input(batch_shape=(1, 8, 8))
+    model = rewrite(tf_keras.Model(sequence, layers.Dense(10, name="head")(dense(sequence))))
+    applied(Quantize(), model, data)
+    with pytest.raises(CompressError, match="fixed batch size of 1"):
+        applied(Quantize(bits=4, rounding_images=16), model, data)
+
+
 @pytest.mark.parametrize(
     ("part", "floats"),
     [(lambda x: layers.GRU(32, name="gru")(x), ()), (volumes, ("one", "two"))],

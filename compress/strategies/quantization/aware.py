@@ -15,11 +15,13 @@ from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
 from compress.candidate import Calibration, Candidate, Effect, Skipped, Storage
+from compress.data.source import Data
 from compress.deploy.points import calibrated_points
 from compress.errors import CompressError
 from compress.graph.fold import fold_batch_norm, fold_layer_norm
 from compress.graph.kernels import Kernel, get_weight, kernels, without_kernel
 from compress.graph.separable import split_separable
+from compress.metrics.accuracy import accuracy, keras_outputs
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
@@ -34,6 +36,9 @@ from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
 
+_JUDGED = 2000
+"""Validation images that an accuracy is taken of, at most."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class QuantizeAware(Strategy):
@@ -47,7 +52,9 @@ class QuantizeAware(Strategy):
         packed: 4 bits and fewer are stored two weights to a byte, where LiteRT reads them so. It expands them in each
             call; false, a byte each, is faster. The ``.cmp`` is as small either way.
         layer_bits: those of single layers, by name or regular expression.
-        activation_bits: of what layers compute; the file has 8 in any case.
+        activation_bits: of what layers compute. The file has 8 in any case: below it computes more finely than the
+            network that was trained, whose accuracy the report gives as ``measured.accuracy_as_trained`` (validation
+            part).
         learned_steps: train the steps with the weights (LSQ), instead of having the largest weight be the outermost
             level.
         rounding_images: below 8 bits, training starts from weights that are rounded in closed form on so many
@@ -106,6 +113,9 @@ class QuantizeAware(Strategy):
         if not wanted:
             raise context.nothing_done("a layer with a kernel to quantize", skipped)
         left_alone = context.skip(skipped)
+        if self.activation_bits < 8:
+            finer = f"the file rounds them to 8 bits, not to {self.activation_bits}: LiteRT has no fewer"
+            left_alone = (*left_alone, Skipped("activations", finer, by_choice=True))
         one_scale = _one_scale(candidate)
         bits = self._bits(wanted, context)
         quantizers = {k.name: self._quantizer(k, bits[k.name], steps, whole=k.name in one_scale) for k in wanted}
@@ -125,8 +135,16 @@ class QuantizeAware(Strategy):
         floats = tuple(k.layer.name for k in kernels(model) if k.layer.name not in chosen)
         storage = Storage("int8", calibration, floats, storage_ranges, self.packed)
         stored = Stored(context.stage, "int8", floats)
-        result = candidate.evolve(model=model, storage=storage, skipped=left_alone)
+        measured = self._as_trained(trained, context.data)
+        result = candidate.evolve(model=model, storage=storage, skipped=left_alone, measured=measured)
         return result.with_guarantee(on_grid).with_guarantee(stored)
+
+    def _as_trained(self, trained: tf_keras.Model, data: Data) -> dict[str, float]:
+        """Return the accuracy in percent of the network that was trained, where the file computes another."""
+        judged = data.validation.take(_JUDGED)
+        if self.activation_bits == 8 or not judged.labelled:
+            return {}
+        return {"accuracy_as_trained": accuracy(keras_outputs(trained, judged.x), judged.y)}
 
     def _by_tfmot(self, candidate: Candidate, context: Context) -> Candidate:
         bound = sorted({guarantee.stage for guarantee in candidate.guarantees})

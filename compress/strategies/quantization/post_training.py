@@ -57,7 +57,7 @@ class Quantize(Strategy):
     Args:
         scheme: ``int8``: weights and activations; ``int16``: int8 weights, 16-bit activations; ``dynamic``: int8
             weights, activations quantized as they come; ``weight_only``: int8 weights, expanded before use;
-            ``float16``: half-precision weights.
+            ``float16``: half-precision weights. (bfloat16: LiteRT has no kernels for it on any board.)
         bits: of a weight under ``int8`` and ``weight_only``.
         packed: 4 bits and fewer are stored two weights to a byte, where LiteRT reads them so. It expands them in each
             call; false, a byte each, is faster. The ``.cmp`` is as small either way.
@@ -148,6 +148,8 @@ class Quantize(Strategy):
                 received=f"scheme={self.scheme}, which the converter applies to the whole file",
                 fix=f"Write strategy.{context.stage}.scheme=int8, or leave only and skip out.",
             )
+        if self.scheme == "float16":
+            _refuse_overflow(candidate.model, context.stage)
         lacking = float_only(candidate.model, chosen) if self.scheme in (*_CALIBRATED, "dynamic") else []
         left_out += tuple(item.layer for item in lacking)
         chosen -= set(left_out)
@@ -291,3 +293,24 @@ class Quantize(Strategy):
         if synthetic is None:
             return context.calibration_samples(self.rounding_images)
         return synthetic[: self.rounding_images]
+
+
+def _refuse_overflow(model: tf_keras.Model, stage: str) -> None:
+    """Refuse weights that half precision has no number for; the converter would write its largest one instead.
+
+    Raises:
+        CompressError: naming the layer.
+    """
+    most = float(np.finfo(np.float16).max)
+    for layer in fold_batch_norm(model).layers:
+        if isinstance(layer, tf_keras.layers.BatchNormalization):
+            # The file holds what its statistics come to, not the statistics.
+            continue
+        largest = max((float(np.abs(weight).max(initial=0.0)) for weight in layer.get_weights()), default=0.0)
+        if largest > most:
+            raise CompressError(
+                f"stage {stage}, layer {layer.name}",
+                expected=f"weights up to {most:g}, the largest number of half precision",
+                received=f"{largest:g}",
+                fix=f"Write strategy.{stage}.scheme=int8 or weight_only, whose scales are floats.",
+            )
