@@ -51,6 +51,15 @@ def check_file(path: Path) -> None:
         raise BoardFailure(f"{path.name} is no TFLite file (it begins with {start!r}); export the model again")
 
 
+def few_bits(kernels: Sequence[str], who: str) -> str:
+    """Say which kernels are stored in 4 bits, ``who`` does not read them, and what to write."""
+    listed = ", ".join(kernels[:3]) + (f" and {len(kernels) - 3} more" if len(kernels) > 3 else "")
+    return (
+        f"{who} 4 bits, in which the weights of {listed} are stored; give them a byte each: packed=false of the stage "
+        "that rounds them (the .cmp is as small)"
+    )
+
+
 def measure_readable(
     board: str, artifacts: Sequence[Artifact], measure: Callable[[Sequence[Artifact]], Sequence[Measurement]]
 ) -> list[Measurement]:

@@ -21,7 +21,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from compress.boards.board import Board
-from compress.boards.command import Answer, BoardFailure, check_file, run_program
+from compress.boards.command import Answer, BoardFailure, check_file, few_bits, run_program
 from compress.candidate import Artifact, Measurement, OperatorTime
 from compress.errors import CompressError
 
@@ -128,6 +128,8 @@ def refuse_foreign(path: Path) -> None:
             "the file stores zeros sparsely (DENSIFY), which Vela cannot compile; make it with board=ethos_u, which "
             "stores them as they are"
         )
+    if file.packed_kernels:
+        raise BoardFailure(few_bits(file.packed_kernels, "Vela cannot compile"))
     if names:
         raise BoardFailure(f"operators that nothing there runs: {', '.join(sorted(names))}; leave their layers out")
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -20,10 +20,11 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from compress.boards.board import Board
-from compress.boards.command import Answer, BoardFailure, check_file, run_program
+from compress.boards.command import Answer, BoardFailure, check_file, few_bits, run_program
 from compress.boards.micro_kernels import MICRO_KERNELS
 from compress.boards.timing import with_next_step
 from compress.candidate import Artifact, Measurement
+from compress.metrics.tflite_file import TFLiteFile
 
 _WORKER = Path(__file__).with_name("microcontroller_worker.py")
 _ARENA = {
@@ -73,13 +74,13 @@ class Microcontroller(Board):
                 raise BoardFailure(f"the file has {flash:,} bytes, the flash {self.flash_bytes:,}; make it smaller")
             command: list[str | Path] = [sys.executable, "-P", _WORKER, artifact.path.resolve(), str(self.arena_bytes)]
             answer = run_program(command, self.timeout)
-            return self._read(answer, flash)
+            return self._read(answer, artifact.path)
         except BoardFailure as failure:
             return Measurement(self.name, failure=str(failure))
 
-    def _read(self, answer: Answer, flash: int) -> Measurement:
+    def _read(self, answer: Answer, path: Path) -> Measurement:
         if answer.code != 0:
-            raise BoardFailure(self._reason(answer))
+            raise BoardFailure(self._reason(answer, TFLiteFile.read(path).packed_kernels))
         try:
             said = json.loads(answer.output.strip().splitlines()[-1])
             difference, compared = float(said["difference"]), int(said["compared"])
@@ -91,13 +92,17 @@ class Microcontroller(Board):
                 f"outputs differ from LiteRT's by {difference:.2%} of their range, more than "
                 f"board.tolerance={self.tolerance:g}"
             )
-        return Measurement(self.name, values={**arena, "flash_bytes": float(flash), "max_difference": difference})
+        return Measurement(
+            self.name, values={**arena, "flash_bytes": float(path.stat().st_size), "max_difference": difference}
+        )
 
-    def _reason(self, answer: Answer) -> str:
+    def _reason(self, answer: Answer, packed: Sequence[str]) -> str:
         small = _TOO_SMALL.search(answer.errors)
         if small is not None:
             said = small[0].strip()
             return f"the arena of {self.arena_bytes:,} bytes is too small ({said}); give board.arena_bytes more"
         reasons = "; ".join(dict.fromkeys(line.strip() for line in _REASONS.findall(answer.errors)))[:300]
         reason = f"TFLM ended with code {answer.code}: {reasons or answer.last_error}".rstrip(": ")
+        if packed:
+            return f"{reason}; {few_bits(packed, 'TFLM does not read each kernel of')}"
         return f"{reason}; {_NO_KERNEL}" if "DENSIFY" in reason else with_next_step(reason)

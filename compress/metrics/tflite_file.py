@@ -248,6 +248,11 @@ class TFLiteFile:
         pairs = ((op, self.stored(op.inputs[1])) for op in self.operators if op.name in _WEIGHT_OPERATORS)
         return [(op, tensor) for op, tensor in pairs if tensor.data is not None]
 
+    @property
+    def packed_kernels(self) -> list[str]:
+        """Names of the weights that are stored two to a byte or more, which not every runtime reads."""
+        return [tensor.name for _, tensor in self.weighted if tensor.bits < 8]
+
     def holds(self, dtype: np.dtype, least: int) -> bool:
         """Say whether any subgraph stores a tensor of at least ``least`` numbers of this type."""
         graphs = [self._model.Subgraphs(i) for i in range(self._model.SubgraphsLength())]

@@ -11,7 +11,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 
 from compress.candidate import Artifact, Calibration, Candidate, Storage
 from compress.data.source import Split, make_data
-from compress.deploy.flatbuffer import parse, serialize
+from compress.deploy.flatbuffer import add_buffer, parse, serialize
 from compress.deploy.sparse import store_sparsely
 from compress.deploy.tflite import export
 
@@ -27,6 +27,14 @@ def convolutions(path: Path, filters: int = 2, scheme: str = "float32") -> Artif
     return export(Candidate(model, storage=Storage(scheme, Calibration(4))), make_data("random", part, part), path)
 
 
+def dense(path: Path) -> Artifact:
+    """Write an int8 file of two fully connected layers."""
+    values = tf_keras.Input((32,), name="values")
+    model = tf_keras.Model(values, layers.Dense(16, name="second")(layers.Dense(64, "relu", name="first")(values)))
+    part = Split(np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32), np.arange(8) % 2)
+    return export(Candidate(model, storage=Storage("int8", Calibration(4))), make_data("random", part, part), path)
+
+
 def with_sparse_kernels(good: Path, path: Path) -> Artifact:
     """Write a copy of an int8 file whose kernels have many zeros and are stored without them."""
     model = parse(good.read_bytes())
@@ -38,6 +46,18 @@ def with_sparse_kernels(good: Path, path: Path) -> Artifact:
     sparse = store_sparsely(serialize(model))
     assert sparse is not None
     path.write_bytes(sparse)
+    return Artifact(path, Storage("int8", Calibration(4)))
+
+
+def with_packed_kernels(good: Path, path: Path) -> Artifact:
+    """Write a copy of an int8 file whose kernels are cut to four bits and stored two to a byte."""
+    model = parse(good.read_bytes())
+    for tensor in model.subgraphs[0].tensors:
+        buffer = model.buffers[tensor.buffer]
+        if buffer.data is not None and tensor.shape.size >= 2:
+            levels = np.clip(np.array(buffer.data).view(np.int8), -7, 7) & 15
+            tensor.type, tensor.buffer = schema.TensorType.INT4, add_buffer(model, levels[0::2] | levels[1::2] << 4)
+    path.write_bytes(serialize(model))
     return Artifact(path, Storage("int8", Calibration(4)))
 
 

@@ -16,7 +16,7 @@ from compress.boards.roofline import Roofline, Work, work_of
 from compress.boards.roofline_fit import fit_profile
 from compress.errors import CompressError
 from compress.metrics.tflite_file import TFLiteFile
-from tests.boards.files import convolutions, with_sparse_kernels
+from tests.boards.files import convolutions, dense, with_packed_kernels, with_sparse_kernels
 
 layers = tf_keras.layers
 PROFILE = {"peaks": {"float32": 2e9, "int8": 8e9}, "depthwise": 0.5, "bandwidth": 1e9, "overhead_us": 3.0}
@@ -123,6 +123,15 @@ def test_kernels_without_their_zeros_are_refused_with_the_next_step(board, tmp_p
     assert "DENSIFY" in failure
     assert f"board={board.name}" in failure
     assert board.lacks(["CONV_2D", "DENSIFY"]) == {"DENSIFY"}
+
+
+@pytest.mark.parametrize("board", [EthosU(), Microcontroller(arena_bytes=1_000_000)])
+def test_kernels_of_four_bits_are_named_where_the_board_cannot_read_them(board, tmp_path):
+    bytes_each = dense(tmp_path / "bytes.tflite")
+    assert board.measure(bytes_each).failure is None
+    failure = board.measure(with_packed_kernels(bytes_each.path, tmp_path / "packed.tflite")).failure
+    assert "first" in failure
+    assert "packed=false" in failure
 
 
 def test_a_microcontroller_needs_an_arena(files):
