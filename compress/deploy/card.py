@@ -160,7 +160,10 @@ def _numbers(report: Mapping[str, Any]) -> str:
         )
     headings = ("after", "accuracy %", "in Keras %", "nonzero params", "MACs", ".tflite bytes", ".cmp bytes")
     table = _rows((*headings, "peak memory", "p50 ms"), rows)
-    return f"{table}\n\nLatency is that of one sample on the board `{report['board']}`."
+    final = report["final"]
+    speedup = final.get("speedup") if report["stages"] and final["latency_ms"] else None
+    in_turns = f" The last file is {speedup:.2f} times as fast as the original, timed in turns." if speedup else ""
+    return f"{table}\n\nLatency is that of one sample on the board `{report['board']}`.{in_turns}"
 
 
 def _verification(found: Mapping[str, Any]) -> str:

@@ -65,6 +65,7 @@ def test_the_card_says_what_was_done_with_the_numbers_of_the_report(bundle, fini
     card, report = (bundle / "card.md").read_text(), report_of(bundle)
     final = report["final"]
     for words in (
+        f"{final['speedup']:.2f} times as fast as the original, timed in turns",
         *(f"{final['accuracy']:.2f} %", f"{final['tflite_bytes']:,} bytes", f"{final['macs']:,}"),
         *("scheme=int8", "weights are stored as int8", "`digits`", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         *("licence of the model | Apache-2.0", "licence of the data | CC-BY-4.0", "author | A. Person"),
@@ -83,6 +84,7 @@ def test_a_card_without_stages_claims_no_gain(finished_run):
     report = report_of(finished_run)
     card = make_card({**report, "strategy": "none", "stages": [], "notes": ["Beware."]})
     assert "as large" not in card
+    assert "as fast" not in card.partition("## What to know")[0]
     assert "Nothing: the model was exported" in card
     assert "- Beware." in card
     assert "noise.png" not in card

@@ -230,10 +230,43 @@ def test_an_estimate_is_never_called_a_latency(model):
 
 
 def test_times_taken_in_turns_say_whether_the_latency_fell(model):
-    slow = replace(BASELINE.latency_ms, p50=1.9)
-    (note,) = notes(finished(model, replace(SMALLER, latency_ms=slow, speedup=0.98)))
-    assert "in turns 0.98 times as fast" in note
-    assert notes(finished(model, replace(SMALLER, latency_ms=replace(slow, p50=2.1), speedup=1.2))) == []
+    quick, slow = (replace(BASELINE.latency_ms, p50=p50) for p50 in (0.5, 2.1))
+    (note,) = notes(finished(model, replace(SMALLER, latency_ms=quick, speedup=0.88)))
+    assert note.startswith("Latency did not fall (0.88 times as fast, timed in turns with the original): ")
+    (note,) = notes(finished(model, replace(SMALLER, latency_ms=quick, speedup=1.02)))
+    assert note.startswith("Latency fell by less than 3 % (1.02 times as fast, timed in turns with the original): ")
+    assert notes(finished(model, replace(SMALLER, latency_ms=slow, speedup=1.2))) == []
+
+
+@pytest.mark.parametrize(("p50", "speedup"), [(0.5, 0.88), (2.1, 1.2)])
+def test_the_table_and_the_notes_give_one_gain_in_latency(p50, speedup, model, capsys):
+    sparse = replace(SMALLER, latency_ms=replace(BASELINE.latency_ms, p50=p50), speedup=speedup, sparse_kernels=14)
+    result = replace(finished(model, sparse), stages=(stage("prune", sparse),))
+    report = make_report(result, CONFIG, seconds=1.0)
+    assert report["ratios"]["latency_p50"] == 2.0 / p50, "of the two medians, as it is documented"
+    print_table(report)
+    shown = capsys.readouterr().out
+    gain = next(line for line in shown.splitlines() if "gain" in line)
+    assert [cell for cell in gain.split() if cell.endswith("x")][-1] == f"{speedup:.2f}x"
+    assert "timed in turns" in shown
+    assert ("faster in this stage" in shown) == (speedup > 1)
+    assert ("gets no faster" in shown) == ("did not fall" in shown) == (speedup < 1)
+
+
+def test_without_times_in_turns_the_table_gives_the_gain_of_the_medians(result, capsys):
+    print_table(make_report(result, CONFIG, seconds=1.0))
+    shown = capsys.readouterr().out
+    gain = next(line for line in shown.splitlines() if "gain" in line)
+    assert [cell for cell in gain.split() if cell.endswith("x")][-1] == "4.00x"
+    assert "in turns" not in shown
+
+
+def test_a_later_stage_is_compared_with_the_one_before_by_times_in_turns(model):
+    quantized = replace(SMALLER, speedup=2.0)
+    pruned = replace(SMALLER, speedup=1.9, sparse_kernels=14, latency_ms=replace(BASELINE.latency_ms, p50=0.4))
+    result = replace(finished(model, SMALLER), stages=(stage("quantize", quantized), stage("prune", pruned)))
+    (note,) = notes(result)
+    assert "gets no faster (0.95 times as fast, timed in turns with the original)" in note
 
 
 @pytest.mark.parametrize(
@@ -247,7 +280,7 @@ def test_times_taken_in_turns_say_whether_the_latency_fell(model):
 def test_a_latency_that_did_not_fall_is_said_with_the_reason(guarantees, reason, model):
     slow = replace(SMALLER, latency_ms=replace(BASELINE.latency_ms, p50=1.99))
     (note,) = notes(finished(model, slow, guarantees=guarantees))
-    assert note.startswith("Latency did not fall (2.000 to 1.990 ms)")
+    assert note.startswith("Latency fell by less than 3 % (p50 2.000 to 1.990 ms): ")
     assert reason in note
     faster = replace(SMALLER, latency_ms=replace(BASELINE.latency_ms, p50=1.9))
     assert notes(finished(model, faster, guarantees=guarantees)) == []
