@@ -22,6 +22,8 @@ from compress.pipeline.stage import StageResult
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 ACCURACY_GAP_LIMIT = 0.5
 """Percentage points that Keras and the exported file may differ before the report says so."""
+_LOSS_LIMIT = 5.0
+"""Percentage points below the baseline that are no ordinary price of compression."""
 _FASTER = 1 / 0.97
 """Times as fast that is more than noise: 3 % of the latency."""
 
@@ -144,6 +146,8 @@ def notes(result: Result) -> list[str]:
         found.append(f"macs leave out what these layers multiply, in a way that is not counted: {', '.join(missing)}.")
     if not result.stages:
         return found
+    if not result.untrained and baseline.accuracy - final.accuracy > _LOSS_LIMIT:
+        found.append(_loss_note(result))
     for before, stage in zip((result.baseline, *result.stages), result.stages, strict=False):
         had, has = before.numbers.sparse_kernels, stage.numbers.sparse_kernels
         if has and not had:
@@ -200,6 +204,35 @@ def _gain(baseline: Numbers, before: Numbers, after: Numbers) -> _Gain | None:
         return None
     medians = before.latency_ms.p50, after.latency_ms.p50
     return _Gain(medians[0] / medians[1], f"p50 {medians[0]:.3f} to {medians[1]:.3f} ms")
+
+
+def _loss_note(result: Result) -> str:
+    """Say which stage has lost most of the accuracy, and what to try."""
+    pairs = zip((result.baseline, *result.stages), result.stages, strict=False)
+    before, stage = max(pairs, key=lambda pair: pair[0].numbers.accuracy - pair[1].numbers.accuracy)
+    said = f"Accuracy fell from {result.baseline.numbers.accuracy:.2f} to {result.final.accuracy:.2f} %"
+    if len(result.stages) > 1:
+        said += f", most in {stage.name}: from {before.numbers.accuracy:.2f} to {stage.numbers.accuracy:.2f} %"
+    else:
+        said += f" in {stage.name}"
+    return f"{said}. {_advice(stage)}."
+
+
+def _advice(stage: StageResult) -> str:
+    """Return what to try where a stage has lost much accuracy: what it has not done, or other training."""
+    milder = f"a milder setting of strategy.{stage.name}"
+    recovery = stage.config["recovery"]
+    if stage.recovered is None or stage.recovered.method == "none":
+        if stage.recovered is None and recovery["method"] != "none" and recovery["epochs"] > 0:
+            return f"It trains nothing: try {milder}"
+        return f"It trained nothing: try {milder}, or recovery=finetune recovery.epochs=1 if its strategy can train"
+    key = f"strategy.{stage.name}.recovery"
+    rate, epochs = recovery["learning_rate"], recovery["epochs"]
+    tries = [f"{key}.learning_rate={rate / 3:.2g} ({rate:g} was used)", f"{key}.epochs={2 * epochs:g}"]
+    # A strategy with a student of its own teaches it whatever the recovery is.
+    if stage.recovered.method == "distill" and "student" not in stage.config:
+        tries.append(f"{key}.method=finetune")
+    return f"Try {', '.join(tries)}, or {milder}"
 
 
 def _sparse_note(stage: str, kernels: int, gain: _Gain | None) -> str:

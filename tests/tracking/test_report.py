@@ -13,7 +13,7 @@ import tf_keras
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.candidate import Artifact, Candidate, Latency, Numbers, Skipped, Storage
+from compress.candidate import Artifact, Candidate, Latency, Numbers, Recovered, Skipped, Storage
 from compress.pipeline.pipeline import Result
 from compress.pipeline.stage import StageResult
 from compress.strategies.compact.separable_form import SeparableForm
@@ -284,6 +284,59 @@ def test_a_latency_that_did_not_fall_is_said_with_the_reason(guarantees, reason,
     assert reason in note
     faster = replace(SMALLER, latency_ms=replace(BASELINE.latency_ms, p50=1.9))
     assert notes(finished(model, faster, guarantees=guarantees)) == []
+
+
+TRAINED = {"method": "finetune", "epochs": 4.0, "learning_rate": 0.03}
+FINETUNED = Recovered("finetune")
+
+
+def in_stages(result: Result, *accuracies: float, recovery=TRAINED, recovered=FINETUNED) -> Result:
+    """Return the result with a stage for each accuracy of the exported file."""
+    stages = tuple(
+        stage(
+            f"stage{number}",
+            replace(SMALLER, accuracy=value, accuracy_keras=value),
+            config={"recovery": recovery},
+            recovered=recovered,
+        )
+        for number, value in enumerate(accuracies, start=1)
+    )
+    return replace(result, stages=stages)
+
+
+def test_a_great_loss_of_accuracy_is_said_once_with_the_stage_that_lost_most(result):
+    (note,) = notes(in_stages(result, 88.0, 31.5, 30.0))
+    assert note.startswith("Accuracy fell from 90.00 to 30.00 %, most in stage2: from 88.00 to 31.50 %. ")
+    assert "strategy.stage2.recovery.learning_rate=0.01 " in note
+    assert "strategy.stage2.recovery.epochs=8" in note
+    assert "recovery=finetune" not in note
+    assert note in make_report(in_stages(result, 88.0, 31.5, 30.0), CONFIG, seconds=1.0)["notes"]
+
+
+@pytest.mark.parametrize("accuracies", [(85.5,), (30.0, 89.0), (95.0,)])
+def test_a_small_loss_of_accuracy_or_one_that_was_won_back_is_not_said(accuracies, result):
+    assert notes(in_stages(result, *accuracies)) == []
+
+
+@pytest.mark.parametrize(
+    ("recovery", "recovered", "said", "unsaid"),
+    [
+        ({**TRAINED, "method": "distill"}, Recovered("distill"), "strategy.stage1.recovery.method=finetune", "nothing"),
+        ({**TRAINED, "epochs": 0}, None, "recovery=finetune recovery.epochs=1", "learning_rate"),
+        ({**TRAINED, "method": "auto"}, Recovered("none"), "recovery=finetune", "learning_rate"),
+        (TRAINED, None, "a milder setting of strategy.stage1", "recovery"),
+    ],
+)
+def test_what_to_try_after_a_great_loss_depends_on_how_the_stage_has_trained(recovery, recovered, said, unsaid, result):
+    (note,) = notes(in_stages(result, 40.0, recovery=recovery, recovered=recovered))
+    assert said in note
+    assert unsaid not in note
+    assert "a milder setting" in note
+
+
+def test_an_untrained_model_loses_nothing_by_training(result):
+    (note,) = notes(replace(in_stages(result, 40.0), untrained=True))
+    assert "untrained" in note
 
 
 def test_a_file_that_did_not_shrink_is_said_with_the_reason(model):
