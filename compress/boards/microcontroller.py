@@ -24,6 +24,7 @@ from compress.boards.command import Answer, BoardFailure, check_file, few_bits, 
 from compress.boards.micro_kernels import MICRO_KERNELS
 from compress.boards.timing import with_next_step
 from compress.candidate import Artifact, Measurement
+from compress.errors import CompressError
 from compress.metrics.tflite_file import TFLiteFile
 
 _WORKER = Path(__file__).with_name("microcontroller_worker.py")
@@ -80,7 +81,11 @@ class Microcontroller(Board):
 
     def _read(self, answer: Answer, path: Path) -> Measurement:
         if answer.code != 0:
-            raise BoardFailure(self._reason(answer, TFLiteFile.read(path).packed_kernels))
+            try:
+                packed = TFLiteFile.read(path).packed_kernels
+            except CompressError as error:
+                raise BoardFailure(str(error)) from error
+            raise BoardFailure(self._reason(answer, packed))
         try:
             said = json.loads(answer.output.strip().splitlines()[-1])
             difference, compared = float(said["difference"]), int(said["compared"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tf_keras
@@ -132,6 +134,13 @@ def test_kernels_of_four_bits_are_named_where_the_board_cannot_read_them(board, 
     failure = board.measure(with_packed_kernels(bytes_each.path, tmp_path / "packed.tflite")).failure
     assert "first" in failure
     assert "packed=false" in failure
+
+
+@pytest.mark.parametrize("board", [EthosU(), Microcontroller()])
+def test_a_file_that_is_cut_off_is_a_failure(board, files, tmp_path):
+    cut = tmp_path / "cut.tflite"
+    cut.write_bytes(files["int8"].path.read_bytes()[:200])
+    assert board.measure(replace(files["int8"], path=cut)).failure
 
 
 def test_a_microcontroller_needs_an_arena(files):
