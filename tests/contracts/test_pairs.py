@@ -51,6 +51,8 @@ SETTINGS_AFTER = {("prune", "mixed_precision"): "bytes=0.4"}
 """Of the second stage: the float file of a pruned model leaves its zeros out, and is not far above the integer one."""
 LEAST = {"xnor": 30}
 """Accuracies after the short training; binary inputs take longer."""
+EPOCHS = {"xnor": 12}
+"""Where four are so few that the accuracy hangs on the machine."""
 
 
 def settings_of(strategy: str, stage: str) -> list[str]:
@@ -113,6 +115,7 @@ def test_pair(first, second, pipeline, tmp_path):
         settings += settings_of(first, second_stage)
     if (first, second) in SETTINGS_AFTER:
         settings.append(f"strategy.{second}.{SETTINGS_AFTER[first, second]}")
+    settings += [f"recovery.epochs={EPOCHS[name]}" for name in (first, second) if name in EPOCHS]
     built = pipeline(f"strategy={first}+{second}", *settings, NO_BOARD)
     (tmp_path / "first").mkdir()
     (tmp_path / "both").mkdir()
