@@ -162,6 +162,34 @@ def test_trained_ranges_are_not_thrown_away(last, pipeline):
     refuse_clashes(stages(pipeline, f"strategy=qat+{last}", f"strategy.{last}.release=[qat]"), model)
 
 
+@pytest.mark.parametrize("last", ["quantize", "qat", "mixed_precision"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        ("mixed_precision", "latency=0.5"),
+        ("quantize", "float_fallback={accuracy_drop: 1}"),
+        ("quantize", "float_fallback={accuracy_drop: 1}", "bits=4"),
+    ],
+    ids=" ".join,
+)
+def test_floats_that_were_chosen_are_not_thrown_away(first, last, pipeline):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    name = first[0]
+    settings = [f"strategy.{name}.{item}" for item in first[1:]]
+    later = f"{last}2" if last == name else last
+    with pytest.raises(CompressError, match=f"{later} after stage {name}.*chooses how its weights are written"):
+        refuse_clashes(stages(pipeline, f"strategy={name}+{last}", *settings), model)
+    refuse_clashes(stages(pipeline, f"strategy={name}+{last}", *settings, f"strategy.{later}.release=[{name}]"), model)
+
+
+@pytest.mark.parametrize("first", ["qat", "quantize", "mixed_precision.latency=0.5"])
+def test_the_coder_of_the_packed_file_clashes_with_nothing(first, pipeline):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    name = first.partition(".")[0]
+    settings = [f"strategy.{first}"] if "." in first else []
+    refuse_clashes(stages(pipeline, f"strategy={name}+pack", *settings), model)
+
+
 def test_what_a_stage_between_has_released_does_not_clash(pipeline):
     model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
     between = ("strategy=quantize+prune+qat", "strategy.quantize.scheme=int16")

@@ -25,7 +25,7 @@ from compress.metrics.accuracy import accuracy, keras_outputs
 from compress.strategies.options import refuse_without_effect
 from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.fake_quantization import trained_ranges, with_fake_quantization
-from compress.strategies.quantization.grid import TrainedGrid
+from compress.strategies.quantization.grid import FinalGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.quantizers import StepQuantizer, UniformQuantizer
 from compress.strategies.quantization.rounding import round_layers
@@ -75,7 +75,7 @@ class QuantizeAware(Strategy):
     scheme: Literal["own", "tfmot"] = "own"
 
     effects = frozenset({Effect.TRAIN, Effect.STORE, Effect.ROUND})
-    establishes = TrainedGrid
+    establishes = FinalGrid
     needs_training = True
     stores = "int8"
 
@@ -131,7 +131,7 @@ class QuantizeAware(Strategy):
         }
         storage_ranges = folded_ranges(model, trained_ranges(trained))
         model, grids = fold_grids(model, found, bits)
-        on_grid = TrainedGrid.of(context.stage, model, grids)
+        on_grid = FinalGrid.of(context.stage, model, grids)
         floats = tuple(k.layer.name for k in kernels(model) if k.layer.name not in chosen)
         storage = Storage("int8", calibration, floats, storage_ranges, self.packed)
         stored = Stored(context.stage, "int8", floats)
@@ -162,7 +162,7 @@ class QuantizeAware(Strategy):
         model, grids, ranges = unwrap(wrapped, candidate.model)
         storage = Storage("int8", Calibration(self.calibration_images), (), ranges)
         result = candidate.evolve(model=model, storage=storage, skipped=left_alone)
-        return result.with_guarantee(TrainedGrid.of(context.stage, model, grids)).with_guarantee(
+        return result.with_guarantee(FinalGrid.of(context.stage, model, grids)).with_guarantee(
             Stored(context.stage, "int8", ())
         )
 

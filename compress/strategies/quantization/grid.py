@@ -95,8 +95,8 @@ class OnGrid(Guarantee):
 
 
 @dataclass(frozen=True)
-class TrainedGrid(OnGrid):
-    """A grid on which the network was trained together with the ranges of its activations and its float layers."""
+class FinalGrid(OnGrid):
+    """A grid that was trained, or chosen, together with the float layers: writing the file anew would lose those."""
 
     broken_by: ClassVar[frozenset[Effect]] = OnGrid.broken_by | {Effect.STORE}
 

@@ -32,7 +32,7 @@ from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.float_by_latency import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
-from compress.strategies.quantization.stored import Stored, float_only
+from compress.strategies.quantization.stored import FinalStorage, Stored, float_only
 from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -73,7 +73,7 @@ class MixedPrecision(Strategy):
     @property
     def establishes(self) -> type[Guarantee]:  # type: ignore[override]
         """The kind of guarantee that it adds."""
-        return OnGrid if self._budget().unit == "bytes" else Stored
+        return OnGrid if self._budget().unit == "bytes" else FinalStorage
 
     def __post_init__(self) -> None:
         """Refuse two budgets, choices that are none, and fields that have no effect."""
@@ -163,7 +163,7 @@ class MixedPrecision(Strategy):
         floats = (*candidate.storage.float_layers, *kept)
         storage = replace(candidate.storage, float_layers=floats)
         result = candidate.evolve(storage=storage, skipped=(*candidate.skipped, *skipped))
-        return result.with_guarantee(Stored(context.stage, "int8", floats))
+        return result.with_guarantee(FinalStorage(context.stage, "int8", floats))
 
 
 def _file_bytes(candidate: Candidate, context: Context) -> int:

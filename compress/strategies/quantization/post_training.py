@@ -27,10 +27,10 @@ from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.data_free import synthetic_samples
 from compress.strategies.quantization.equalisation import equalise, trading_pairs
 from compress.strategies.quantization.float_by_accuracy import keep_floats, require_labels
-from compress.strategies.quantization.grid import OnGrid
+from compress.strategies.quantization.grid import FinalGrid, OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.rounding import round_layers
-from compress.strategies.quantization.stored import Stored, float_only, stays_float
+from compress.strategies.quantization.stored import FinalStorage, Stored, float_only, stays_float
 from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -92,6 +92,8 @@ class Quantize(Strategy):
     @property
     def establishes(self) -> type[Guarantee]:  # type: ignore[override]
         """The kind of guarantee that it adds; the one that more would break, of two."""
+        if self.float_fallback is not None:
+            return FinalGrid if self._on_grids else FinalStorage
         return OnGrid if self._on_grids else Stored
 
     @property
@@ -167,7 +169,8 @@ class Quantize(Strategy):
             whole = fold_batch_norm(self._unrounded(candidate, context, samples, left_out)) if self._on_grids else None
             result = self._with_floats(make, whole, context, chosen, self.float_fallback.accuracy_drop)
         result = result.evolve(skipped=(*result.skipped, *context.skip(lacking)))
-        return result.with_guarantee(Stored(context.stage, self.scheme, result.storage.float_layers))
+        kind = Stored if self.float_fallback is None else FinalStorage
+        return result.with_guarantee(kind(context.stage, self.scheme, result.storage.float_layers))
 
     def _quantized(
         self,
@@ -286,7 +289,7 @@ class Quantize(Strategy):
             if kept:
                 return candidate.evolve(model=model, skipped=context.skip(skipped))
             raise context.nothing_done("a Dense or an ordinary Conv2D, whose weights can be rounded", skipped)
-        on_grid = OnGrid.of(context.stage, model, grids)
+        on_grid = (OnGrid if self.float_fallback is None else FinalGrid).of(context.stage, model, grids)
         return candidate.evolve(model=model, skipped=context.skip(skipped)).with_guarantee(on_grid)
 
     def _rounding_samples(self, synthetic: np.ndarray | None, context: Context) -> np.ndarray:

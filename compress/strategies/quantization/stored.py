@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import tf_keras
 
-from compress.candidate import Guarantee, Scheme, Skipped, Violation
+from compress.candidate import Effect, Guarantee, Scheme, Skipped, Violation
 from compress.graph.kernels import has_integer_operator, kernels
 from compress.metrics.tflite_file import TFLiteFile
 
@@ -78,3 +79,10 @@ class Stored(Guarantee):
             for op, tensor in file.weighted
             if tensor.dtype != wanted and op not in spared and not stays_float(self.scheme, int(np.prod(tensor.shape)))
         ]
+
+
+@dataclass(frozen=True)
+class FinalStorage(Stored):
+    """Which layers stay floats was chosen by measuring: writing the file anew would lose those."""
+
+    broken_by: ClassVar[frozenset[Effect]] = frozenset({Effect.STORE})

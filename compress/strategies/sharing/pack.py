@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from compress.candidate import Candidate, Coder, Effect
+from compress.candidate import Candidate, Coder
 from compress.graph.rewrite import copy_model
 from compress.strategies.strategy import STRICT, Context, Strategy
 
@@ -22,8 +22,6 @@ class Pack(Strategy):
     """
 
     coder: Coder = "smallest"
-
-    effects = frozenset({Effect.STORE})
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Note the choice; the file is written when the stage is measured."""
