@@ -48,7 +48,7 @@ class Microcontroller(Board):
     Attributes:
         arena_bytes: memory that the interpreter may use for activations and its own tables.
         flash_bytes: a larger file is a failure; null: there is no such limit.
-        tolerance: outputs may differ by this share of what an output's integers can hold, or of the largest float.
+        tolerance: outputs may differ by this share of what their integers can hold, or of the largest float.
         timeout: seconds.
     """
 
@@ -73,19 +73,19 @@ class Microcontroller(Board):
             flash = artifact.path.stat().st_size
             if self.flash_bytes is not None and flash > self.flash_bytes:
                 raise BoardFailure(f"the file has {flash:,} bytes, the flash {self.flash_bytes:,}; make it smaller")
-            command: list[str | Path] = [sys.executable, "-P", _WORKER, artifact.path.resolve(), str(self.arena_bytes)]
-            answer = run_program(command, self.timeout)
-            return self._read(answer, artifact.path)
+            try:
+                file = TFLiteFile.read(artifact.path)
+            except CompressError as error:
+                raise BoardFailure(str(error)) from error
+            spans = json.dumps(_spans(file))
+            arguments: list[str | Path] = [_WORKER, artifact.path.resolve(), str(self.arena_bytes), spans]
+            return self._read(run_program([sys.executable, "-P", *arguments], self.timeout), file, flash)
         except BoardFailure as failure:
             return Measurement(self.name, failure=str(failure))
 
-    def _read(self, answer: Answer, path: Path) -> Measurement:
+    def _read(self, answer: Answer, file: TFLiteFile, flash: int) -> Measurement:
         if answer.code != 0:
-            try:
-                packed = TFLiteFile.read(path).packed_kernels
-            except CompressError as error:
-                raise BoardFailure(str(error)) from error
-            raise BoardFailure(self._reason(answer, packed))
+            raise BoardFailure(self._reason(answer, file.packed_kernels))
         try:
             said = json.loads(answer.output.strip().splitlines()[-1])
             difference, compared = float(said["difference"]), int(said["compared"])
@@ -97,9 +97,7 @@ class Microcontroller(Board):
                 f"outputs differ from LiteRT's by {difference:.2%} of their range, more than "
                 f"board.tolerance={self.tolerance:g}"
             )
-        return Measurement(
-            self.name, values={**arena, "flash_bytes": float(path.stat().st_size), "max_difference": difference}
-        )
+        return Measurement(self.name, values={**arena, "flash_bytes": float(flash), "max_difference": difference})
 
     def _reason(self, answer: Answer, packed: Sequence[str]) -> str:
         small = _TOO_SMALL.search(answer.errors)
@@ -111,3 +109,12 @@ class Microcontroller(Board):
         if packed:
             return f"{reason}; {few_bits(packed, 'TFLM does not read each kernel of')}"
         return f"{reason}; {_NO_KERNEL}" if "DENSIFY" in reason else with_next_step(reason)
+
+
+def _spans(file: TFLiteFile) -> list[float | None]:
+    """Return, for each output that the file turns from integers into floats, how far apart those can be; else None."""
+    integers = (file.integers_of(index) for index in file.outputs)
+    return [
+        float(tensor.scales[0]) * (2**tensor.bits - 1) if tensor is not None and len(tensor.scales) == 1 else None
+        for tensor in integers
+    ]

@@ -1,10 +1,11 @@
 """Runs a ``.tflite`` file in TensorFlow Lite for Microcontrollers; a program of its own, so that a crash stays outside.
 
-    python -P microcontroller_worker.py MODEL.tflite ARENA
+    python -P microcontroller_worker.py MODEL.tflite ARENA SPANS
 
 Imports nothing of this project. Runs random inputs there and in LiteRT, with an arena of ARENA bytes. Prints one JSON
-object: the largest difference of the outputs, as a share of what an output's integers can hold or of the largest
-float, and how many numbers were compared. The runtime itself writes how much of the arena it used to standard error.
+object: the largest difference of the outputs, as a share of their span, and how many numbers were compared. SPANS is a
+JSON list, one for each output; null: all that its integers can be, or the largest float that LiteRT gives. The runtime
+itself writes how much of the arena it used to standard error.
 """
 
 import json
@@ -19,11 +20,9 @@ SAMPLES = 3
 
 def main() -> None:
     """Read the arguments, run, print."""
-    model, arena = sys.argv[1], int(sys.argv[2])
-    # The reference kernels: rounding of TFLM is theirs, not that of LiteRT's fast kernels.
-    phone = Interpreter(
-        model_path=model, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    )
+    model, arena, spans = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    # The reference kernels: TFLM rounds as they do. The fast ones do not, which adds up in deep networks.
+    phone = Interpreter(model_path=model, experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
     phone.allocate_tensors()
     micro = runtime.Interpreter.from_file(model, arena_size=arena)
     generator = np.random.default_rng(0)
@@ -39,16 +38,16 @@ def main() -> None:
         for number, detail in enumerate(phone.get_output_details()):
             wanted = phone.get_tensor(detail["index"])
             given = np.asarray(micro.get_output(number)).reshape(wanted.shape)
-            largest = max(largest, difference(given, wanted))
+            largest = max(largest, difference(given, wanted, spans[number]))
             compared += wanted.size
         micro.reset()
     micro.print_allocations()
     print(json.dumps({"difference": largest, "compared": compared}))
 
 
-def difference(given: np.ndarray, wanted: np.ndarray) -> float:
-    """Return the largest difference as a share of all that an integer can be, or of the largest float."""
-    most = np.abs(wanted).max(initial=0)
+def difference(given: np.ndarray, wanted: np.ndarray, span: float | None) -> float:
+    """Return the largest difference as a share of ``span``; None: all that an integer can be, or the largest float."""
+    most = span if span is not None else np.abs(wanted).max(initial=0)
     if np.issubdtype(wanted.dtype, np.integer):
         most = np.iinfo(wanted.dtype).max - np.iinfo(wanted.dtype).min
     distance = np.abs(given.astype(np.float64) - wanted.astype(np.float64)).max(initial=0)

@@ -242,6 +242,13 @@ class TFLiteFile:
             index = op.inputs[0]
         return self.tensors[index]
 
+    def integers_of(self, index: int) -> Tensor | None:
+        """Return the activation of integers that a DEQUANTIZE turns into the tensor; None if nothing does."""
+        op = self._producer.get(index)
+        if op is None or op.name != "DEQUANTIZE" or self.tensors[op.inputs[0]].dtype.kind not in "iu":
+            return None
+        return self.tensors[op.inputs[0]]
+
     @cached_property
     def weighted(self) -> list[tuple[Operator, Tensor]]:
         """The operators that multiply by constant weights, each with the weight tensor as stored."""

@@ -27,6 +27,18 @@ def convolutions(path: Path, filters: int = 2, scheme: str = "float32") -> Artif
     return export(Candidate(model, storage=Storage(scheme, Calibration(4))), make_data("random", part, part), path)
 
 
+def residual_blocks(path: Path, blocks: int) -> Artifact:
+    """Write an int8 file, with floats before and after, of many additions one after the other."""
+    tf_keras.utils.set_random_seed(0)
+    image = tf_keras.Input((16, 16, 8), name="image")
+    x = image
+    for _ in range(blocks):
+        x = layers.Add()([x, layers.Conv2D(8, 3, padding="same")(layers.ReLU()(x))])
+    model = tf_keras.Model(image, layers.Dense(4)(layers.GlobalAveragePooling2D()(x)))
+    part = Split(np.random.default_rng(0).normal(size=(8, 16, 16, 8)).astype(np.float32), np.arange(8) % 2)
+    return export(Candidate(model, storage=Storage("int8", Calibration(4))), make_data("random", part, part), path)
+
+
 def dense(path: Path) -> Artifact:
     """Write an int8 file of two fully connected layers."""
     values = tf_keras.Input((32,), name="values")
