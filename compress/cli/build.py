@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from compress.boards.board import Board
 from compress.cache.store import StageCache
 from compress.cli.construct import check, construct, field_names, find_class, invalid, to_plain, unknown_key
-from compress.cli.places import conf_dir
+from compress.cli.places import choices_of
 from compress.cli.techniques import make_techniques
 from compress.data.source import STRICT, DataSource
 from compress.distribution.settings import DistributionSettings
@@ -198,10 +198,10 @@ def make_selection(only: Any, skip: Any, prefix: str) -> Selection:
 
 
 def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = True) -> ModelSource:
-    """Return the model of that name in ``conf/model``, or the one in the file; ``others``: what else may be named."""
-    choices = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml") if file.stem != "file")
+    """Return the model of that name, or the one in the file of that name; ``others``: what else may be named."""
+    choices = {key: file for key, file in choices_of("model").items() if key != "file"}
     if name in choices:
-        values = cast(DictConfig, OmegaConf.load(conf_dir() / "model" / f"{name}.yaml"))
+        values = cast(DictConfig, OmegaConf.load(choices[name]))
         source = construct(ModelSource, to_plain(values), where)
     elif files and Path(name).expanduser().exists():
         source = FileModel(path=name)
@@ -210,7 +210,7 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
             where,
             expected=f"{', '.join(others)}, a model's name" + (", or its file" if files else ""),
             received=name,
-            fix=did_you_mean(name, [*others, *choices]),
+            fix=did_you_mean(name, [*others, *sorted(choices)]),
         )
     if files:
         source.origin()

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def conf_dir() -> Path:
     """Return the folder of the Hydra configuration."""
     return _shipped("conf")
+
+
+def choices_of(group: str) -> dict[str, Path]:
+    """Return the YAML files of a group of the configuration by name, those of the user's own folders among them.
+
+    The latter are known where Hydra has started the command, or a launcher's process.
+    """
+    folders = [conf_dir()]
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        folders += [Path(source.path) for source in sources if source.schema == "file"]
+    return {file.stem: file for folder in reversed(folders) for file in sorted((folder / group).glob("*.yaml"))}
 
 
 def experiments_dir() -> Path:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from compress.cache.code import code_digest
 from compress.cli.construct import construct, field_names, find_class, to_plain
-from compress.cli.places import conf_dir
+from compress.cli.places import choices_of
 from compress.errors import CompressError, did_you_mean
 from compress.search.technique import Technique
 from compress.strategies.strategy import Strategy
@@ -75,11 +75,11 @@ def _technique(name: str, given: Any, where: str) -> Technique:
 
 
 def _strategy_fields(name: str, where: str) -> tuple[dict[str, Any], str]:
-    """Return the fields of a strategy of ``conf/strategy``, and the digest of its code."""
-    choices = sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+    """Return the fields that the YAML of a strategy gives it, and the digest of its code."""
+    choices = choices_of("strategy")
     if name not in choices:
-        raise CompressError(where, expected="a strategy", received=name, fix=did_you_mean(name, choices))
-    values = cast(DictConfig, OmegaConf.load(conf_dir() / "strategy" / f"{name}.yaml"))
+        raise CompressError(where, expected="a strategy", received=name, fix=did_you_mean(name, sorted(choices)))
+    values = cast(DictConfig, OmegaConf.load(choices[name]))
     kind = find_class(Strategy, values.get("_target_"), where)
     if "techniques" in field_names(kind):
         raise CompressError(where, expected="a strategy that is no search itself", received=name, fix="Leave it out.")

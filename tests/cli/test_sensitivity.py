@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.cli.places import conf_dir
 from compress.tracking.report import SCHEMA_FILE
 from tests.conftest import QUICK
 
@@ -44,6 +45,18 @@ def test_the_table_the_map_and_the_run(survey, tmp_path):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["probes"] == 15
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"sensitivity.png", "sensitivity.md"}
+
+
+def test_a_strategy_of_the_users_own_folder_is_a_technique(survey, tmp_path):
+    (tmp_path / "own" / "strategy").mkdir(parents=True)
+    prune = (conf_dir() / "strategy" / "prune.yaml").read_text()
+    (tmp_path / "own" / "strategy" / "mine.yaml").write_text(prune)
+    code, _, err = survey(
+        *("--config-dir", str(tmp_path / "own"), "hydra.run.dir=out", "tracking=none", "images=48", "techniques=none"),
+        "+techniques={mine:{sparsity:[0.5]}}",
+    )
+    assert code == 0, err
+    assert {probe["technique"] for probe in json.loads(Path("out/sensitivity.json").read_text())["probes"]} == {"mine"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tf_keras
 
+from compress.cli.places import conf_dir
 from compress.data.digits import Digits
 from compress.tracking.report import SCHEMA_FILE
 
@@ -38,6 +39,17 @@ def test_a_narrow_student_is_exported_and_goes_on(cli, tmp_path):
     # A student that has hardly learned: the second stage receives it, and the reference teaches again.
     assert found["stages"][1]["recovered"]["teacher_accuracy"] > found["stages"][1]["recovered"]["received_accuracy"]
     assert found["stages"][2]["recovered"] is None
+
+
+def test_a_student_of_the_users_own_folder(cli, tmp_path):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "mine.yaml").write_text(
+        (conf_dir() / "model" / "mlp_800.yaml").read_text().replace("[800, 800]", "[20]")
+    )
+    folder = ("--config-dir", str(tmp_path / "own"))
+    code, _, error = cli(*folder, *SHORT, "strategy=distill", "strategy.distill.student=mine", "hydra.run.dir=out")
+    assert code == 0, error
+    assert report(tmp_path / "out")["final"]["params"] == 64 * 20 + 20 + 20 * 10 + 10
 
 
 @pytest.mark.parametrize(
