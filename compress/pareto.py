@@ -6,7 +6,8 @@
 runs         ids of parent runs, as the MLflow UI shows them: the fronts of their children are compared
 names        what the sweeps are called in the chart, in the order of runs (default: the runs' names)
 uri          the MLflow store (default: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)
-objectives   metrics (one front), or lists of metrics (a front each); energy:min, throughput:max say which way is better
+objectives   metrics (one front), or lists of metrics (a front each); which way is better may be said:
+             peak_memory_bytes:min, board_same_class_percent:max
 reference    {metric: value} that hypervolumes are counted from; by default the baseline's (see the README)
 output       folder of pareto.html and pareto.png (default: pareto)
 """

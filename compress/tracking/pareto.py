@@ -92,7 +92,7 @@ class Point:
 def read_fronts(objectives: Sequence[str | Sequence[str]], where: str) -> tuple[Front, ...]:
     """Return the fronts of a list of metrics (one front), or of a list of such lists.
 
-    A metric may say which way is better: ``energy:min``, ``throughput:max``.
+    A metric may say which way is better: ``peak_memory_bytes:min``, ``board_same_class_percent:max``.
 
     Raises:
         CompressError: if one has less than two objectives, or two are the same.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +27,9 @@ from compress.tracking.pareto import (
     read_fronts,
     require_reported,
 )
+from compress.tracking.recorder import metrics_of
+from tests.conftest import REPOSITORY
+from tests.tracking.runs import NUMBERS
 
 # Few values, so that equal ones are frequent.
 VALUE = st.sampled_from([0.0, 1.0, 2.0, 3.0, math.nan, math.inf]) | st.floats(-5, 5)
@@ -202,3 +207,14 @@ def test_an_objective_that_no_run_reports_names_the_nearest():
     assert "paked_bytes" in str(caught.value)
     assert "packed_bytes" in str(caught.value)
     require_reported(read_fronts(["accuracy", "packed_bytes"], ""), runs, "")
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "compress/pareto.py", "compress/tracking/pareto.py", "conf/hydra/sweeper/search.yaml"]
+)
+def test_metrics_named_as_examples_are_reported(file):
+    said = re.findall(r'values\["(\w+)"\]', (REPOSITORY / "compress/boards/aarch64.py").read_text())
+    reported = metrics_of(replace(NUMBERS, on_board=dict.fromkeys(said, 0.0)))
+    named = re.findall(r"(\w+):(?:min|max)\b", (REPOSITORY / file).read_text())
+    assert named
+    assert set(named) <= set(reported)
