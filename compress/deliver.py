@@ -19,6 +19,7 @@ from pathlib import Path
 from compress.cli.errors import guarded
 from compress.cli.words import key_values
 from compress.errors import CompressError
+from compress.words import counted
 
 _KEYS = ("uri", "folder", "debug")
 
@@ -51,7 +52,7 @@ def send_kept(arguments: Sequence[str]) -> list[CompressError]:
 
     connect_to(uri)
     found = deliver(folder, Store(uri, ""))
-    print(f"sent: {found.runs} runs; kept: {len(found.kept)}")
+    print(f"sent: {counted(found.runs, 'run')}; kept: {len(found.kept)}")
     for file in found.kept:
         print(f"  {file}")
     for other, count in found.others.items():

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.errors import guarded
 from compress.cli.words import key_values
 from compress.errors import CompressError
+from compress.words import counted
 
 if TYPE_CHECKING:
     from compress.tracking.pareto import FinishedRun
@@ -122,7 +123,10 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     names = names or tuple("" for _ in runs)
     if len(names) != len(runs):
         raise CompressError(
-            "names", expected=f"a name for each of the {len(runs)} runs", received=str(len(names)), fix="Name each."
+            "names",
+            expected=f"{counted(len(runs), 'name')}, one for each of the runs",
+            received=str(len(names)),
+            fix="Name each.",
         )
     return Request(
         runs,

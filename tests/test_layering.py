@@ -29,7 +29,7 @@ FLOORS = (
     {"data"},
     {"graph"},
     {"candidate"},
-    {"errors", "progress", "quiet", ""},
+    {"errors", "progress", "quiet", "words", ""},
 )
 """Top floor first. A room imports from its own and from lower ones."""
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.errors import USER_ERROR, CompressError, paragraph
+from compress.words import counted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +43,7 @@ def show(folder: Path) -> None:
     kept = entries(_existing(folder))
     for entry in kept:
         print(f"{entry.when}  {_size(entry.bytes)}  {entry.folder.name[:12]}  {'+'.join(entry.stages) or 'baseline'}")
-    print(f"{len(kept)} finished stages, {_size(sum(entry.bytes for entry in kept)).strip()}, in {folder}")
+    print(f"{counted(len(kept), 'finished stage')}, {_size(sum(entry.bytes for entry in kept)).strip()}, in {folder}")
     waiting = unfinished(folder)
     if waiting:
         print(f"and {len(waiting)} with an unfinished training, which the same command continues")
@@ -63,8 +64,9 @@ def clear(folder: Path, older_than: float | None) -> None:
     if older_than is None:
         busy = remove_idle(folder)
         if busy:
-            print(f"left: what belongs to {busy} stages that runs are at now")
-    print(f"removed {len(kept)} finished stages, {_size(sum(entry.bytes for entry in kept)).strip()}, from {folder}")
+            print(f"left: what belongs to {counted(busy, 'stage')} that runs are at now")
+    size = _size(sum(entry.bytes for entry in kept)).strip()
+    print(f"removed {counted(len(kept), 'finished stage')}, {size}, from {folder}")
 
 
 def _existing(folder: Path) -> Path:

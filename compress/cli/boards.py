@@ -15,6 +15,7 @@ from compress.cli.construct import construct, to_plain
 from compress.cli.experiment import machine
 from compress.cli.places import conf_dir
 from compress.errors import CompressError, did_you_mean
+from compress.words import counted
 
 _LONGEST_TABLE = 12
 """Operators shown of each file, the slowest first."""
@@ -199,5 +200,7 @@ def write_profile(rows: Sequence[Row], path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f"# An estimate from operators and bytes, fitted to {len(timed)} files.\n{profile.to_yaml()}")
+    partial.write_text(
+        f"# An estimate from operators and bytes, fitted to {counted(len(timed), 'file')}.\n{profile.to_yaml()}"
+    )
     partial.replace(path)

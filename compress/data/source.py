@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from compress.errors import CompressError
+from compress.words import counted
 
 if TYPE_CHECKING:
     import tf_keras
@@ -378,7 +379,11 @@ def _check_labels(x: np.ndarray, y: np.ndarray, fail: Callable[[str, str, str], 
     if y.ndim == 0:
         raise fail("integer class labels of shape [n]", "a single number", "Save one label for each sample.")
     if len(x) != len(y):
-        raise fail("one label for each sample", f"{len(x)} samples and {len(y)} labels", "Check the arrays.")
+        raise fail(
+            "one label for each sample",
+            f"{counted(len(x), 'sample')} and {counted(len(y), 'label')}",
+            "Check the arrays.",
+        )
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise fail(
             "integer class labels of shape [n]",

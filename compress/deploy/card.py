@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.deploy.interface import Interface
+from compress.words import counted
 
 UNSTATED = "not stated"
 _SHOWN_LABELS = 20
@@ -172,7 +173,7 @@ def _verification(found: Mapping[str, Any]) -> str:
     if agreed is not None:
         lines.append(
             "The file and the Keras model that it was made from choose the same class for "
-            f"{agreed['same_class']:.2f} % of {agreed['samples']:,} samples. Their outputs differ by at most "
+            f"{agreed['same_class']:.2f} % of {counted(agreed['samples'], 'sample')}. Their outputs differ by at most "
             f"{agreed['max_difference']:.3g}, and by {agreed['mean_difference']:.3g} on average; the largest output is "
             f"{agreed['largest_output']:.3g}."
         )

@@ -18,6 +18,7 @@ from compress.graph.kernels import kernel_attributes
 from compress.graph.norms import with_norms_as_convolutions
 from compress.metrics.tflite_file import TFLiteFile
 from compress.quiet import stderr_aside
+from compress.words import counted
 
 _OVERFLOWN = 1e37
 """The converter writes the largest float for an infinite limit."""
@@ -192,9 +193,9 @@ def check_calibration(samples: Iterable[Sequence[np.ndarray]]) -> None:
         expected="samples of finite numbers, not all equal, to take the ranges of activations from",
         received="no sample"
         if not count
-        else f"{count} samples of nothing but {low:g}"
+        else f"{counted(count, 'sample')} of nothing but {low:g}"
         if finite
-        else f"NaN or infinite values in {count} samples",
+        else f"NaN or infinite values in {counted(count, 'sample')}",
         fix="Bring training images like those that the model will see, or, for a model with batch norms, calibrate "
         "without data: calibrate_on=synthetic.",
     )

@@ -16,6 +16,7 @@ from compress.boards.micro_kernels import MICRO_KERNELS
 from compress.candidate import Scheme
 from compress.errors import CompressError
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 LEAST_SAME_CLASS = 99.0
 """Percent of the samples that file and Keras model must put into the same class, or the report says so."""
@@ -154,8 +155,8 @@ def complaints(verification: Verification, scheme: Scheme) -> list[str]:
         worst = agreed.max_difference / agreed.largest_output if agreed.largest_output else agreed.max_difference
         if agreed.same_class < LEAST_SAME_CLASS:
             found.append(
-                f"The exported file puts {100 - agreed.same_class:.2f} % of {agreed.samples} samples into another "
-                f"class than the Keras model (limit {100 - LEAST_SAME_CLASS:g} %)."
+                f"The exported file puts {100 - agreed.same_class:.2f} % of {counted(agreed.samples, 'sample')} into "
+                f"another class than the Keras model (limit {100 - LEAST_SAME_CLASS:g} %)."
             )
         elif scheme == "float32" and worst > LARGEST_DIFFERENCE:
             found.append(

@@ -18,6 +18,7 @@ from compress.strategies.distillation.recovering import AUTO
 from compress.strategies.distillation.terms import reads_pairs
 from compress.strategies.strategy import require_labels, require_training
 from compress.training import Recovery
+from compress.words import counted
 
 _OF_TEACHERS = ("temperature", "soft_weight", "label_weight", "losses", "pairs", "teachers")
 """Fields of a recovery that only a distillation reads."""
@@ -181,4 +182,4 @@ def _refuse_another_scheme(later: Stage, earlier: Stage) -> None:
 
 def _few(names: frozenset[str]) -> str:
     listed = sorted(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more layers" if len(listed) > 3 else "")
+    return ", ".join(listed[:3]) + (f" and {counted(len(listed) - 3, 'more layer')}" if len(listed) > 3 else "")

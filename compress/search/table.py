@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.search.sensitivity import Probe, Sensitivity
+from compress.words import counted
 
 _HEADINGS = (
     "layer",
@@ -45,7 +46,8 @@ def markdown(sensitivity: Sensitivity, title: str) -> str:
     lines = [
         f"# Sensitivity of {title}",
         "",
-        f"Each layer alone at each level, no recovery, on {sensitivity.images:,} images of the validation part. "
+        f"Each layer alone at each level, no recovery, on {counted(sensitivity.images, 'image')} of the validation "
+        "part. "
         "Divergence: mean Kullback-Leibler divergence of the class probabilities from the reference's, in nats; "
         "accuracy: change in points; bytes: of the packed file. The last two columns are divergence for each unit "
         "saved: what is small there is cheap.",
@@ -66,7 +68,7 @@ def print_table(sensitivity: Sensitivity, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"sensitivity of {title}, {sensitivity.images:,} validation images")
+    table = Table(title=f"sensitivity of {title}, {counted(sensitivity.images, 'validation image')}")
     for number, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
     for cells in rows(sensitivity):

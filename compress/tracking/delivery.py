@@ -13,6 +13,7 @@ from compress.tracking.entries import SweepEnded
 from compress.tracking.journal import PARENT_TAG, SUFFIX, Journal, Start, read_start, remove_litter
 from compress.tracking.store import Store, StoreAway, TrackingSettings, now
 from compress.tracking.sweeps import Summary, finish_sweep
+from compress.words import counted
 
 _LOG = logging.getLogger("compress")
 
@@ -74,7 +75,7 @@ def deliver(folder: Path, store: Store) -> Delivery:
     for problem in problems:
         _LOG.warning("%s", problem)
     if runs:
-        _LOG.info("MLflow has been sent what was kept of %d runs", runs)
+        _LOG.info("MLflow has been sent what was kept of %s", counted(runs, "run"))
     return Delivery(runs, tuple(kept), tuple(problems), frozenset(unfinished), others)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.errors import CompressError, did_you_mean
+from compress.words import counted
 
 DEFAULT_OBJECTIVES: tuple[tuple[str, ...], ...] = (("accuracy", "tflite_bytes"), ("accuracy", "latency_p50"))
 _GAINS = ("accuracy", "accuracy_keras", "accuracy_delta", "speedup", "compression_rate")
@@ -173,7 +174,7 @@ def require_reported(fronts: Sequence[Front], runs: Sequence[FinishedRun], where
         if metric not in reported:
             raise CompressError(
                 where,
-                expected=f"a metric that at least one of the {len(runs)} finished runs reports",
+                expected=f"a metric that at least one of {counted(len(runs), 'finished run')} reports",
                 received=metric,
                 fix=did_you_mean(metric, reported),
             )

@@ -18,6 +18,7 @@ from compress.deploy.verification import Verification, complaints
 from compress.graph.macs import uncounted
 from compress.pipeline.pipeline import Result
 from compress.pipeline.stage import StageResult
+from compress.words import counted
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 ACCURACY_GAP_LIMIT = 0.5
@@ -154,7 +155,8 @@ def notes(result: Result) -> list[str]:
             found.append(_sparse_note(stage.name, has, _gain(baseline, before.numbers, stage.numbers)))
         if has < had:
             found.append(
-                f"{stage.name}: {has} kernels are stored sparsely, {had} before: the others get no smaller by it, or "
+                f"{stage.name}: {counted(has, 'kernel is', 'kernels are')} stored sparsely, {had} before: the others "
+                "get no smaller by it, or "
                 "LiteRT does not run them so (int8 weights of a dense layer, or beside float activations)."
             )
     gain = _gain(baseline, baseline, final)
@@ -237,7 +239,7 @@ def _advice(stage: StageResult) -> str:
 
 def _sparse_note(stage: str, kernels: int, gain: _Gain | None) -> str:
     """Say that the stage's file is stored sparsely, and whether the board's runtime got faster with it."""
-    found = f"{stage}: {kernels} kernels are stored sparsely; "
+    found = f"{stage}: {counted(kernels, 'kernel is', 'kernels are')} stored sparsely; "
     if gain is None:
         return found + "whether the runtime gets faster by it is not known without a latency."
     if gain.times < _FASTER:
@@ -360,10 +362,13 @@ def print_table(report: Mapping[str, Any]) -> None:
             for key in ("nonzero_params", "macs", "tflite_bytes", "packed_bytes", "peak_memory_bytes")
         ),
         _times(final["speedup"] if in_turns else ratio["latency_p50"]),
-        f"{report['seconds']:.1f}",
+        "",
     )
+    table.caption = f"the whole run: {report['seconds']:.1f} s"
     if in_turns:
-        table.caption = "gain in p50: the last file and the original timed in turns; the rows are medians taken apart"
+        table.caption += (
+            "\ngain in p50: the last file and the original timed in turns; the rows are medians taken apart"
+        )
     console = Console()
     # A file or a pipe has no width; the table must not be cut to 80 columns there.
     (console if console.is_terminal else Console(width=140)).print(table)

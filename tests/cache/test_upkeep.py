@@ -90,7 +90,7 @@ def test_the_command_lists_and_clears(entry, tmp_path, capsys):
     assert [line.split()[4] for line in lines[:2]] == ["a" * 12, "b" * 12]
     assert all(line.endswith("prune+share") for line in lines[:2])
     assert lines[2].startswith("2 finished stages")
-    assert command("clear", "--older-than", "2")[1][0].startswith("removed 1 finished stages")
+    assert command("clear", "--older-than", "2")[1][0].startswith("removed 1 finished stage,")
     assert kept(tmp_path) == {"a" * 64, "measured"}
     command("clear")
     assert kept(tmp_path) == set()

@@ -233,7 +233,7 @@ def test_a_model_of_few_vectors(recovery: Recovery, model: tf_keras.Model, data:
     }
     reasons = {item.layer: item.reason for item in result.skipped}
     assert reasons["prime"] == "no vector of at most 4 weights divides its 7 inputs"
-    assert reasons["tiny"] == "1 vectors of 3 weights are too few to share"
+    assert reasons["tiny"] == "1 vector of 3 weights: too few to share"
     assert reasons["single"] == "no vector of at most 4 weights divides its 1 inputs"
     (guarantee,) = result.guarantees
     assert guarantee.layers == {"conv", "mix", "middle"}

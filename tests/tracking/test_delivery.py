@@ -394,7 +394,7 @@ def test_a_damaged_file_is_told_and_the_others_are_sent(content, database, capsy
         command.main([f"uri={database.uri}"])
     assert exited.value.code == 2
     shown = capsys.readouterr()
-    assert "sent: 1 runs; kept: 1" in shown.out
+    assert "sent: 1 run; kept: 1" in shown.out
     assert "0.jsonl" in shown.err
     assert [file.name for file in UNSENT.iterdir()] == ["0.jsonl"]
 

@@ -416,3 +416,11 @@ def test_the_table_shows_every_stage_and_the_gains(result, model, capsys):
         assert text in gain
     assert "quantize skipped conv: too small" in shown
     assert "no answer within 600 s" in shown
+
+
+def test_the_seconds_of_the_whole_run_are_below_the_table(result, capsys):
+    print_table(make_report(result, CONFIG, seconds=12.34))
+    shown = capsys.readouterr().out
+    gain = next(line for line in shown.splitlines() if "gain" in line)
+    assert "12.3" not in gain
+    assert "the whole run: 12.3 s" in shown[shown.index("└") :]

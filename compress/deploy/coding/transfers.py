@@ -15,6 +15,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 
 from compress.candidate import Transfer
+from compress.words import counted
 
 TRANSFORMS = get_args(get_type_hints(Transfer)["transform"])
 """The kinds of transformations, by their number in a packed file."""
@@ -31,7 +32,7 @@ def obstacle(transfer: Transfer) -> str | None:
     if transfer.transform == "rotation" and size not in (2, 4, 8):
         return f"{size} turns, where there are 2, 4 or 8"
     if transfer.transform == "circulant" and channels % size:
-        return f"{channels} channels are no multiple of the circle of {size}"
+        return f"{counted(channels, 'channel is', 'channels are')} no multiple of the circle of {size}"
     return None
 
 

@@ -9,6 +9,7 @@ import tf_keras
 
 from compress.candidate import Guarantee, Violation
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 
 class Compacted(Guarantee):
@@ -28,7 +29,8 @@ class GroupedForm(Compacted):
 
     def describe(self) -> str:
         """Say how many layers are grouped."""
-        return f"{len(self.groups)} convolutions are of {max(self.groups.values())} groups"
+        convolutions = counted(len(self.groups), "convolution is", "convolutions are")
+        return f"{convolutions} of {max(self.groups.values())} groups"
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Look at the layers' groups."""
@@ -90,7 +92,7 @@ class FireForm(_WithPart):
 
     def describe(self) -> str:
         """Say how many layers are fire modules."""
-        return f"{len(self.parts)} convolutions are fire modules"
+        return counted(len(self.parts), "convolution is a fire module", "convolutions are fire modules")
 
     def _holds(self, layer: tf_keras.layers.Layer, part: tf_keras.layers.Layer) -> bool:
         return bool(layer.input_shape[-1] <= part.output_shape[-1])
@@ -102,7 +104,7 @@ class OctaveForm(_WithPart):
 
     def describe(self) -> str:
         """Say how many layers work at two resolutions."""
-        return f"{len(self.parts)} convolutions work at two resolutions"
+        return f"{counted(len(self.parts), 'convolution works', 'convolutions work')} at two resolutions"
 
     def _holds(self, layer: tf_keras.layers.Layer, part: tf_keras.layers.Layer) -> bool:
         return bool(part.output_shape[1] * 2 == layer.output_shape[1])
@@ -114,7 +116,8 @@ class PairedForm(_WithPart):
 
     def describe(self) -> str:
         """Say how many layers have half the filters."""
-        return f"{len(self.parts)} convolutions have half the filters, each used twice before the ReLU"
+        convolutions = counted(len(self.parts), "convolution has", "convolutions have")
+        return f"{convolutions} half the filters, each used twice before the ReLU"
 
     def _holds(self, layer: tf_keras.layers.Layer, part: tf_keras.layers.Layer) -> bool:
         return bool(layer.output_shape[-1] <= 2 * part.output_shape[-1])

@@ -25,6 +25,7 @@ from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.least_squares import Moments, is_linear, matrix_of
 from compress.strategies.repair import RIDGE, Repair
 from compress.strategies.strategy import Context
+from compress.words import counted
 
 layers = tf_keras.layers
 
@@ -46,7 +47,8 @@ class MultiBias(Guarantee):
 
     def describe(self) -> str:
         """Say how many filters are left."""
-        return f"{sum(self.filters.values()):,} filters in {len(self.filters)} convolutions, each with several biases"
+        left = counted(sum(self.filters.values()), "filter")
+        return f"{left} in {counted(len(self.filters), 'convolution')}, each with several biases"
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Count what each layer reads."""
@@ -56,7 +58,9 @@ class MultiBias(Guarantee):
             if isinstance(layer, layers.DepthwiseConv2D) and layer.name in self.filters
         }
         return [
-            Violation(name, "its biases are gone" if name not in read else f"{read[name]} filters, at most {count}")
+            Violation(
+                name, "its biases are gone" if name not in read else f"{counted(read[name], 'filter')}, at most {count}"
+            )
             for name, count in self.filters.items()
             if read.get(name, count + 1) > count
         ]
@@ -147,7 +151,7 @@ def _obstacle(layer: tf_keras.layers.Layer, group: Group | None, each: int, plac
     if type(layer) is not layers.Conv2D or not is_linear(layer):
         return f"filters of such a {type(layer).__name__} layer are not transferred"
     if layer.filters % each or layer.filters == each:
-        return f"{layer.filters} filters are not several times {each}"
+        return f"{counted(layer.filters, 'filter is', 'filters are')} not several times {each}"
     size = int(np.prod(layer.kernel.shape))
     if (left := size // each + layer.filters) >= size:
         return f"{left:,} numbers for {size:,} would not pay"

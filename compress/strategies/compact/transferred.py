@@ -31,6 +31,7 @@ from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.sharing.ties import Ties, solve_ties
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
+from compress.words import counted
 
 layers = tf_keras.layers
 
@@ -138,7 +139,10 @@ class Transferred(Strategy):
             return Skipped(layer.name, f"filters of {type(layer).__name__} layers are not transferred")
         transfer = self._transfer(kernel)
         if layer.filters < self._each:
-            return Skipped(layer.name, f"{layer.filters} filters are fewer than the {self._each} of one meta filter")
+            return Skipped(
+                layer.name,
+                f"{counted(layer.filters, 'filter is', 'filters are')} fewer than the {self._each} of one meta filter",
+            )
         if (reason := obstacle(transfer)) is not None:
             return Skipped(layer.name, reason)
         metas = -(-layer.filters // self._each)

@@ -10,6 +10,7 @@ import tf_keras
 from compress.data.source import Data
 from compress.strategies.distillation.judging import accuracy_of, judged_part
 from compress.training import Recovery
+from compress.words import counted
 
 FEWEST = 10
 """Training images for each class below which training would only learn them by heart."""
@@ -32,23 +33,26 @@ def choose(
     if images < FEWEST * data.classes:
         return (
             replace(recovery, method="none"),
-            f"none, closed form only: {images} training images are fewer than {FEWEST} for each of {data.classes} "
-            "classes",
+            f"none, closed form only: {counted(images, 'training image is', 'training images are')} fewer than "
+            f"{FEWEST} for each of {data.classes} classes",
         )
     if not data.train.labelled:
-        return replace(recovery, method="distill"), f"distill, without labels: none of {images} training images has one"
+        return replace(
+            recovery, method="distill"
+        ), f"distill, without labels: none of {counted(images, 'training image')} has one"
     part = judged_part(data)
     if part is None:
         return replace(recovery, method="distill"), "distill, with labels: no labels of the validation part to judge by"
     theirs = accuracy_of(teachers, part)
     ours = theirs if len(teachers) == 1 and teachers[0] is student else accuracy_of([student], part)
-    judged = f"{theirs:.2f} % against {ours:.2f} % of {len(part)} validation images"
+    judged = f"{theirs:.2f} % against {ours:.2f} % of {counted(len(part), 'validation image')}"
     if theirs >= ours:
-        known = "" if data.unlabelled is None else f", and {len(data.unlabelled)} images without labels"
+        known = "" if data.unlabelled is None else f", and {counted(len(data.unlabelled), 'image')} without labels"
         return replace(recovery, method="distill"), f"distill, with labels{known}: the teacher is as good ({judged})"
     if data.unlabelled is not None:
         return (
             replace(recovery, method="distill"),
-            f"distill, with labels: {len(data.unlabelled)} images have none, though the teacher is worse ({judged})",
+            f"distill, with labels: {counted(len(data.unlabelled), 'image has', 'images have')} none, though the "
+            f"teacher is worse ({judged})",
         )
     return replace(recovery, method="finetune"), f"finetune: the teacher is worse than the model received ({judged})"

@@ -16,6 +16,7 @@ from compress.data.source import Data, Split
 from compress.errors import CompressError
 from compress.graph.softmax import gives_probabilities, logits_of
 from compress.metrics.accuracy import accuracy
+from compress.words import counted
 
 _JUDGED = 1000
 """Validation images that accuracies are taken of, at most."""
@@ -111,7 +112,7 @@ def require_same_values(teacher: tf_keras.Model, name: str, reference: tf_keras.
         raise CompressError(
             where,
             expected=f"a teacher that reads what {reference.name} reads: {ours}",
-            received=f"{name}, which reads {theirs}, of {count} validation images",
+            received=f"{name}, which reads {theirs}, of {counted(count, 'validation image')}",
             fix="Put the preprocessing into the model (a Rescaling layer at its start) and save it again.",
         )
 

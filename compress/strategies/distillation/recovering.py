@@ -12,6 +12,7 @@ from compress.data.source import Split
 from compress.strategies.distillation.automatic import choose
 from compress.strategies.distillation.judging import judged_part, probabilities
 from compress.strategies.strategy import REFERENCE, Context, Strategy
+from compress.words import counted
 
 AUTO = "auto"
 
@@ -88,7 +89,7 @@ class Recovering:
         if not _clearly_more(before, after):
             return found
         said = f"The model that the stage made is worse than the one that it received: {student:.2f} against "
-        said += f"{received:.2f} % of {len(part)} validation images (Keras models). {advice}."
+        said += f"{received:.2f} % of {counted(len(part), 'validation image')} (Keras models). {advice}."
         return dataclasses.replace(found, warning=said)
 
     def _warning(self, found: Recovered, right: dict[str, np.ndarray]) -> str | None:
@@ -99,7 +100,7 @@ class Recovering:
         said = f"The teacher ({', '.join(found.teachers)}) is worse than"
         otherwise = "recovery=finetune" if self._own_method is None else "strategy=finetune in its place"
         advice = f"Name a better one in strategy.{self._context.stage}.recovery.teachers, or write {otherwise}."
-        where = f"of {found.images} validation images (Keras models)"
+        where = f"of {counted(found.images, 'validation image')} (Keras models)"
         if teacher < received:
             return f"{said} the model that the stage received: {teacher:.2f} against {received:.2f} % {where}. {advice}"
         # A student may outgrow its teacher by a little, or by chance.

@@ -20,6 +20,7 @@ from compress.strategies.distillation.pairing import Layers, Pair, pairs_by_rule
 from compress.strategies.distillation.teacher import Keep, Teacher
 from compress.training import Recovery
 from compress.training_step import Batch, LossTerm
+from compress.words import counted
 
 _SETTINGS = "Give it a weight, or its settings: {weight: 1, ...}."
 
@@ -156,7 +157,7 @@ def distillation_terms(
         raise CompressError(
             f"{where}.teachers",
             expected="one teacher: losses of inner layers look at the first alone",
-            received=f"{len(teachers)} teachers, and no loss of what they say about the classes",
+            received=f"{counted(len(teachers), 'teacher')}, and no loss of what they say about the classes",
             fix="Name one, or give the soft targets a weight (soft_weight=0.9).",
         )
     for loss in chosen:
@@ -232,7 +233,7 @@ def _pairs(loss: LayerLoss, recovery: Recovery, teacher: Layers, student: Layers
     if len(pairs) < loss.least:
         raise CompressError(
             key,
-            expected=f"at least {loss.least} pair{'s' if loss.least > 1 else ''} of layers of the student, "
+            expected=f"at least {counted(loss.least, 'pair')} of layers of the student, "
             f"{student.model.name}, and the teacher, {teacher.model.name}, that {loss.name} can compare",
             received=", ".join(f"{pair.student}: {pair.teacher}" for pair in pairs) or "none",
             fix=f"Name them with {where}.pairs={{<student's layer>: <teacher's layer>}}, or leave the loss out.",

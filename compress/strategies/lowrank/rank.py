@@ -10,6 +10,7 @@ import tf_keras
 from compress.candidate import Guarantee, Violation
 from compress.graph.kernels import kernel_attributes
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 
 def first_factor(layer: str) -> str:
@@ -39,7 +40,8 @@ class Rank(Guarantee):
 
     def describe(self) -> str:
         """Say how many layers are factorized."""
-        return f"{len(self.ranks)} layers are products of rank at most {max(self.ranks.values())}"
+        layers = counted(len(self.ranks), "layer is a product", "layers are products")
+        return f"{layers} of rank at most {max(self.ranks.values())}"
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Look at the widths between the factors."""

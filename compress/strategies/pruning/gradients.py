@@ -10,6 +10,7 @@ import tf_keras
 
 from compress.errors import CompressError
 from compress.graph.softmax import gives_probabilities, logits_of
+from compress.words import counted
 
 _BATCH = 128
 
@@ -65,7 +66,7 @@ def require_labels(y: np.ndarray, where: str) -> None:
         CompressError: if they have.
     """
     if len(np.unique(y)) < 2:
-        raise _useless(where, f"{len(y)} samples with one and the same label")
+        raise _useless(where, f"{counted(len(y), 'sample')} with one and the same label")
 
 
 def require_gradients(found: Sequence[np.ndarray], where: str) -> None:

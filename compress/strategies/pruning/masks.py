@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from compress.graph.kernels import Kernel
+from compress.words import counted
 
 GONE = -np.inf
 _BEST_OF_OUTPUT, _OF_PATTERN, _BEST_OF_KERNEL = 1, 2, 3
@@ -75,7 +76,8 @@ class KeptOfEach(Pattern):
         if not axes.sums:
             return f"each output reads one channel, {self.kept}:{self.group} goes along input channels"
         if shape[axes.inputs] % self.group:
-            return f"its {shape[axes.inputs]} input channels are no multiple of {self.group}"
+            channels = counted(shape[axes.inputs], "input channel is", "input channels are")
+            return f"its {channels} no multiple of {self.group}"
         return None
 
     def stays(self, units: np.ndarray, axes: Axes) -> np.ndarray:
@@ -99,7 +101,7 @@ class Blocks(Pattern):
             return "each output reads one channel, blocks span input channels"
         for axis, size, what in ((axes.inputs, self.inputs, "input"), (axes.outputs[0], self.outputs, "output")):
             if shape[axis] % size:
-                return f"its {shape[axis]} {what} channels are no multiple of {size}"
+                return f"its {counted(shape[axis], f'{what} channel is', f'{what} channels are')} no multiple of {size}"
         return None
 
     def pool(self, scores: np.ndarray, axes: Axes) -> np.ndarray:

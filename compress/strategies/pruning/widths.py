@@ -9,6 +9,7 @@ import tf_keras
 
 from compress.candidate import Guarantee, Violation
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Widths(Guarantee):
 
     def describe(self) -> str:
         """Say how many layers are narrower."""
-        return f"{len(self.channels)} layers have lost channels"
+        return f"{counted(len(self.channels), 'layer has', 'layers have')} lost channels"
 
     def check(self, model: tf_keras.Model) -> list[Violation]:
         """Look at what the layers say of themselves."""
         widths = {layer.name: written_channels(layer) for layer in model.layers if layer.name in self.channels}
         return [
-            Violation(name, f"{width} channels, at most {self.channels[name]}")
+            Violation(name, f"{counted(width, 'channel')}, at most {self.channels[name]}")
             for name, width in widths.items()
             if width is not None and width > self.channels[name]
         ]
@@ -39,7 +40,7 @@ class Widths(Guarantee):
         """Look at what the operators write; a layer that the file does not name is not looked at."""
         widths = {name: file.output_channels_of(name) for name in self.channels}
         return [
-            Violation(name, f"{width} channels in the file, at most {self.channels[name]}")
+            Violation(name, f"{counted(width, 'channel')} in the file, at most {self.channels[name]}")
             for name, width in widths.items()
             if width is not None and width > self.channels[name]
         ]

@@ -13,6 +13,7 @@ import tf_keras
 from compress.candidate import Effect, Guarantee, Violation
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Zeros(Guarantee):
         """Say how much is zero."""
         zeros = sum(int(mask.size - np.count_nonzero(mask)) for mask in self.masks.values())
         total = sum(mask.size for mask in self.masks.values())
-        return f"{zeros / total:.1%} of {total} weights in {len(self.masks)} kernels are zero"
+        return f"{zeros / total:.1%} of {total} weights in {counted(len(self.masks), 'kernel')} are zero"
 
     def weights(self) -> frozenset[str]:
         """Names of the masked weights."""

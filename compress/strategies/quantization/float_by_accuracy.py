@@ -108,7 +108,7 @@ def keep_floats(
             raise CompressError(
                 f"stage {stage}",
                 expected=f"an accuracy at most {most:g} points below that of the float file",
-                received=f"a larger drop even with all {len(ranked)} layers as floats",
+                received=f"a larger drop even with all layers ({len(ranked)}) as floats",
                 fix=f"Allow more (strategy.{stage}.float_fallback.accuracy_drop), or calibrate otherwise "
                 f"(strategy.{stage}.ranges, calibration_images).",
             )

@@ -13,6 +13,7 @@ import tf_keras
 from compress.candidate import Effect, Grid, Guarantee, Violation
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 _TOLERANCE = 0.02
 """How far from a level a value may lie, in steps: what single precision leaves."""
@@ -47,7 +48,7 @@ class OnGrid(Guarantee):
     def describe(self) -> str:
         """Say how many bits the kernels have."""
         widths = sorted(set(self.bits.values()))
-        return f"weights of {', '.join(map(str, widths))} bits in {len(self.steps)} kernels"
+        return f"weights of {', '.join(map(str, widths))} bits in {counted(len(self.steps), 'kernel')}"
 
     def weights(self) -> frozenset[str]:
         """Names of the kernels."""

@@ -14,6 +14,7 @@ from compress.candidate import Effect, Guarantee, Violation
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
 from compress.strategies.quantization.grid import cut_spread
+from compress.words import counted
 
 _TOLERANCE = 1e-3
 
@@ -40,7 +41,7 @@ class Levels(Guarantee):
     def describe(self) -> str:
         """Say how many levels the kernels have."""
         counts = sorted({len(levels) for levels in self.levels.values()})
-        return f"weights of {', '.join(map(str, counts))} levels in {len(self.levels)} kernels"
+        return f"weights of {', '.join(map(str, counts))} levels in {counted(len(self.levels), 'kernel')}"
 
     def weights(self) -> frozenset[str]:
         """Names of the kernels."""

@@ -13,6 +13,7 @@ import tf_keras
 from compress.candidate import Effect, Guarantee, Violation
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ class Codebook(Guarantee):
     def describe(self) -> str:
         """Say how many values each kernel has."""
         number = len(self.labels)
-        where = f"each channel of {number} kernels" if self.per_channel else f"each of {number} kernels"
-        where = f"all {number} kernels together" if self.values else where
+        where = counted(number, "kernel")
+        if self.values:
+            where = f"all {where} together" if number > 1 else where
+        elif self.per_channel:
+            where = f"each channel of {where}"
+        elif number > 1:
+            where = f"each of {where}"
         return f"at most {self.clusters} distinct values in {where}"
 
     def weights(self) -> frozenset[str]:

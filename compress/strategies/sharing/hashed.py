@@ -23,6 +23,7 @@ from compress.strategies.sharing.chosen import choose_kernels
 from compress.strategies.sharing.ties import Ties, solve_ties
 from compress.strategies.strategy import STRICT, Context, Strategy
 from compress.training import restore
+from compress.words import counted
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -74,7 +75,9 @@ class Hashed(Strategy):
     def _obstacle(self, kernel: Kernel) -> Skipped | None:
         buckets = self._buckets(kernel)
         return (
-            Skipped(kernel.layer.name, f"{kernel.size} weights would have {buckets} buckets", True)
+            Skipped(
+                kernel.layer.name, f"{counted(kernel.size, 'weight')} would have {counted(buckets, 'bucket')}", True
+            )
             if buckets < 2
             else None
         )

@@ -27,6 +27,7 @@ from compress.strategies.repair import REPAIR_RIDGE, RIDGE, Repair, change_of_lo
 from compress.strategies.sharing import vectors
 from compress.strategies.sharing.vector_codebook import VectorCodebook
 from compress.strategies.strategy import STRICT, Context, Strategy
+from compress.words import counted
 
 layers = tf_keras.layers
 
@@ -114,7 +115,7 @@ class ProductQuantization(Strategy):
         if length == 1:
             return f"no vector of at most {self.length} weights divides its {inputs} inputs"
         if codewords < 2:
-            return f"{inputs // length * outputs} vectors of {length} weights are too few to share"
+            return f"{counted(inputs // length * outputs, 'vector')} of {length} weights: too few to share"
         return length, codewords
 
 

@@ -13,6 +13,7 @@ import tf_keras
 from compress.candidate import Effect, Guarantee, Violation
 from compress.graph.kernels import get_weight
 from compress.metrics.tflite_file import TFLiteFile
+from compress.words import counted
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class VectorCodebook(Guarantee):
         """Say how many vectors there are, and how long they are."""
         lengths = sorted({self._length(name) for name in self.labels})
         span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        return f"at most {self.codewords} distinct vectors of {span} weights in each of {len(self.labels)} kernels"
+        where = counted(len(self.labels), "kernel")
+        where = where if len(self.labels) == 1 else f"each of {where}"
+        return f"at most {self.codewords} distinct vectors of {span} weights in {where}"
 
     def weights(self) -> frozenset[str]:
         """Names of the kernels."""

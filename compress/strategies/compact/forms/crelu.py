@@ -18,6 +18,7 @@ from compress.graph.rewrite import NewLayer
 from compress.strategies.compact.form import Form, Order, Parts, bias_of
 from compress.strategies.compact.guarantees import PairedForm
 from compress.strategies.goal import Goal
+from compress.words import counted
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class CRelu(Form):
 
     def misfit(self, layer: tf_keras.layers.Conv2D) -> str | None:
         """Filters go in pairs."""
-        return f"{layer.filters} filters are not pairs" if layer.filters % 2 else None
+        return f"{counted(layer.filters, 'filter is no pair', 'filters are not pairs')}" if layer.filters % 2 else None
 
     def macs(self, kernel: Kernel) -> float:
         """Half of the filters, and one product for each."""
