@@ -124,7 +124,7 @@ def test_clearing_leaves_what_a_run_is_at(tmp_path, capsys):
     assert most == [1, 1], "one at a time, also after the locks were cleared"
     assert [folder.name for folder in (tmp_path / ".trainings").iterdir()] == [KEY]
     assert not (tmp_path / "measured").exists()
-    assert "left: what belongs to 1 stages" in capsys.readouterr().out
+    assert "left: what belongs to 1 stage that" in capsys.readouterr().out
 
 
 def test_the_command_names_a_folder_that_is_not_there(tmp_path, capsys):
