@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.cache.store import StageCache
-from compress.candidate import Candidate, Storage
+from compress.candidate import Candidate, Skipped, Storage
 from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
 from compress.data.source import Split
@@ -35,6 +35,14 @@ class SeedWitness(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         self.seeds.append(context.seed)
+        return candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Idle(Strategy):
+    """Says nothing of layers that it leaves alone."""
+
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
         return candidate
 
 
@@ -111,6 +119,11 @@ def test_a_rule_that_matches_nothing_in_the_end_is_refused_by_the_stage(pipeline
     run = pipeline("strategy=lowrank+prune", "model.train.epochs=1", "strategy.prune.only={name: nothing}")
     with pytest.raises(CompressError, match=r"strategy\.prune\.only"):
         run.run(tmp_path)
+
+
+def test_what_one_stage_left_alone_is_not_said_of_the_next(context):
+    given = Candidate(recurrent(), skipped=(Skipped("memory", "too small"),))
+    assert Stage("idle", Idle()).apply(given, context).skipped == ()
 
 
 def test_releasing_a_quantization_resets_how_weights_are_written(context):

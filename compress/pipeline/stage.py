@@ -46,7 +46,7 @@ class Stage(Strategy):
             candidate = candidate.evolve(storage=Storage(), samples=None)
         inner = context.for_stage(self.name, selection=self.selection, recovery=self.recovery)
         recovering = Recovering(inner, candidate.model)
-        candidate = candidate.evolve(measured={}, allocation=(), recovered=None)
+        candidate = candidate.evolve(skipped=(), measured={}, allocation=(), recovered=None)
         for turn in range(self.repeat):
             inner = recovering.context(candidate.model, turn, self.strategy)
             candidate = self.strategy.apply(candidate, inner)
