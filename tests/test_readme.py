@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -18,9 +19,15 @@ from .conftest import REPOSITORY
 TEXT = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+OWN_STRATEGY = "--config-dir my_conf"
+"""In the command that needs the files of the chapter about a strategy of one's own."""
+PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.S)
+SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.run")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python -m compress.run") and OWN_STRATEGY not in c]
+)
 def test_run_commands_compose(command):
     arguments = [a for a in shlex.split(command)[3:] if a not in ("-m", "--cfg", "job")]
     swept = [argument for argument in arguments if "," in argument and not set("{[") & set(argument)]
@@ -31,7 +38,10 @@ def test_run_commands_compose(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.reproduce")])
 def test_reproduce_commands_name_experiments(command):
-    assert set(shlex.split(command)[3:]) <= {ANALYTIC, CONTINUE, *names()}
+    words = shlex.split(command)[3:]
+    overrides = [word for word in words if "=" in word]
+    assert {*words} - {*overrides} <= {ANALYTIC, CONTINUE, *names()}
+    assert not overrides or compose_config(overrides)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m compress.measure")])
@@ -69,3 +79,40 @@ def test_the_two_set_up_commands_are_one_line_each():
     assert start.endswith("python -m compress.run")
     assert tests.endswith("-m pytest")
     assert "<!-- test-command -->" in TEXT
+
+
+def test_files_that_are_named_are_there():
+    named = re.findall(r"(?:results|docs|conf)/[\w./-]*\w\.(?:md|jsonl|yaml|png)", TEXT.replace("my_conf/", ""))
+    missing = {name for name in named if not (REPOSITORY / name).is_file()}
+    # The example of a strategy of one's own.
+    assert missing <= {"conf/strategy/mine.yaml"}
+
+
+@pytest.mark.parametrize("span", [s for s in SPANS if re.match(r"[~+']*(strategy|recovery|techniques)\.[\w.]+=", s)])
+def test_overrides_in_the_text_can_be_copied(span):
+    overrides = shlex.split(span)
+    stages = dict.fromkeys(re.findall(r"strategy\.([a-z_]+)\.", span)) or ["prune"]
+    # Of a sweep the first value.
+    single = [re.sub(r"=(\w+),[\w,]+$", r"=\1", override) for override in overrides]
+    assert compose_config([f"strategy={'+'.join(stages)}", *single]).strategy is not None
+
+
+def test_no_override_in_the_text_is_cut_short():
+    assert not [span for span in SPANS if re.search(r"(^|[ '])\.\w+=", span)]
+
+
+def test_the_strategy_of_ones_own_runs_as_printed(outside, tmp_path, session_cache):
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", TEXT, re.S)
+    assert [name for name, _ in blocks] == ["mine.py", "my_conf/strategy/mine.yaml"]
+    for name, content in blocks:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    (command,) = [c for c in COMMANDS if OWN_STRATEGY in c]
+    quick = ["recovery.epochs=1", "data.train_limit=256", "data.test_limit=64", "model.train.epochs=1", "tracking=none"]
+    done = outside(*shlex.split(command)[1:], *quick, f"cache.dir={session_cache}", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    mine = json.loads((tmp_path / "out" / "report.json").read_text())["stages"][-1]
+    assert mine["name"] == "mine"
+    (zeros,) = [text for text in mine["guarantees"] if text.endswith("are zero")]
+    assert float(re.findall(r"[\d.]+(?=%)", zeros)[0]) == pytest.approx(60, abs=0.5)
