@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _LONGEST_PARAMETER = 6000
 _LONGEST_NAME = 250
+_COMMAND = "run"
+"""Name of the parent run of a command with one pipeline; that of many is called multirun."""
 _FOREIGN = re.compile(r"[^\w.\- ]", re.ASCII)
 """What MLflow does not take in a name, and slashes and colons, which it takes in some places only."""
 
@@ -162,8 +164,8 @@ def open_recorder(
     require_folder(unsent)
     if parent is None:
         _meet(store, unsent)
-        parent = start_parent(store, name, command)
-        own_parent = Journal.begin(unsent, store, name, {}, run=parent)
+        parent = start_parent(store, _COMMAND, command)
+        own_parent = Journal.begin(unsent, store, _COMMAND, {}, run=parent)
     changed = json.dumps([without_password(text) for text in overrides])
     tags = {"mlflow.parentRunId": parent, "strategy": name, "seed": str(config["seed"]), **process_tags()}
     if len(changed) <= LONGEST_TAG:

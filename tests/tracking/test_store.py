@@ -114,7 +114,7 @@ def test_a_run_is_found_again(database, tmp_path):
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert {child.info.status, parent.info.status} == {"FINISHED"}
     assert "strategy=prune" in parent.data.tags["command"]
-    assert child.info.run_name == "prune"
+    assert (parent.info.run_name, child.info.run_name) == ("run", "prune")
     assert child.data.params["strategy.prune.sparsity"] == "0.5"
     assert child.data.params["seed"] == "0"
     assert SECRET not in json.dumps({**child.data.params, **child.data.tags, **parent.data.tags})
