@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tf_keras
 from mlflow.tracking import MlflowClient
+
+from compress.cli.refused import remove_if_bare
 
 
 def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
@@ -402,3 +405,42 @@ def test_other_jobs_of_a_multirun_go_on(cli, tmp_path):
     assert "strategy.prune.sparsity" in error
     assert not (tmp_path / "s" / "0" / "report.json").exists()
     assert (tmp_path / "s" / "1" / "report.json").exists()
+
+
+def test_a_command_that_is_refused_leaves_no_folder(cli, tmp_path):
+    assert_refused(cli("strategy=lowrank", "strategy.lowrank.macs=1.5"), "strategy.lowrank.macs")
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+@pytest.mark.parametrize("place", ["out", "outputs/2000-01-01/00-00-00-000000"])
+def test_a_folder_that_was_there_is_left(cli, tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    assert_refused(cli("strategy=lowrank", "strategy.lowrank.macs=1.5", f"hydra.run.dir={place}"), "macs")
+    assert (tmp_path / place / ".hydra" / "config.yaml").is_file()
+
+
+def test_a_run_that_had_begun_keeps_its_folder(cli, tmp_path):
+    assert_refused(cli("strategy=share", "strategy.share.clusters=60000", "model.train.epochs=1"), "60000")
+    (folder,) = tmp_path.glob("outputs/*/*")
+    assert "baseline" in (folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("extra", ["mine.txt", ".hydra/mine.yaml", "folder/", "run.log"])
+def test_only_what_hydra_wrote_is_removed(tmp_path, extra):
+    def folder(name: str) -> Path:
+        made = tmp_path / name
+        (made / ".hydra").mkdir(parents=True)
+        for file in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "run.log"):
+            (made / file).touch()
+        return made
+
+    bare, kept = folder("bare"), folder("kept")
+    if extra.endswith("/"):
+        (kept / extra).mkdir()
+    else:
+        (kept / extra).write_text("mine")
+    before = sorted(kept.rglob("*"))
+    for one in (bare, kept):
+        remove_if_bare(one)
+    assert not bare.exists()
+    assert sorted(kept.rglob("*")) == before
