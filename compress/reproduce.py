@@ -61,7 +61,7 @@ def reproduce(arguments: Sequence[str]) -> list[CompressError]:
         if name != ANALYTIC or experiment.grid.count:
             target = run_experiment(experiment, overrides, Path("results"), counted, keep=keep)
             print(target.read_text())
-            print(f"Written to {target}")
+            print(f"The page is {target}")
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,7 +138,8 @@ def run_experiment(
 ) -> Path:
     """Run the grid for every seed and write ``<results>/<experiment>.md``; return the file.
 
-    What the table shows of each run is kept beside it, in ``<results>/<experiment>.jsonl``.
+    What the table shows of each run is kept beside it, in ``<results>/<experiment>.jsonl``. A page that would
+    differ from the one that is there in nothing but where and when it was made stays as it is.
 
     Args:
         experiment: what to run.
@@ -155,8 +157,13 @@ def run_experiment(
     target = results / f"{experiment.name}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     finished = FinishedRuns(target.with_suffix(".jsonl"), _paths(experiment.grid), kept=keep)
+
+    def page() -> str:
+        return render(experiment, rows, seeds, overrides, finished.other_commits())
+
     for row, own in experiment.grid.runs.items():
         own_seeds, settings = _seeds(seeds, own)
+        made = False
         for seed in own_seeds:
             settled = [*experiment.grid.overrides, *settings, *extra]
             if experiment.grid.count:
@@ -169,9 +176,12 @@ def run_experiment(
                 run_job(compose_config([*settled, f"seed={seed}"]), folder, None)
                 report = read_report(folder / "report.json")
                 finished.add(row, seed, settled, report)
+                made = True
             rows.setdefault(row, []).append(report)
-        # Written after every row, so that a table that is stopped shows what it has.
-        _write(target, render(experiment, rows, seeds, overrides, finished.other_commits()))
+        if made:
+            # Written after every row, so that a table that is stopped shows what it has.
+            _write(target, page())
+    _write(target, page())
     return target
 
 
@@ -381,6 +391,13 @@ def _agrees(ours: Sequence[float | None], published: Any, column: Column) -> boo
 
 
 def _write(target: Path, text: str) -> None:
+    if target.is_file() and _without_maker(target.read_text()) == _without_maker(text):
+        return
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(text)
     partial.replace(target)
+
+
+def _without_maker(page: str) -> str:
+    """Return a page without the lines that say which program made it, where and when."""
+    return re.sub(r"(?m)^- (commit|versions|machine|date|made earlier): .*\n", "", page)

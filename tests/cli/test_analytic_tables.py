@@ -120,3 +120,15 @@ def test_a_pattern_sums_over_the_layers_that_match(tmp_path):
 def test_layers_without_a_run_of_their_own_are_refused():
     with pytest.raises(ValueError, match="one run, or one for each layer"):
         Grid({"a": [], "b": []}, [], [], [0], {"c": "conv"})
+
+
+def test_a_page_whose_rows_are_the_same_stays_as_it_is(counted, tmp_path):
+    page = page_of("mbv1_t3", counted, tmp_path)
+    (file,) = tmp_path.glob("*.md")
+    earlier = re.sub(r"- (commit|machine|date|versions): .*", r"- \1: another", page)
+    file.write_text(earlier)
+    assert page_of("mbv1_t3", counted, tmp_path) == earlier
+    for changed in (earlier.replace("462.42", "462.43"), earlier.replace("- seeds: 0", "- seeds: 1")):
+        assert changed != earlier
+        file.write_text(changed)
+        assert page_of("mbv1_t3", counted, tmp_path) == page
