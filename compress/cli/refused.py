@@ -28,8 +28,9 @@ class RefusedRunCallback(Callback):
         if _OF_THIS_PROCESS.fullmatch(folder.name) and not folder.exists():
             self._made = folder
 
-    def on_run_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Remove it; a run that has ended well has an accuracy, one that crashed is looked into."""
+        job_return: JobReturn = kwargs["job_return"]
         refused = job_return.status == JobStatus.COMPLETED and job_return.return_value is None
         if refused and self._made is not None:
             with contextlib.suppress(OSError):
