@@ -39,6 +39,8 @@ LEFT_BEHIND = (
     "cache/*/.partial-*",
     "cache/.trainings/*",
     "sweep/*/.stages-*",
+    "sweep/.running.lock",
+    "sweep/*/.running.lock",
     ".compress_unsent/*",
 )
 """Files that are there while a sweep is at work, and not after it."""

@@ -22,6 +22,7 @@ from compress.deploy.interface import interface_of
 from compress.deploy.verification import verify
 from compress.errors import CompressError, GivenUp
 from compress.metrics.tflite_file import TFLiteFile
+from compress.pipeline.folder import alone_in
 from compress.pipeline.stage import StageResult
 from compress.search.trial import note_given_up, refuse_hopeless
 from compress.tracking.charts import layers_picture, noise_picture
@@ -60,7 +61,10 @@ def run_job(
     started = time.perf_counter()
     plan = make_plan(config)
     tracking = replace(plan.tracking, enabled=plan.tracking.enabled and distribution.chief)
-    with open_recorder(tracking, plain, sweep, command=sys.argv[1:], overrides=overrides) as recorder:
+    with (
+        alone_in(folder, "hydra.run.dir" if sweep is None else "hydra.sweep.dir"),
+        open_recorder(tracking, plain, sweep, command=sys.argv[1:], overrides=overrides) as recorder,
+    ):
         pipeline = replace(plan.pipeline(), distribution=distribution)
         pipeline = replace(pipeline, on_stage=lambda result: _record(recorder, result, give_up))
         result = pipeline.run(folder)

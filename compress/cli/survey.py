@@ -17,6 +17,7 @@ from compress.cli.construct import check, to_plain
 from compress.cli.techniques import make_techniques
 from compress.distribution.settings import Single
 from compress.errors import CompressError
+from compress.pipeline.folder import alone_in
 from compress.pipeline.stage import Stage
 from compress.search.sensitivity import Sensitivity, Survey, measure_sensitivity
 from compress.search.table import heat_map, markdown, print_table
@@ -64,7 +65,10 @@ def run_survey(config: DictConfig, folder: Path) -> Sensitivity:
             "model", expected="a model with Keras layers", received=given.name, fix="Bring what it was made from."
         )
     meet_store(plan.tracking)
-    with tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work:
+    with (
+        alone_in(folder, "hydra.run.dir"),
+        tempfile.TemporaryDirectory(prefix=".stages-", dir=folder) as work,
+    ):
         candidate, _, context = plan.pipeline().before_first(stage, Path(work))
         found = measure_sensitivity(candidate, techniques, context, images)
     title = f"{candidate.model.name}, {context.data.name}, seed {plan.seed}"

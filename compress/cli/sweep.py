@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -16,13 +18,16 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from compress.cli.errors import guarded
 from compress.cli.failures import clear_failures, exit_code, print_failures, read_failures
 from compress.errors import CompressError
+from compress.pipeline.folder import alone_in, refuse_used
 
 if TYPE_CHECKING:
-    from compress.tracking.store import TrackingSettings
+    from compress.tracking.store import Store, TrackingSettings
     from compress.tracking.sweeps import Summary
 
+T = TypeVar("T")
 _LOG = logging.getLogger("compress")
 _DEFECT = 1
+_MULTI_WORKER = "compress.distribution.settings.MultiWorker"
 _BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher"
 _SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
@@ -36,11 +41,23 @@ _OWN_LAUNCHERS = {
 class SweepCallback(Callback):
     """Hydra callback of the multirun."""
 
+    _leave: Callable[[], object]
     _close: Callable[..., Summary | None]
     _stop: Callable[[], object]
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a folder that another command is working in, before Hydra writes into it."""
+        if OmegaConf.select(config, "distribution._target_") != _MULTI_WORKER:
+            # The workers of one training have one folder, and folders of their own in it.
+            _or_exit(lambda: refuse_used(Path(config.hydra.run.dir), "hydra.run.dir"), "the folder could not be read")
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Open the parent run; refuse a store that does not answer before any job starts."""
+        """Take the folder; open the parent run; refuse a store that does not answer before any job starts."""
+        held = ExitStack()
+        # A multirun that a mistake ends is not told to on_multirun_end.
+        self._leave = weakref.finalize(self, held.close)
+        take = partial(alone_in, Path(config.hydra.sweep.dir), "hydra.sweep.dir")
+        _or_exit(lambda: held.enter_context(take()), "the folder could not be taken")
         clear_failures(Path(config.hydra.sweep.dir))
         own = _OWN_LAUNCHERS.get(config.hydra.launcher._target_)
         if own is not None:
@@ -55,7 +72,7 @@ class SweepCallback(Callback):
         from compress.tracking.store import Store, close_orphans, forget_parent, start_parent, write_parent
         from compress.tracking.sweeps import OBJECTIVES_KEY
 
-        try:
+        def open_parent() -> tuple[TrackingSettings, Store, str]:
             settings = _read_settings(config)
             fronts = read_fronts(settings.objectives, OBJECTIVES_KEY)
             require_reference(settings.reference or {}, fronts, "tracking.reference")
@@ -64,14 +81,9 @@ class SweepCallback(Callback):
             store.reach()
             deliver(Path(settings.unsent), store)
             store.ask(close_orphans)
-            parent = start_parent(store, "multirun", sys.argv[1:])
-        except Exception as error:
-            # Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
-            try:
-                sys.exit(guarded(partial(_raise, error), sys.argv[1:]))
-            except Exception:
-                _LOG.exception("a defect: the multirun could not be opened in MLflow")
-                sys.exit(_DEFECT)
+            return settings, store, start_parent(store, "multirun", sys.argv[1:])
+
+        settings, store, parent = _or_exit(open_parent, "the multirun could not be opened in MLflow")
         sweep = Path(config.hydra.sweep.dir)
         write_parent(sweep, parent)
         self._close = partial(end_sweep, store, parent, settings)
@@ -99,6 +111,7 @@ class SweepCallback(Callback):
             code = _DEFECT
         finally:
             print_failures(failures)
+            self._leave()
         code = max(exit_code(failures), code)
         if code:
             sys.exit(code)
@@ -110,6 +123,21 @@ class SweepCallback(Callback):
             return []
         _log_summary(summary)
         return [] if summary.missing is None else [summary.missing]
+
+
+def _or_exit(body: Callable[[], T], defect: str) -> T:
+    """Return what ``body`` returns; end the program where it fails.
+
+    Hydra turns a callback's exceptions into warnings, and every job would fail in its turn.
+    """
+    try:
+        return body()
+    except Exception as error:
+        try:
+            sys.exit(guarded(partial(_raise, error), sys.argv[1:]))
+        except Exception:
+            _LOG.exception("a defect: %s", defect)
+            sys.exit(_DEFECT)
 
 
 def _raise(error: Exception) -> list[CompressError]:
