@@ -55,6 +55,7 @@ class SearchSweeper(Sweeper):
         give_up: Any,
     ) -> None:
         from compress.search.trial import read_limits
+        from compress.tracking.names import require_known
         from compress.tracking.pareto import read_fronts
 
         for name, value in (("trials", trials), ("at_once", at_once), ("population", population)):
@@ -80,6 +81,7 @@ class SearchSweeper(Sweeper):
         # The jobs read the limits from the configuration themselves.
         read_limits(give_up, "hydra.sweeper.give_up")
         (front,) = read_fronts(list(objectives), "hydra.sweeper.objectives")
+        require_known([front], "hydra.sweeper.objectives", recorded=False)
         self._trials, self._at_once, self._front = trials, at_once, front
         self._objectives, self._sampler, self._population = list(objectives), str(sampler), population
         self._seed, self._storage, self._name = seed, storage, None if study is None else str(study)

@@ -68,6 +68,7 @@ class SweepCallback(Callback):
             return
         from compress.tracking.delivery import deliver, end_sweep
         from compress.tracking.journal import require_folder
+        from compress.tracking.names import require_known
         from compress.tracking.pareto import read_fronts, require_reference
         from compress.tracking.store import Store, close_orphans, forget_parent, start_parent, write_parent
         from compress.tracking.sweeps import OBJECTIVES_KEY
@@ -75,6 +76,7 @@ class SweepCallback(Callback):
         def open_parent() -> tuple[TrackingSettings, Store, str]:
             settings = _read_settings(config)
             fronts = read_fronts(settings.objectives, OBJECTIVES_KEY)
+            require_known(fronts, OBJECTIVES_KEY, recorded=True)
             require_reference(settings.reference or {}, fronts, "tracking.reference")
             store = Store(settings.uri, settings.experiment)
             require_folder(Path(settings.unsent))
@@ -83,7 +85,11 @@ class SweepCallback(Callback):
             store.ask(close_orphans)
             return settings, store, start_parent(store, "multirun", sys.argv[1:])
 
-        settings, store, parent = _or_exit(open_parent, "the multirun could not be opened in MLflow")
+        try:
+            settings, store, parent = _or_exit(open_parent, "the multirun could not be opened in MLflow")
+        except SystemExit:
+            self._leave()
+            raise
         sweep = Path(config.hydra.sweep.dir)
         write_parent(sweep, parent)
         self._close = partial(end_sweep, store, parent, settings)

@@ -120,6 +120,10 @@ def test_a_search_that_gives_everything_up_says_so(cli):
         ([*SPACE, "hydra.sweeper.give_up={accuracy: high}"], ["hydra.sweeper.give_up.accuracy", "a number"]),
         ([*SPACE, "hydra.sweeper.storage=null"], ["hydra.sweeper.storage", "sqlite:///search.db"]),
         ([*SPACE, "hydra.sweeper.params=[1,2]"], ["hydra.sweeper.params", "[1, 2]"]),
+        (
+            [*SPACE, "hydra.sweeper.objectives=[accuracy,packed_byte]"],
+            ["hydra.sweeper.objectives", "a metric that runs report", "nearest to it: packed_bytes"],
+        ),
         ([*SPACE, "hydra.sweeper.objectives=accuracy"], ["hydra.sweeper.objectives", "a list of metrics"]),
         (
             [*SPACE, "hydra.sweeper.objectives=[[accuracy,packed_bytes],[accuracy,macs]]"],
