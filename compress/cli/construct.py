@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs, ErrorDetails
 
+from compress.cli.own_code import import_named, told
 from compress.errors import CompressError, did_you_mean
 
 T = TypeVar("T")
@@ -40,6 +41,14 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
         return kind(**fields)
     except ValidationError as error:
         raise invalid(error, where, _defaults(kind)) from error
+    except (TypeError, ValueError) as error:
+        # A plain dataclass, which pydantic does not check.
+        raise CompressError(
+            where,
+            expected=f"fields that {kind.__module__}.{kind.__name__} accepts",
+            received=told(error),
+            fix=f"Give the fields other values, or correct the class; it has {', '.join(sorted(known)) or 'none'}.",
+        ) from error
 
 
 def check(kind: Any, value: Any, where: str) -> Any:
@@ -73,12 +82,15 @@ def find_class(base: type[T], target: Any, where: str) -> type[T]:
             fix="The YAML of every choice names its class under _target_.",
         )
     module, _, name = target.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+    found = import_named(module, f"{where}._target_")
+    kind = getattr(found, name, None)
+    if kind is None:
         raise CompressError(
-            f"{where}._target_", expected="an importable module", received=f"{module} ({error})", fix="Install it."
-        ) from error
+            f"{where}._target_",
+            expected=f"a class of {getattr(found, '__file__', None) or module}",
+            received=name,
+            fix=did_you_mean(name, [key for key, value in vars(found).items() if _is_below(base, value)]),
+        )
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, base)):
         raise CompressError(
             f"{where}._target_",
@@ -86,7 +98,18 @@ def find_class(base: type[T], target: Any, where: str) -> type[T]:
             received=target,
             fix="Name the class of the strategy, model, data source or board.",
         )
+    if inspect.isabstract(kind):
+        raise CompressError(
+            f"{where}._target_",
+            expected=f"a class with all that a {base.__name__} does",
+            received=f"{target}, without {', '.join(sorted(getattr(kind, '__abstractmethods__', ())))}",
+            fix="Write what is missing.",
+        )
     return kind
+
+
+def _is_below(base: type, value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, base) and value is not base
 
 
 def unknown_key(where: str, name: str, known: set[str]) -> CompressError:
