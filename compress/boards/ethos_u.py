@@ -1,6 +1,6 @@
 """Arm's Ethos-U accelerators, as far as their compiler Vela knows them: an estimate, and what memory a file takes.
 
-Vela (``pip install 'compress[ethos_u]'``) compiles the ``.tflite`` file for an accelerator and counts cycles, SRAM and
+Vela (``pip install 'compress[ethos-u]'``) compiles the ``.tflite`` file for an accelerator and counts cycles, SRAM and
 flash. Nothing runs: its time is an estimate.
 """
 
@@ -65,7 +65,7 @@ class EthosU(Board):
         """Return cycles, memory and the estimate; operators that the accelerator cannot run are notes."""
         try:
             if find_spec("ethosu") is None:
-                raise BoardFailure("Vela is not installed; pip install 'compress[ethos_u]'")
+                raise BoardFailure("Vela is not installed; pip install 'compress[ethos-u]'")
             check_file(artifact.path)
             refuse_foreign(artifact.path)
             with tempfile.TemporaryDirectory(prefix="compress-vela-") as folder:
