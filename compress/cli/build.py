@@ -17,6 +17,7 @@ from compress.cache.store import StageCache
 from compress.cli.construct import check, construct, field_names, find_class, invalid, to_plain, unknown_key
 from compress.cli.places import choices_of
 from compress.cli.techniques import make_techniques
+from compress.cli.words import places_of
 from compress.data.source import STRICT, DataSource
 from compress.distribution.settings import DistributionSettings
 from compress.errors import CompressError, did_you_mean
@@ -146,6 +147,9 @@ def _check_shape(plain: Mapping[str, Any]) -> None:
     """Refuse a configuration that lacks a part or has one too many, as ``~model`` or ``+foo=1`` make it."""
     for key in plain:
         if key not in (*_GROUPS, *_VALUES):
+            if places := places_of(key, plain):
+                fix = f"Write {' or '.join(f'{place}={plain[key]}' for place in places)}."
+                raise CompressError(key, expected="a key that exists", received=key, fix=fix)
             raise unknown_key(key, key, {*_GROUPS, *_VALUES})
     for key in (*_GROUPS, *_VALUES):
         if key not in plain or (key in _GROUPS and not isinstance(plain[key], Mapping)):
@@ -234,7 +238,7 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
     try:
         recovery = Recovery(**values)
     except ValidationError as error:
-        raise invalid(error, where, {}) from error
+        raise invalid(error, where) from error
     chosen_losses(recovery, where)
     return recovery
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -40,7 +40,7 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise invalid(error, where, _defaults(kind)) from error
+        raise invalid(error, where, kind) from error
     except (TypeError, ValueError) as error:
         # A plain dataclass, which pydantic does not check.
         raise CompressError(
@@ -60,7 +60,7 @@ def check(kind: Any, value: Any, where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise invalid(error, where, {}) from error
+        raise invalid(error, where) from error
 
 
 def field_names(kind: Any) -> set[str]:
@@ -121,8 +121,9 @@ def _defaults(kind: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
 
 
-def invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) -> CompressError:
-    """Return what is said of the first value that is not valid; ``defaults``: of the fields, which are not named."""
+def invalid(error: ValidationError, where: str, owner: Any = None) -> CompressError:
+    """Return what is said of the first value that is not valid; ``owner``: the class that was to have it, if any."""
+    defaults = _defaults(owner)
     first, *others = error.errors()
     path = [part for part in _place(first) if isinstance(part, str)]
     key = ".".join([where, *path])
@@ -144,7 +145,25 @@ def invalid(error: ValidationError, where: str, defaults: Mapping[str, Any]) -> 
     elif first["type"] == "missing" and len(path) > 1:
         # Below a value that is null by default, a key of its own cannot be set.
         fix = f"Write '{key.rpartition('.')[0]}={{{path[-1]}: <value>}}'."
+    elif first["type"] in ("tuple_type", "list_type") and isinstance(received, str):
+        fix = f"Write '{key}=[{received}]'."
+    elif first["type"] == "dataclass_type" and (only := _only_field(owner, path, first["ctx"]["class_name"])):
+        fix = f"Write '{key}={{{only}: {received}}}'."
     return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=fix)
+
+
+def _only_field(owner: Any, path: Sequence[str], name: str) -> str | None:
+    """Return the only field of the dataclass of that name which a field of ``owner`` may be."""
+    if not dataclasses.is_dataclass(owner) or len(path) != 1:
+        return None
+    kind = get_type_hints(owner).get(path[0])
+    fields = [
+        field.name
+        for one in (kind, *get_args(kind))
+        if dataclasses.is_dataclass(one) and getattr(one, "__name__", "") == name
+        for field in dataclasses.fields(one)
+    ]
+    return fields[0] if len(fields) == 1 else None
 
 
 def _place(error: ErrorDetails) -> tuple[str | int, ...]:
@@ -167,6 +186,8 @@ def _wanted(error: ErrorDetails) -> str:
 _WANTED = {
     "missing": "a value for this key",
     "unexpected_keyword_argument": "a key that exists",
+    "tuple_type": "a list",
+    "list_type": "a list",
     "too_short": "at least {min_length} items",
     "dataclass_type": "a mapping of its keys to values",
 }

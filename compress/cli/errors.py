@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
+from typing import Any, cast
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from compress.cli.words import places_of
 from compress.errors import USER_ERROR, CompressError, did_you_mean, nearest, paragraph
 
+_FILES = {"model": ("file", (".keras", ".h5", ".hdf5", ".tflite")), "data": ("npz", (".npz",))}
+"""Groups that have a choice for a file of the user's: which it is, and what such files' names end in."""
 _EXTRAS = {
     "hydra/launcher": {
         "joblib": "joblib",
@@ -129,6 +133,12 @@ def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
 def _missing_choice(error: MissingConfigException) -> CompressError:
     group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
     options = [option for option in error.options or [] if not option.endswith(".yaml")]
+    whole = (error.missing_cfg_file or "").removesuffix(".yaml")
+    for named, (own, suffixes) in _FILES.items():
+        path = whole.removeprefix(f"{named}/")
+        if whole.startswith(f"{named}/") and (path.endswith(suffixes) or "/" in path):
+            fix = f"Write {named}={own} {named}.path={path}."
+            return CompressError(named, expected=f"one of {', '.join(sorted(options))}", received=path, fix=fix)
     if not group:
         return CompressError(
             "the command line", expected="a config that exists", received=choice, fix=did_you_mean(choice, options)
@@ -159,7 +169,12 @@ def _unknown_key(error: OmegaConfBaseException, arguments: Sequence[str]) -> Com
     # Only a misspelling of the last part is sure to be one of these keys.
     name = str(error.key) if error.key is not None else name
     above, _, last = full_key.rpartition(".")
-    value = next((given.partition("=")[2] for given in arguments if given.startswith(f"{full_key}=")), None)
+    given = next((a for a in arguments if a.startswith((f"{full_key}=", f"{full_key}."))), None)
+    value = None if given is None or not given.startswith(f"{full_key}=") else given.partition("=")[2]
+    if given is not None and not above and OmegaConf.is_dict(parent) and name in parent.get("strategy", {}):
+        return CompressError(full_key, expected="a key that exists", received=name, fix=f"Write strategy.{given}.")
+    if value is not None and (other := _other_spelling(full_key, value, parent)) is not None:
+        return CompressError(full_key, expected="a key that exists", received=name, fix=f"Write {other}.")
     # Hydra has made an empty mapping of a value that is null.
     fix = (
         did_you_mean(name, [k for k in keys if k[0] != "_"])
@@ -167,3 +182,15 @@ def _unknown_key(error: OmegaConfBaseException, arguments: Sequence[str]) -> Com
         else f"{above} holds nothing yet. Write '{above}={{{last}: {value}}}'."
     )
     return CompressError(full_key, expected="a key that exists", received=name, fix=fix)
+
+
+def _other_spelling(key: str, value: str, parent: object) -> str | None:
+    """Return what an override was meant to be, where that is sure; ``parent``: the mapping that has no such key."""
+    above, _, name = key.rpartition(".")
+    if name in ("path", "file") and above in _FILES:
+        own = f"{above}.path={value}"
+        return own if isinstance(parent, DictConfig) and "path" in parent else f"{above}={_FILES[above][0]} {own}"
+    if not above and isinstance(parent, DictConfig):
+        places = places_of(name, cast(Mapping[str, Any], OmegaConf.to_container(parent, resolve=False)))
+        return " or ".join(f"{place}={value}" for place in places) or None
+    return None

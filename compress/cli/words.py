@@ -1,8 +1,9 @@
-"""Command lines of words ``key=value``, of the commands that Hydra does not compose."""
+"""Command lines of words ``key=value``: of the commands that Hydra does not compose, and where a key belongs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from compress.errors import CompressError, did_you_mean
 
@@ -25,3 +26,16 @@ def key_values(arguments: Sequence[str], keys: Sequence[str], unlisted: Sequence
             )
         values[key] = value
     return values
+
+
+def places_of(name: str, config: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the configuration that end in ``name``: those of its stages, else those of its groups."""
+    stages = config.get("strategy")
+    stages = stages if isinstance(stages, Mapping) else {}
+    own = [
+        f"strategy.{stage}.{name}" for stage, fields in stages.items() if isinstance(fields, Mapping) and name in fields
+    ]
+    groups = {group: fields for group, fields in config.items() if group not in ("strategy", "hydra")}
+    return own or [
+        f"{group}.{name}" for group, fields in groups.items() if isinstance(fields, Mapping) and name in fields
+    ]

@@ -71,6 +71,13 @@ class Npz(DataSource):
                 fix="Write data=npz data.path=/path/to/arrays.npz.",
             )
         file = Path(self.path).expanduser()
+        if not file.is_file():
+            raise CompressError(
+                "data.path",
+                expected="an .npz file",
+                received=f"{self.path} ({'a folder' if file.is_dir() else 'no such file'})",
+                fix="Write data=npz data.path=/path/to/arrays.npz.",
+            )
         return self._build(file.stem, read_arrays(file))
 
     def _build(self, name: str, arrays: dict[str, np.ndarray], labels: Sequence[str] = ()) -> Data:

@@ -39,6 +39,8 @@ _CLIENTS = (
     *("botocore", "boto3", "azure", "google", "paramiko", "pysftp"),
 )
 """Packages whose exceptions come from a store."""
+_WORDS = ("databricks", "databricks-uc", "uc")
+"""Addresses of MLflow's that are single words."""
 _LOG = logging.getLogger("compress")
 _EXPERIMENT_TAGS = {
     # MLflow's own tag: opens the experiment under "Model training", where runs have columns of metrics.
@@ -182,7 +184,9 @@ def as_mistake(error: Exception, uri: str) -> CompressError:
             "tracking.uri",
             expected=f"an MLflow store that takes what is reported ({without_password(uri)})",
             received=reason,
-            fix="See whether the run or the experiment was deleted meanwhile; tracking=none goes without MLflow.",
+            fix="Write tracking.uri=sqlite:///mlflow.db: MLflow does not write into folders any more."
+            if "filesystem tracking backend" in str(error)
+            else "See whether the run or the experiment was deleted meanwhile; tracking=none goes without MLflow.",
         )
     return StoreAway(
         "tracking.uri",
@@ -232,8 +236,21 @@ def connect_to(uri: str) -> MlflowClient:
     return _ask(uri, lambda client: client.search_experiments(max_results=1))[0]
 
 
+def _require_address(uri: str) -> None:
+    """Refuse a bare word, which MLflow would take for a folder to be made."""
+    if ":" in uri or uri in _WORDS or Path(uri).is_dir():
+        return
+    raise CompressError(
+        "tracking.uri",
+        expected="the address of an MLflow store: sqlite:///<file>.db, or http://<server>:<port>",
+        received=uri or "nothing",
+        fix=f"Write tracking.uri=sqlite:///{Path(uri).with_suffix('.db') if uri else 'mlflow.db'}, or tracking=none.",
+    )
+
+
 def _ask(uri: str, question: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
     """Return a client, and the store's answer to a first question."""
+    _require_address(uri)
     # Long enough for a slow server, short enough for a wrong address; a user's own setting wins.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     # A client that asks again by itself would make a run twice whose answer was lost: the journal asks again.
