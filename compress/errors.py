@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 
+from compress.quiet import ending_with_the_reader
+
 USER_ERROR = 2
 """Exit code after a user's mistake."""
 
@@ -40,6 +42,11 @@ def paragraph(error: CompressError) -> str:
 
 def run_command(body: Callable[[], None]) -> int:
     """Run what a small command does and return its exit code; a user's mistake is printed as one paragraph."""
+    with ending_with_the_reader():
+        return _run(body)
+
+
+def _run(body: Callable[[], None]) -> int:
     try:
         body()
     except CompressError as error:

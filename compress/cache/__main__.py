@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.errors import USER_ERROR, CompressError, paragraph
+from compress.errors import CompressError, run_command
 from compress.words import counted
 
 
@@ -21,15 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--older-than", type=float, metavar="DAYS", help="with clear: only what was not used for so long"
     )
     given = parser.parse_args(arguments)
-    try:
+
+    def body() -> None:
         if given.action == "clear":
             clear(given.dir, given.older_than)
         else:
             show(given.dir)
-    except CompressError as error:
-        print(paragraph(error), file=sys.stderr)
-        sys.exit(USER_ERROR)
-    sys.exit(0)
+
+    sys.exit(run_command(body))
 
 
 def show(folder: Path) -> None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compress.cli.words import places_of
 from compress.errors import USER_ERROR, CompressError, did_you_mean, nearest, paragraph
+from compress.quiet import ending_with_the_reader
 
 _FILES = {"model": ("file", (".keras", ".h5", ".hdf5", ".tflite")), "data": ("npz", (".npz",))}
 """Groups that have a choice for a file of the user's: which it is, and what such files' names end in."""
@@ -36,6 +37,11 @@ def guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str
 
     With ``debug=true`` among ``arguments`` a mistake is shown with its traceback.
     """
+    with ending_with_the_reader():
+        return _guarded(body, arguments)
+
+
+def _guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[str]) -> int:
     debug = "debug=true" in (argument.lower() for argument in arguments)
     # Hydra prints and exits by itself unless told to let its exceptions through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
