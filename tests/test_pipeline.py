@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
 
+from compress.boards.board import Board
 from compress.cache.store import StageCache
-from compress.candidate import Candidate, Skipped, Storage
+from compress.candidate import Artifact, Candidate, Measurement, Skipped, Storage
 from compress.cli.build import make_plan
 from compress.cli.compose import compose_config
 from compress.data.source import Split
@@ -52,6 +54,19 @@ class Failing(Strategy):
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         raise CompressError(f"stage {context.stage}", expected="nothing", received="this", fix="Nothing.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Away(Board):
+    """Is not there."""
+
+    name: ClassVar[str] = "away"
+
+    def measure(self, artifact: Artifact) -> Measurement:
+        return Measurement(self.name, failure="it does not answer")
+
+    def unreachable(self) -> str | None:
+        return "it does not answer"
 
 
 def recurrent() -> tf_keras.Model:
@@ -101,6 +116,31 @@ def test_a_model_of_no_epochs_stays_as_initialised_and_it_is_said(pipeline, tmp_
         np.testing.assert_array_equal(found, initial)
     assert result.untrained
     assert any("untrained" in note for note in notes(result))
+
+
+def test_a_board_that_cannot_be_reached_is_told_before_anything_is_trained(pipeline, tmp_path, monkeypatch):
+    whole = dataclasses.replace(pipeline("strategy=none"), board=Away(), cache=StageCache(tmp_path / "cache"))
+    monkeypatch.setattr("compress.pipeline.pipeline.make_reference", lambda *given: pytest.fail("trained"))
+    with pytest.raises(CompressError, match="board away: expected one that can be reached; received it does not"):
+        whole.run(tmp_path)
+
+
+def test_a_board_that_goes_away_meanwhile_ends_the_run_and_nothing_of_it_is_kept(pipeline, tmp_path, monkeypatch):
+    answers = [None, "it does not answer"]
+    monkeypatch.setattr(Away, "unreachable", lambda self: answers.pop(0))
+    cache = StageCache(tmp_path / "cache")
+    whole = dataclasses.replace(pipeline("strategy=none", "model.train.epochs=0"), board=Away(), cache=cache)
+    with pytest.raises(CompressError, match="board away"):
+        whole.run(tmp_path)
+    assert answers == []
+    # There, and without an answer for this file: that is a result.
+    monkeypatch.setattr(Away, "unreachable", lambda self: None)
+    result = whole.run(tmp_path)
+    assert not result.baseline.cached
+    assert result.final.latency_failure == "it does not answer"
+    # What is in the cache needs no board.
+    monkeypatch.setattr(Away, "unreachable", lambda self: "it does not answer")
+    assert whole.run(tmp_path).baseline.cached
 
 
 def stages(pipeline, *overrides: str) -> tuple[Stage, ...]:

@@ -65,6 +65,15 @@ class Android(Board):
 
     name: ClassVar[str] = "android"
 
+    def unreachable(self) -> str | None:
+        """Say what of the device and the programs for it is not there, if anything is not."""
+        try:
+            self._program()
+            self._check_device()
+        except BoardFailure as failure:
+            return str(failure)
+        return None
+
     def measure(self, artifact: Artifact) -> Measurement:
         """Return the latency of one sample on the device."""
         return self.measure_all([artifact])[0]

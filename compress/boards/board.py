@@ -22,6 +22,10 @@ class Board(ABC):
         """What its answers depend on beside its fields: empty, unless it times this machine."""
         return ""
 
+    def unreachable(self) -> str | None:
+        """Say why nothing at all can be measured there now, if that is known; None: it is there."""
+        return None
+
     @abstractmethod
     def measure(self, artifact: Artifact) -> Measurement:
         """Return what the board says of the artifact; a failure of the board is returned, not raised."""

@@ -61,11 +61,15 @@ class EthosU(Board):
         """Return what leaves the accelerator without weights: Vela compiles no kernels that are stored sparsely."""
         return frozenset(operators) & {"DENSIFY"}
 
+    def unreachable(self) -> str | None:
+        """Say that Vela is not installed, if it is not."""
+        return "Vela is not installed; pip install 'compress[ethos-u]'" if find_spec("ethosu") is None else None
+
     def measure(self, artifact: Artifact) -> Measurement:
         """Return cycles, memory and the estimate; operators that the accelerator cannot run are notes."""
         try:
-            if find_spec("ethosu") is None:
-                raise BoardFailure("Vela is not installed; pip install 'compress[ethos-u]'")
+            if (missing := self.unreachable()) is not None:
+                raise BoardFailure(missing)
             check_file(artifact.path)
             refuse_foreign(artifact.path)
             with tempfile.TemporaryDirectory(prefix="compress-vela-") as folder:

@@ -64,11 +64,16 @@ class Microcontroller(Board):
         """Return the operators that TFLM has no kernels for."""
         return frozenset(name for name in operators if name not in MICRO_KERNELS)
 
+    def unreachable(self) -> str | None:
+        """Say that TFLM is not installed, if it is not."""
+        missing = find_spec("tflite_micro") is None
+        return "TFLM is not installed; pip install 'compress[microcontroller]'" if missing else None
+
     def measure(self, artifact: Artifact) -> Measurement:
         """Return what of the arena is used, the file's size, and how far the outputs are from LiteRT's."""
         try:
-            if find_spec("tflite_micro") is None:
-                raise BoardFailure("TFLM is not installed; pip install 'compress[microcontroller]'")
+            if (missing := self.unreachable()) is not None:
+                raise BoardFailure(missing)
             check_file(artifact.path)
             flash = artifact.path.stat().st_size
             if self.flash_bytes is not None and flash > self.flash_bytes:

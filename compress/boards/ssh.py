@@ -66,6 +66,15 @@ class Ssh(Timing, Board):
 
     name: ClassVar[str] = "ssh"
 
+    def unreachable(self) -> str | None:
+        """Say why the machine lets nobody in, if it does not."""
+        try:
+            self._require_client()
+            asyncio.run(self._meet())
+        except BoardFailure as failure:
+            return str(failure)
+        return None
+
     def measure(self, artifact: Artifact) -> Measurement:
         """Return the latency of one sample there."""
         return self.measure_all([artifact])[0]
@@ -75,10 +84,17 @@ class Ssh(Timing, Board):
         return measure_readable(self.name, artifacts, self._measure_there)
 
     def _measure_there(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
-        if find_spec("asyncssh") is None:
-            raise BoardFailure("asyncssh is not installed; pip install 'compress[ssh]'")
+        self._require_client()
         printed = asyncio.run(self._time([artifact.path for artifact in artifacts]))
         return read_times(self.name, printed, len(artifacts))
+
+    def _require_client(self) -> None:
+        if find_spec("asyncssh") is None:
+            raise BoardFailure("asyncssh is not installed; pip install 'compress[ssh]'")
+
+    async def _meet(self) -> None:
+        async with await self._connect():
+            pass
 
     async def _time(self, files: Sequence[Path]) -> str:
         """Return what the timing program prints there."""

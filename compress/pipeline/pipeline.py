@@ -137,6 +137,7 @@ class Pipeline:
                 fix="Measure it with strategy=none, or bring what it was made from: a .keras file, or a SavedModel "
                 "for strategy=quantize.",
             )
+        self._require_board()
         started = time.perf_counter()
         file = TFLiteFile.read(path)
         inputs, outputs = ([file.tensors[i].shape for i in indices] for indices in (file.inputs, file.outputs))
@@ -259,6 +260,18 @@ class Pipeline:
 
         return dataclasses.replace(context, seed=_stage_seed(self.seed, number, stage.name), remember=remember)
 
+    def _require_board(self) -> None:
+        """Refuse a board that cannot be reached: what was asked for would not be measured."""
+        reason = self.board.unreachable()
+        if reason is not None:
+            raise CompressError(
+                f"board {self.board.name}",
+                expected="one that can be reached",
+                received=reason,
+                fix="Mend that and run the same command again, or measure on this machine: board=host. "
+                "Finished stages are in the cache.",
+            )
+
     def _board(self) -> list[Any]:
         return [type(self.board).__qualname__, dataclasses.asdict(self.board), self.board.place]  # type: ignore[call-overload]
 
@@ -294,6 +307,7 @@ class Pipeline:
         with self.cache.alone(key):
             found = self.cache.load(key)
             if found is None:
+                self._require_board()
                 trainings = self.cache.trainings(key)
                 candidate, result = make(trainings)
                 found = Entry(candidate, result_to_json(result), tflite.read_bytes(), packed.read_bytes())
@@ -323,6 +337,9 @@ class Pipeline:
         for guarantee in candidate.guarantees:
             require_kept(guarantee, guarantee.check_file(file), name, "the exported file")
         numbers, agreement = measure(artifact, file, candidate.model, data, self.board, baseline)
+        if numbers.latency_failure is not None:
+            # What is missing because the board has gone away must not be kept as an answer of the board's.
+            self._require_board()
         noise: tuple[Noise, ...] = ()
         if candidate.storage.scheme in _QUANTIZED:
             noise = quantization_noise(candidate, data, artifact.path)

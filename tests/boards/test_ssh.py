@@ -122,6 +122,8 @@ def test_an_unreachable_host(remote, made):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert "cannot be reached" in failure_of(board(remote, port=port), made)
+    assert "cannot be reached" in board(remote, port=port).unreachable()
+    assert board(remote).unreachable() is None
 
 
 def test_a_host_that_never_answers(remote, made, tmp_path):

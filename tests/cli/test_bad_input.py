@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import zipfile
 from pathlib import Path
 
@@ -228,6 +229,17 @@ def test_a_multirun_with_a_store_that_does_not_answer(cli, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     answer = cli("-m", "strategy=prune,share", "tracking.uri=http://127.0.0.1:9")
     assert_refused(answer, "tracking.uri")
+
+
+def test_a_board_that_cannot_be_reached(cli, tmp_path):
+    pytest.importorskip("asyncssh")
+    (tmp_path / "known_hosts").touch()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = [f"board.port={free.getsockname()[1]}", f"board.known_hosts={tmp_path}/known_hosts"]
+    answer = cli("strategy=none", "board=ssh", "board.host=127.0.0.1", *place, "hydra.run.dir=out")
+    assert_refused(answer, "board ssh", "127.0.0.1, port", "cannot be reached", "board=host")
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_an_unwritable_output_folder(cli, tmp_path):
