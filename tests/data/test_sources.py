@@ -240,12 +240,18 @@ def test_arrays_that_cannot_be_right_are_refused(changes, word, tmp_path):
     assert word in str(error)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04" + bytes(50)])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(50)])
 def test_a_file_that_is_no_archive_is_refused(content, tmp_path):
     path = tmp_path / "mine.npz"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     assert str(path) in refused(Npz(path=str(path)).load).where
+
+
+@pytest.mark.parametrize(("name", "what"), [("mine.npz", "no such file"), (".", "a folder")])
+def test_a_path_without_a_file_is_refused(name, what, tmp_path):
+    error = refused(Npz(path=str(tmp_path / name)).load)
+    assert error.where == "data.path"
+    assert error.received == f"{tmp_path / name} ({what})"
 
 
 def test_no_path_is_refused():
