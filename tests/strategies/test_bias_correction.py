@@ -16,7 +16,7 @@ from compress.deploy.tflite import export
 from compress.graph.selection import Rule, Selection
 from compress.strategies.quantization import post_training
 from compress.strategies.quantization.post_training import FloatFallback, Quantize
-from compress.strategies.quantization.stored import Stored
+from compress.strategies.quantization.stored import FinalStorage
 from compress.strategies.strategy import Context
 from compress.training import Recovery
 
@@ -128,7 +128,7 @@ def test_a_layer_that_falls_back_to_floats_keeps_its_bias(context, monkeypatch):
         ((LARGE,), [SMALL], {SMALL: True, LARGE: False}),
     ]
     assert corrections(candidate, context.reference) == {SMALL: True, LARGE: False}
-    assert candidate.guarantees == (Stored("quantize", "int8", (LARGE,)),)
+    assert candidate.guarantees == (FinalStorage("quantize", "int8", (LARGE,)),)
 
 
 def test_halves_have_nothing_to_correct():
