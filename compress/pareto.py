@@ -60,6 +60,7 @@ def overlay(arguments: Sequence[str]) -> list[CompressError]:
     from rich.table import Table
 
     from compress.tracking.pareto import (
+        asked_or_reported,
         hypervolume,
         matrix,
         non_dominated,
@@ -73,7 +74,9 @@ def overlay(arguments: Sequence[str]) -> list[CompressError]:
     fronts = read_fronts(request.objectives, "objectives")
     require_reference(request.reference, fronts, "reference")
     sweeps, experiments = _read_sweeps(request)
-    require_reported(fronts, [run for runs in sweeps.values() for run in runs], "objectives")
+    runs = [run for own in sweeps.values() for run in own]
+    fronts = asked_or_reported(fronts, runs, "objectives")
+    require_reported(fronts, runs, "objectives")
     points, scales = compare(sweeps, fronts, request.reference)
     chart = [Sweep(name, points[name], request.uri, experiments[name]) for name in sweeps]
     request.output.mkdir(parents=True, exist_ok=True)

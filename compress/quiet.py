@@ -7,7 +7,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 READER_GONE = 141
@@ -56,17 +57,26 @@ def ending_with_the_reader() -> Iterator[None]:
         yield
         return
     saved = sys.stdout, sys.stderr
-    own = [_ReadPipe(stream) for stream in saved]
-    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in own)
-    try:
-        yield
-    finally:
+    for descriptor in range(3):
         try:
-            for stream in own:
-                # Else what is left is written when Python ends, which complains by itself.
-                stream.flush()
+            os.fstat(descriptor)
+        except OSError:
+            # A file opened later would get its number, and what is said.
+            os.open(os.devnull, os.O_RDWR)
+    with ExitStack() as nowhere:
+        # Python has None for a stream that was closed before it began.
+        open_streams = [stream or nowhere.enter_context(Path(os.devnull).open("w")) for stream in saved]
+        own = [_ReadPipe(stream) for stream in open_streams]
+        sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in own)
+        try:
+            yield
         finally:
-            sys.stdout, sys.stderr = saved
+            try:
+                for stream in own:
+                    # Else what is left is written when Python ends, which complains by itself.
+                    stream.flush()
+            finally:
+                sys.stdout, sys.stderr = saved
 
 
 class _ReadPipe:

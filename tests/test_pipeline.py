@@ -235,6 +235,35 @@ def test_floats_that_were_chosen_are_not_thrown_away(first, last, pipeline):
     refuse_clashes(stages(pipeline, f"strategy={name}+{last}", *settings, f"strategy.{later}.release=[{name}]"), model)
 
 
+@pytest.mark.parametrize("first", ["quantize", "qat", "mixed_precision"])
+@pytest.mark.parametrize("last", ["mixed_precision.latency=0.5", "quantize.float_fallback={accuracy_drop: 1}"])
+def test_floats_are_not_chosen_of_what_is_stored_as_integers(first, last, pipeline):
+    model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])
+    name, _, setting = last.partition(".")
+    later = f"{name}2" if name == first else name
+    with pytest.raises(CompressError, match=f"{later} after stage {first}.*it leaves layers as floats"):
+        refuse_clashes(stages(pipeline, f"strategy={first}+{name}", f"strategy.{later}.{setting}"), model)
+
+
+@pytest.mark.parametrize(
+    ("order", "settings", "advice"),
+    [
+        ("quantize+quantize", ["strategy.quantize.bits=4", "strategy.quantize2.bits=4"], "Leave one"),
+        ("qat+quantize", ["strategy.qat.only={name: a}", "strategy.quantize.skip={name: a}"], "Leave one"),
+        ("quantize+qat", ["strategy.quantize.float_fallback={accuracy_drop: 1}"], "Leave one"),
+        ("prune+lowrank", [], "Put lowrank before prune"),
+    ],
+)
+def test_the_advice_about_a_clash_can_be_followed(order, settings, advice, pipeline):
+    model = tf_keras.Sequential([layers.Dense(8, input_shape=(4,), name="a"), layers.Dense(3, name="b")])
+    with pytest.raises(CompressError) as caught:
+        refuse_clashes(stages(pipeline, f"strategy={order}", *settings), model)
+    assert caught.value.fix.startswith(advice)
+    assert ("different layers" in caught.value.fix) == (advice != "Leave one")
+    first, last = (part for part in caught.value.where.removeprefix("stage ").split(" after stage "))
+    refuse_clashes(stages(pipeline, f"strategy={order}", *settings, f"strategy.{first}.release=[{last}]"), model)
+
+
 @pytest.mark.parametrize("first", ["qat", "quantize", "mixed_precision.latency=0.5"])
 def test_the_coder_of_the_packed_file_clashes_with_nothing(first, pipeline):
     model = tf_keras.Sequential([layers.Dense(3, input_shape=(4,), name="dense")])

@@ -36,6 +36,17 @@ def body():
     print("one line, which is written at the end")
 sys.exit(run_command(body))
 """
+A_MISTAKE = """
+import sys
+from compress.cli.errors import guarded
+from compress.errors import CompressError
+from compress.quiet import stderr_aside
+def body():
+    with stderr_aside():
+        pass
+    return [CompressError("key", expected="this", received="that", fix="Write this.")]
+sys.exit(guarded(body, []))
+"""
 A_WORKER = """
 import subprocess, sys
 from compress.cli.errors import guarded
@@ -77,3 +88,14 @@ def test_another_broken_pipe_is_told():
     code, error = end_of("-c", A_WORKER, unread="stdin")
     assert code == 2
     assert "Broken pipe" in error
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("body", "code"), [(SMALL, 0), (PRINTING, 0), (A_MISTAKE, 2)], ids=["small", "long", "mistake"]
+)
+def test_a_stream_that_was_closed_before_is_left_alone(closed, body, code):
+    command = ["/bin/sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, body]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr

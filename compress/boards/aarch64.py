@@ -61,6 +61,14 @@ class Aarch64(Board):
         """Return the operators of TensorFlow itself, which LiteRT has no kernels for."""
         return frozenset(name for name in operators if name.startswith("Flex"))
 
+    def unreachable(self) -> str | None:
+        """Say what of the emulator and the root for it is not there, if anything is not."""
+        try:
+            self._guest()
+        except BoardFailure as failure:
+            return str(failure)
+        return None
+
     def measure(self, artifact: Artifact) -> Measurement:
         """Return how far the outputs are from those of this machine, and how often the highest score is the same."""
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt, MinLen
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from compress.boards.board import Board
 from compress.cache.store import StageCache
 from compress.cli.construct import check, construct, field_names, find_class, invalid, to_plain, unknown_key
-from compress.cli.places import choices_of
+from compress.cli.places import choices_of, read_choice
 from compress.cli.techniques import make_techniques
 from compress.cli.words import places_of
 from compress.data.source import STRICT, DataSource
@@ -205,8 +205,7 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
     """Return the model of that name, or the one in the file of that name; ``others``: what else may be named."""
     choices = {key: file for key, file in choices_of("model").items() if key != "file"}
     if name in choices:
-        values = cast(DictConfig, OmegaConf.load(choices[name]))
-        source = construct(ModelSource, to_plain(values), where)
+        source = construct(ModelSource, read_choice(choices[name]), where)
     elif files and Path(name).expanduser().exists():
         source = FileModel(path=name)
     else:

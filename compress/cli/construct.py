@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs, ErrorDetails
 
 from compress.cli.own_code import import_named, told
@@ -41,8 +41,8 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
         return kind(**fields)
     except ValidationError as error:
         raise invalid(error, where, kind) from error
-    except (TypeError, ValueError) as error:
-        # A plain dataclass, which pydantic does not check.
+    except (TypeError, ValueError, PydanticUserError) as error:
+        # A plain dataclass, which pydantic does not check; or annotations that mean nothing to it.
         raise CompressError(
             where,
             expected=f"fields that {kind.__module__}.{kind.__name__} accepts",
@@ -96,7 +96,9 @@ def find_class(base: type[T], target: Any, where: str) -> type[T]:
             f"{where}._target_",
             expected=f"a dataclass that is a {base.__module__}.{base.__name__}",
             received=target,
-            fix="Name the class of the strategy, model, data source or board.",
+            fix="Put a decorator above it: @dataclass(frozen=True), of pydantic.dataclasses or dataclasses."
+            if _is_below(base, kind)
+            else "Name the class of the strategy, model, data source or board.",
         )
     if inspect.isabstract(kind):
         raise CompressError(

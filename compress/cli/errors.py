@@ -12,8 +12,9 @@ from typing import Any, cast
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
-from compress.cli.words import places_of
+from compress.cli.words import places_of, quoted
 from compress.errors import USER_ERROR, CompressError, did_you_mean, nearest, paragraph
 from compress.quiet import ending_with_the_reader
 
@@ -51,17 +52,18 @@ def _guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[st
     except KeyboardInterrupt:
         print("\nStopped. Finished stages are in the cache; the same command continues.", file=sys.stderr)
         return 130
-    except (CompressError, HydraException, OmegaConfBaseException, OSError) as error:
+    except (CompressError, HydraException, OmegaConfBaseException, OSError, YAMLError) as error:
         if debug:
             raise
         failures = [translate(error, arguments)]
     except (BrokenExecutor, ValueError, RuntimeError) as error:
         # A job of submitit that was ended from outside is one of its own RuntimeErrors; it may not be installed.
         gone = isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit.")
-        # Hydra refuses some overrides, such as strategy=null, with a bare ValueError.
-        if debug or not (gone or (isinstance(error, ValueError) and _raised_in_hydra(error))):
+        # Hydra refuses some overrides, such as strategy=null, with a bare ValueError; logging wraps an OSError in one.
+        unwritable = error.__cause__ if isinstance(error.__cause__, OSError) else None
+        if debug or not (gone or unwritable or (isinstance(error, ValueError) and _raised_in_hydra(error))):
             raise
-        failures = [_worker_gone(error) if gone else translate(error, arguments)]
+        failures = [_worker_gone(error) if gone else translate(unwritable or error, arguments)]
     for failure in failures:
         print(paragraph(failure), file=sys.stderr)
     return USER_ERROR if failures else 0
@@ -123,6 +125,14 @@ def translate(error: Exception, arguments: Sequence[str]) -> CompressError:
             received=f"{error.strerror or type(error).__name__}: {error.filename or error}",
             fix="Name another folder: hydra.run.dir=... (multirun: hydra.sweep.dir=...), cache.dir=... .",
         )
+    if isinstance(error, YAMLError):
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        return CompressError(
+            "the configuration" if mark is None else f"{mark.name}, line {mark.line + 1}",
+            expected="a YAML file",
+            received=str(error.problem if isinstance(error, MarkedYAMLError) else error),
+            fix="Correct it there: a bracket, a quote or the indentation.",
+        )
     first = " ".join(str(error).split())
     if first.startswith("Additional config directory"):
         return CompressError("--config-dir", expected="a folder that exists", received=first, fix="Correct the path.")
@@ -143,7 +153,7 @@ def _missing_choice(error: MissingConfigException) -> CompressError:
     for named, (own, suffixes) in _FILES.items():
         path = whole.removeprefix(f"{named}/")
         if whole.startswith(f"{named}/") and (path.endswith(suffixes) or "/" in path):
-            fix = f"Write {named}={own} {named}.path={path}."
+            fix = f"Write {named}={own} {named}.path={quoted(path)}."
             return CompressError(named, expected=f"one of {', '.join(sorted(options))}", received=path, fix=fix)
     if not group:
         return CompressError(
@@ -194,7 +204,7 @@ def _other_spelling(key: str, value: str, parent: object) -> str | None:
     """Return what an override was meant to be, where that is sure; ``parent``: the mapping that has no such key."""
     above, _, name = key.rpartition(".")
     if name in ("path", "file") and above in _FILES:
-        own = f"{above}.path={value}"
+        own = f"{above}.path={quoted(value)}"
         return own if isinstance(parent, DictConfig) and "path" in parent else f"{above}={_FILES[above][0]} {own}"
     if not above and isinstance(parent, DictConfig):
         places = places_of(name, cast(Mapping[str, Any], OmegaConf.to_container(parent, resolve=False)))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from compress.errors import CompressError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -24,6 +28,24 @@ def choices_of(group: str) -> dict[str, Path]:
         sources = HydraConfig.get().runtime.config_sources
         folders += [Path(source.path) for source in sources if source.schema == "file"]
     return {file.stem: file for folder in reversed(folders) for file in sorted((folder / group).glob("*.yaml"))}
+
+
+def read_choice(file: Path) -> dict[str, Any]:
+    """Return the values of a choice's YAML file, interpolations resolved.
+
+    Raises:
+        CompressError: if it builds on others, which only Hydra puts together.
+    """
+    values = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    plain = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    if "defaults" in plain:
+        raise CompressError(
+            str(file),
+            expected="a file that holds all values, for it is not one of the groups that Hydra composes here",
+            received=f"defaults: {plain['defaults']}",
+            fix="Write the values of those files into it.",
+        )
+    return plain
 
 
 def experiments_dir() -> Path:

@@ -11,6 +11,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from compress.pipeline.folder import LOCK
+
 _OF_HYDRA = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml")
 _LOG = "run.log"
 _OF_THIS_PROCESS = re.compile(r"\d\d-\d\d-\d\d-\d{6}")
@@ -38,8 +40,8 @@ class RefusedRunCallback(Callback):
 
 
 def remove_if_bare(folder: Path) -> None:
-    """Remove a folder that holds nothing but what Hydra writes before a run begins, and an empty log."""
-    own = {folder / name for name in (*_OF_HYDRA, _LOG)}
+    """Remove a folder that holds nothing but what Hydra writes before a run begins, an empty log and the lock."""
+    own = {folder / name for name in (*_OF_HYDRA, _LOG, LOCK)}
     files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     folders = {path for path in folder.rglob("*") if path not in files}
     log = folder / _LOG

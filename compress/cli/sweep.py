@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from compress.cli.errors import guarded
 from compress.cli.failures import clear_failures, exit_code, print_failures, read_failures
 from compress.errors import CompressError
-from compress.pipeline.folder import alone_in, refuse_used
+from compress.pipeline.folder import alone_in
 
 if TYPE_CHECKING:
     from compress.tracking.store import Store, TrackingSettings
@@ -41,23 +41,33 @@ _OWN_LAUNCHERS = {
 class SweepCallback(Callback):
     """Hydra callback of the multirun."""
 
-    _leave: Callable[[], object]
+    _leave: Callable[[], object] | None = None
     _close: Callable[..., Summary | None]
     _stop: Callable[[], object]
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse a folder that another command is working in, before Hydra writes into it."""
+        """Take the folder before Hydra writes into it; refuse one that another command is working in."""
         if OmegaConf.select(config, "distribution._target_") != _MULTI_WORKER:
             # The workers of one training have one folder, and folders of their own in it.
-            _or_exit(lambda: refuse_used(Path(config.hydra.run.dir), "hydra.run.dir"), "the folder could not be read")
+            self._take(Path(config.hydra.run.dir), "hydra.run.dir")
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Let the folder go."""
+        self._let_go()
+
+    def _take(self, folder: Path, key: str) -> None:
+        held = ExitStack()
+        # A command that a mistake ends is not told to on_run_end or on_multirun_end.
+        self._leave = weakref.finalize(self, held.close)
+        _or_exit(lambda: held.enter_context(alone_in(folder, key)), "the folder could not be taken")
+
+    def _let_go(self) -> None:
+        if self._leave is not None:
+            self._leave()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take the folder; open the parent run; refuse a store that does not answer before any job starts."""
-        held = ExitStack()
-        # A multirun that a mistake ends is not told to on_multirun_end.
-        self._leave = weakref.finalize(self, held.close)
-        take = partial(alone_in, Path(config.hydra.sweep.dir), "hydra.sweep.dir")
-        _or_exit(lambda: held.enter_context(take()), "the folder could not be taken")
+        self._take(Path(config.hydra.sweep.dir), "hydra.sweep.dir")
         clear_failures(Path(config.hydra.sweep.dir))
         own = _OWN_LAUNCHERS.get(config.hydra.launcher._target_)
         if own is not None:
@@ -88,7 +98,7 @@ class SweepCallback(Callback):
         try:
             settings, store, parent = _or_exit(open_parent, "the multirun could not be opened in MLflow")
         except SystemExit:
-            self._leave()
+            self._let_go()
             raise
         sweep = Path(config.hydra.sweep.dir)
         write_parent(sweep, parent)
@@ -117,7 +127,7 @@ class SweepCallback(Callback):
             code = _DEFECT
         finally:
             print_failures(failures)
-            self._leave()
+            self._let_go()
         code = max(exit_code(failures), code)
         if code:
             sys.exit(code)

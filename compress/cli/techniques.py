@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
-
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
 
 from compress.cache.code import code_digest
-from compress.cli.construct import construct, field_names, find_class, to_plain
-from compress.cli.places import choices_of
+from compress.cli.construct import construct, field_names, find_class
+from compress.cli.places import choices_of, read_choice
 from compress.errors import CompressError, did_you_mean
 from compress.search.technique import Technique
 from compress.strategies.strategy import Strategy
@@ -79,8 +77,8 @@ def _strategy_fields(name: str, where: str) -> tuple[dict[str, Any], str]:
     choices = choices_of("strategy")
     if name not in choices:
         raise CompressError(where, expected="a strategy", received=name, fix=did_you_mean(name, sorted(choices)))
-    values = cast(DictConfig, OmegaConf.load(choices[name]))
+    values = read_choice(choices[name])
     kind = find_class(Strategy, values.get("_target_"), where)
     if "techniques" in field_names(kind):
         raise CompressError(where, expected="a strategy that is no search itself", received=name, fix="Leave it out.")
-    return to_plain(values), code_digest(kind)
+    return values, code_digest(kind)

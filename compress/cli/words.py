@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.errors import CompressError, did_you_mean
+
+
+def quoted(value: str) -> str:
+    """Return a value as it is written on the command line: in quotes for Hydra, and in others for the shell."""
+    return value if re.fullmatch(r"[\w/.+:-]+", value, re.ASCII) or "'" in value else f"\"'{value}'\""
 
 
 def key_values(arguments: Sequence[str], keys: Sequence[str], unlisted: Sequence[str] = ()) -> dict[str, str]:

@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 
 from compress.errors import CompressError
 
-_LOCK = ".running.lock"
+LOCK = ".running.lock"
+"""Name of the file that is held."""
 _SECONDS = 0.2
 """Long enough to look again where another process has just removed the file."""
 
@@ -20,7 +21,8 @@ _SECONDS = 0.2
 def alone_in(folder: Path, key: str) -> Iterator[None]:
     """Keep other commands from working in a folder meanwhile; it is made if it is not there.
 
-    The system releases the lock of a process that is killed; the next command in the folder removes its file.
+    The thread that has it may take it again. The system releases the lock of a process that is killed; the next
+    command in the folder removes its file.
 
     Args:
         folder: where files are written.
@@ -31,8 +33,12 @@ def alone_in(folder: Path, key: str) -> Iterator[None]:
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / _LOCK
-    lock = FileLock(file)
+    file = folder / LOCK
+    # One for each folder: as long as somebody has it, the next one gets the same.
+    lock = FileLock(file.absolute(), is_singleton=True)
+    if lock.is_locked:
+        yield
+        return
     try:
         lock.acquire(timeout=_SECONDS)
     except Timeout as error:
@@ -52,14 +58,3 @@ def alone_in(folder: Path, key: str) -> Iterator[None]:
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def refuse_used(folder: Path, key: str) -> None:
-    """Refuse a folder that another command is working in, without making anything there.
-
-    Raises:
-        CompressError: if one is.
-    """
-    if (folder / _LOCK).exists():
-        with alone_in(folder, key):
-            pass

@@ -70,15 +70,31 @@ def refuse_clashes(stages: Sequence[Stage], model: tf_keras.Model) -> None:
             continue
         for earlier in kept:
             reason = later.strategy.clashes_with(earlier.strategy)
-            both = targets & earlier.strategy.targets(model, earlier.selection)
+            before = earlier.strategy.targets(model, earlier.selection)
+            # How a file is written is said once for all of its layers.
+            both = targets | before if _both_store(later, earlier) else targets & before
             if reason is not None and both:
                 raise CompressError(
                     f"stage {later.name} after stage {earlier.name}",
                     expected=f"a strategy that keeps what {earlier.name} establishes on {_few(both)}",
                     received=f"{later.name}, which cannot: {reason}",
-                    fix=f"Put {later.name} before {earlier.name}, keep them on different layers with only and skip, "
-                    f"or write strategy.{later.name}.release=[{earlier.name}].",
+                    fix=_instead(later, earlier),
                 )
+
+
+def _both_store(later: Stage, earlier: Stage) -> bool:
+    return later.strategy.stores is not None and earlier.strategy.stores is not None
+
+
+def _instead(later: Stage, earlier: Stage) -> str:
+    """Return what to do about a stage that cannot keep what an earlier one establishes."""
+    release = f"write strategy.{later.name}.release=[{earlier.name}]"
+    if _both_store(later, earlier):
+        return f"Leave one of the two stages out, or {release}."
+    apart = f"keep them on different layers with only and skip, or {release}."
+    if type(later.strategy) is type(earlier.strategy) or earlier.strategy.clashes_with(later.strategy):
+        return f"Leave one of the two stages out, {apart}"
+    return f"Put {later.name} before {earlier.name}, {apart}"
 
 
 def refuse_indivisible(stages: Sequence[Stage], model: ModelSource, samples: int, distribution: Distribution) -> None:

@@ -25,6 +25,7 @@ RATIOS = frozenset(
     }
 )
 OF_STAGE = OF_FINAL | {"accuracy_gap"}
+OF_BASELINE = (OF_STAGE | {"seconds"}) - {"speedup"}
 OF_RUN = frozenset({"seconds", "stages_made", "stages_cached"})
 
 
@@ -40,7 +41,7 @@ def require_known(fronts: Sequence[Front], where: str, *, recorded: bool) -> Non
         CompressError: naming the metrics nearest to it.
     """
     names = (OF_STAGE | OF_RUN) if recorded else OF_FINAL
-    known = {*names, *(f"ratio.{key}" for key in RATIOS), *(f"baseline.{key}" for key in OF_FINAL)}
+    known = {*names, *(f"ratio.{key}" for key in RATIOS), *(f"baseline.{key}" for key in OF_BASELINE)}
     for metric in (objective.metric for front in fronts for objective in front.objectives):
         if metric in known or metric.removeprefix("baseline.").startswith(OF_BOARD):
             continue

@@ -163,6 +163,14 @@ def is_gain(metric: str) -> bool:
     return metric.startswith("ratio.") or metric.rpartition(".")[2] in _GAINS
 
 
+def asked_or_reported(fronts: Sequence[Front], runs: Sequence[FinishedRun], where: str) -> tuple[Front, ...]:
+    """Return the fronts; of the default ones, which nobody has asked for, those whose objectives some run reports."""
+    if tuple(fronts) != read_fronts(DEFAULT_OBJECTIVES, where):
+        return tuple(fronts)
+    reported = {metric for run in runs for metric in run.metrics}
+    return tuple(front for front in fronts if all(o.metric in reported for o in front.objectives))
+
+
 def require_reported(fronts: Sequence[Front], runs: Sequence[FinishedRun], where: str) -> None:
     """Refuse an objective that no run reports.
 

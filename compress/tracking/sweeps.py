@@ -20,6 +20,7 @@ from compress.tracking.pareto import (
     Front,
     Point,
     Scale,
+    asked_or_reported,
     hypervolume,
     make_points,
     make_scale,
@@ -154,7 +155,7 @@ def _log_fronts(
     reference: Mapping[str, float],
     when: int,
 ) -> Summary:
-    fronts = read_fronts(objectives, OBJECTIVES_KEY)
+    fronts = asked_or_reported(read_fronts(objectives, OBJECTIVES_KEY), runs, OBJECTIVES_KEY)
     missing = None
     try:
         require_reported(fronts, runs, OBJECTIVES_KEY)

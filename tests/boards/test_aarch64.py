@@ -153,6 +153,7 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 
 
 def test_operators_of_tensorflow_are_lacking():
+    assert "qemu-nowhere is not there" in Aarch64(emulator="qemu-nowhere").unreachable()
     assert Aarch64().lacks(["CONV_2D", "FlexRoll"]) == {"FlexRoll"}
 
 

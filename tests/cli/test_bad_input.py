@@ -124,6 +124,7 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> str:
         (["strategy=prune", "data.path=x.npz"], ["data.path:", "Write data=npz data.path=x.npz."]),
         (["strategy=prune", "data=my/x.npz"], ["data:", "received my/x.npz.", "Write data=npz data.path=my/x.npz."]),
         (["strategy=prune", "model=my.keras"], ["model:", "my.keras", "Write model=file model.path=my.keras."]),
+        (["strategy=prune", "model='my model.keras'"], ["model:", "Write model=file model.path=\"'my model.keras'\"."]),
         (["strategy=prune", "model=/tmp/my.h5"], ["Error in model:", "Write model=file model.path=/tmp/my.h5."]),
         (["strategy=none", "model=my.tflite"], ["Write model=file model.path=my.tflite."]),
         (["strategy=prune", "model.file=x.keras"], ["model.file:", "Write model=file model.path=x.keras."]),

@@ -97,6 +97,30 @@ def test_a_class_that_is_no_strategy(own):
     assert "a dataclass that is a compress.strategies.strategy.Strategy" in refused(f"{own(WHOLE)}.Plain")
 
 
+def test_a_strategy_without_the_decorator_is_told_of_it(own):
+    source = (
+        "from compress.strategies.strategy import Strategy\nclass Bare(Strategy):\n    def apply(self, c, x): ...\n"
+    )
+    with pytest.raises(CompressError, match="@dataclass"):
+        find_class(Strategy, f"{own(source)}.Bare", "strategy.mine")
+
+
+def test_an_annotation_that_means_nothing(own):
+    source = """
+from pydantic.dataclasses import dataclass
+from compress.strategies.strategy import Strategy
+
+@dataclass(frozen=True)
+class Mine(Strategy):
+    amount: "Nothere" = 0.5
+
+    def apply(self, candidate, context):
+        return candidate
+"""
+    with pytest.raises(CompressError, match="Nothere"):
+        construct(Strategy, {"_target_": f"{own(source)}.Mine", "amount": 1}, "strategy.mine")
+
+
 def test_a_class_without_apply(own):
     said = refused(f"{own(WHOLE)}.Unfinished")
     assert "apply" in said
@@ -124,3 +148,22 @@ def test_the_command_says_it_without_a_traceback(cli, own, tmp_path):
     assert code == 2, error
     assert "Traceback" not in error
     assert "ZeroDivisionError: division by zero" in " ".join(error.split())
+
+
+def test_a_yaml_file_with_a_mistake_is_named_with_its_line(cli, tmp_path):
+    (tmp_path / "mine" / "strategy").mkdir(parents=True)
+    (tmp_path / "mine" / "strategy" / "wrong.yaml").write_text("_target_: mine.Mine\namount: [0.5\n")
+    code, _, error = cli("--config-dir", str(tmp_path / "mine"), "strategy=wrong")
+    assert code == 2
+    assert "wrong.yaml, line 3" in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_a_student_that_builds_on_another_file_is_refused_by_name(cli, tmp_path):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "heir.yaml").write_text("defaults: [mlp_800, _self_]\ndropout: 0.1\n")
+    code, _, error = cli(
+        "--config-dir", str(tmp_path / "mine"), "strategy=distill", "strategy.distill.student=heir", "board=roofline"
+    )
+    assert code == 2
+    assert "heir.yaml: expected a file that holds all values" in " ".join(error.split())

@@ -134,6 +134,15 @@ def test_an_objective_that_no_run_reports_is_told_and_the_rest_is_done(store):
     assert store.client.get_run(parent).info.status == "FAILED"
 
 
+def test_a_default_front_that_no_board_reports_is_left_out(store):
+    parent = store.parent()
+    only = store.child(parent, "only", 0, accuracy=90.0, tflite_bytes=1000)
+    summary = finish_sweep(store.client, parent)
+    assert summary.missing is None
+    assert store.tags(only) == {"pareto": "true", "pareto.tflite_bytes": "true"}
+    assert store.client.get_run(parent).info.status == "FINISHED"
+
+
 def test_a_job_that_died_without_a_word_is_closed_as_failed(store):
     parent = store.parent()
     tags = {"mlflow.parentRunId": parent}

@@ -32,7 +32,7 @@ from compress.strategies.quantization.calibration import check_activations
 from compress.strategies.quantization.float_by_latency import keep_floats_within
 from compress.strategies.quantization.grid import OnGrid
 from compress.strategies.quantization.rounding import round_layers, round_to_grid
-from compress.strategies.quantization.stored import FinalStorage, Stored, float_only
+from compress.strategies.quantization.stored import FinalStorage, Stored, float_only, refuses_floats
 from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import RIDGE, Repair, called_once, change_of_logits, outputs_of
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -84,6 +84,11 @@ class MixedPrecision(Strategy):
 
     def _budget(self) -> Budget:
         return one_budget(Budget("bytes", 0.2), bytes=self.bytes, latency=self.latency)
+
+    def clashes_with(self, earlier: Strategy) -> str | None:
+        """Say why it cannot keep what ``earlier`` establishes: under a latency layers stay floats."""
+        floats = refuses_floats(earlier.stores) if self._budget().unit == "latency" else None
+        return floats or super().clashes_with(earlier)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Measure, choose, round."""

@@ -30,7 +30,7 @@ from compress.strategies.quantization.float_by_accuracy import keep_floats, requ
 from compress.strategies.quantization.grid import FinalGrid, OnGrid
 from compress.strategies.quantization.layer_bits import Bits, LayerBits, bits_of_layers
 from compress.strategies.quantization.rounding import round_layers
-from compress.strategies.quantization.stored import FinalStorage, Stored, float_only, stays_float
+from compress.strategies.quantization.stored import FinalStorage, Stored, float_only, refuses_floats, stays_float
 from compress.strategies.quantization.valued import valued_layers
 from compress.strategies.repair import Repair
 from compress.strategies.strategy import STRICT, Context, Strategy
@@ -136,6 +136,11 @@ class Quantize(Strategy):
     @property
     def _on_grids(self) -> bool:
         return min(self.bits, *(self.layer_bits or {}).values(), 8) < 8 or self.rounding == "second_order"
+
+    def clashes_with(self, earlier: Strategy) -> str | None:
+        """Say why it cannot keep what ``earlier`` establishes: with ``float_fallback`` layers stay floats."""
+        floats = refuses_floats(earlier.stores) if self.float_fallback is not None else None
+        return floats or super().clashes_with(earlier)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Round the weights where that is asked for, and set the candidate's storage."""

@@ -39,6 +39,11 @@ def float_only(model: tf_keras.Model, chosen: Collection[str]) -> list[Skipped]:
     ]
 
 
+def refuses_floats(earlier: Scheme | None) -> str | None:
+    """Say why a stage that leaves layers as floats cannot follow one that stores weights as ``earlier``."""
+    return None if earlier is None else "it leaves layers as floats"
+
+
 @dataclass(frozen=True)
 class Stored(Guarantee):
     """The exported file is written under ``scheme``, all but the weights of ``floats``, a few layers."""
