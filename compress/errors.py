@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from compress.quiet import ending_with_the_reader
 
@@ -76,11 +76,16 @@ def _rebuild(where: str, expected: str, received: str, fix: str) -> CompressErro
 def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> list[str]:
     """Return the valid names most like ``name``, best first; all of them (sorted) when none is alike."""
     names = sorted(set(valid))
-    alike = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
-    return alike or names
+    return _alike(name, names, most) or names
+
+
+def _alike(name: str, names: Sequence[str], most: int) -> list[str]:
+    return difflib.get_close_matches(name, names, n=most, cutoff=0.5)
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return the sentence that names the valid spellings nearest to ``name``."""
     names = nearest(name, valid)
-    return f"Valid names nearest to it: {', '.join(names)}." if names else "There is no valid name here."
+    if not names:
+        return "There is no valid name here."
+    return f"Valid names{' nearest to it' if _alike(name, names, 1) else ''}: {', '.join(names)}."

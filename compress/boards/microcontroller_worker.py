@@ -21,7 +21,7 @@ SAMPLES = 4
 def main() -> None:
     """Read the arguments, run, print."""
     model, arena, spans = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    # The reference kernels: TFLM rounds as they do. The fast ones do not, which adds up in deep networks.
+    # The reference kernels: TFLM rounds nearly as they do. The fast ones do not, which adds up in deep networks.
     phone = Interpreter(model_path=model, experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
     phone.allocate_tensors()
     micro = runtime.Interpreter.from_file(model, arena_size=arena)

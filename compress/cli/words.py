@@ -41,7 +41,9 @@ def places_of(name: str, config: Mapping[str, Any]) -> list[str]:
     own = [
         f"strategy.{stage}.{name}" for stage, fields in stages.items() if isinstance(fields, Mapping) and name in fields
     ]
-    groups = {group: fields for group, fields in config.items() if group not in ("strategy", "hydra")}
+    # A budget is a search's.
+    others = ("strategy", "hydra", *(() if "auto" in stages else ("budget",)))
+    groups = {group: fields for group, fields in config.items() if group not in others}
     return own or [
         f"{group}.{name}" for group, fields in groups.items() if isinstance(fields, Mapping) and name in fields
     ]
