@@ -205,7 +205,7 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
     """Return the model of that name, or the one in the file of that name; ``others``: what else may be named."""
     choices = {key: file for key, file in choices_of("model").items() if key != "file"}
     if name in choices:
-        source = construct(ModelSource, read_choice(choices[name]), where)
+        source = construct(ModelSource, to_plain(read_choice(choices[name])), where)
     elif files and Path(name).expanduser().exists():
         source = FileModel(path=name)
     else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from compress.errors import CompressError
 
@@ -30,18 +29,18 @@ def choices_of(group: str) -> dict[str, Path]:
     return {file.stem: file for folder in reversed(folders) for file in sorted((folder / group).glob("*.yaml"))}
 
 
-def read_choice(file: Path) -> dict[str, Any]:
-    """Return the values of a choice's YAML file, interpolations resolved.
+def read_choice(file: Path) -> DictConfig:
+    """Return what the YAML file of a choice holds.
 
     Raises:
         CompressError: if it builds on others, which only Hydra puts together.
     """
-    values = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    plain = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    values = OmegaConf.load(file)
+    plain = values if isinstance(values, DictConfig) else OmegaConf.create({})
     if "defaults" in plain:
         raise CompressError(
             str(file),
-            expected="a file that holds all values, for it is not one of the groups that Hydra composes here",
+            expected="a file that holds all values: nothing is composed here",
             received=f"defaults: {plain['defaults']}",
             fix="Write the values of those files into it.",
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.cache.code import code_digest
-from compress.cli.construct import construct, field_names, find_class
+from compress.cli.construct import construct, field_names, find_class, to_plain
 from compress.cli.places import choices_of, read_choice
 from compress.errors import CompressError, did_you_mean
 from compress.search.technique import Technique
@@ -81,4 +81,4 @@ def _strategy_fields(name: str, where: str) -> tuple[dict[str, Any], str]:
     kind = find_class(Strategy, values.get("_target_"), where)
     if "techniques" in field_names(kind):
         raise CompressError(where, expected="a strategy that is no search itself", received=name, fix="Leave it out.")
-    return values, code_digest(kind)
+    return to_plain(values), code_digest(kind)
