@@ -61,6 +61,16 @@ def test_a_command_may_take_its_folder_twice(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("again", ["link", "other/../out", "./out"])
+def test_a_folder_is_the_same_under_another_name(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    for name in ("out", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with alone_in(tmp_path / "out", "hydra.run.dir"), alone_in(Path(again), "hydra.run.dir"):
+        assert names(tmp_path / "out") == [LOCK]
+
+
 def test_a_folder_that_was_made_for_nothing_goes(tmp_path):
     with alone_in(tmp_path / "out", "hydra.run.dir"):
         pass

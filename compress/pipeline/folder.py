@@ -35,7 +35,7 @@ def alone_in(folder: Path, key: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
     # One for each folder: as long as somebody has it, the next one gets the same.
-    lock = FileLock(file.absolute(), is_singleton=True)
+    lock = FileLock(file.resolve(), is_singleton=True)
     if lock.is_locked:
         yield
         return
