@@ -60,8 +60,9 @@ def _guarded(body: Callable[[], Sequence[CompressError]], arguments: Sequence[st
         # A job of submitit that was ended from outside is one of its own RuntimeErrors; it may not be installed.
         gone = isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit.")
         # Hydra refuses some overrides, such as strategy=null, with a bare ValueError; logging wraps an OSError in one.
-        unwritable = error.__cause__ if isinstance(error.__cause__, OSError) else None
-        if debug or not (gone or unwritable or (isinstance(error, ValueError) and _raised_in_hydra(error))):
+        in_logging = isinstance(error.__cause__, OSError) and _raised_in(error, "logging.config")
+        unwritable = cast(OSError, error.__cause__) if in_logging else None
+        if debug or not (gone or unwritable or (isinstance(error, ValueError) and _raised_in(error, "hydra."))):
             raise
         failures = [_worker_gone(error) if gone else translate(unwritable or error, arguments)]
     for failure in failures:
@@ -79,11 +80,11 @@ def _worker_gone(error: Exception) -> CompressError:
     )
 
 
-def _raised_in_hydra(error: BaseException) -> bool:
+def _raised_in(error: BaseException, module: str) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("hydra.")
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(module)
 
 
 def refuse_passwords(arguments: Sequence[str]) -> None:
