@@ -227,6 +227,8 @@ class Recovered:
     """Of the one that it made."""
     images: int = 0
     warning: str | None = None
+    seconds: float | None = None
+    """That its trainings took, with what their teachers gave before; since it was resumed, if it was. None: unknown."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recovered:

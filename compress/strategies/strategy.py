@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ def _anew(_name: str, _settings: Sequence[Any], make: Callable[[], Any]) -> Any:
     return make()
 
 
-def _nobody(_taught: bool) -> None:
+def _nobody(_taught: bool, _seconds: float) -> None:
     """Hear nothing."""
 
 
@@ -85,8 +86,8 @@ class Context:
     """Returns the network of that name in ``conf/model`` with weights as initialised by a seed."""
     distribution: Distribution = SINGLE
     """Who computes the steps of a training."""
-    on_recovery: Callable[[bool], None] = _nobody
-    """Is told of every training whether teachers have part in it."""
+    on_recovery: Callable[[bool, float], None] = _nobody
+    """Is told of every training whether teachers had part in it, and how many seconds it took."""
     sparse: bool = True
     """Whether the board runs files whose kernels are stored without their zeros."""
     save: Save = save_flat
@@ -118,7 +119,7 @@ class Context:
         taught = self.recovery.method == "distill"
         if not taught:
             require_labels(self.data, self.stage, "recovery.method=finetune learns from nothing else")
-        self.on_recovery(taught)
+        started = time.perf_counter()
         extra = [*terms, *self.distillation(candidate.model)]
         with progress(self.stage) as shown:
             train(
@@ -136,6 +137,7 @@ class Context:
                 checkpoint=self.checkpoint(),
                 distribution=self.distribution,
             )
+        self.on_recovery(taught, time.perf_counter() - started)
         return candidate
 
     def distillation(self, student: tf_keras.Model) -> list[LossTerm]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 import re
+import time
+from typing import Any
 
 import numpy as np
 import pytest
 import tf_keras
 
-from compress.candidate import Candidate
+from compress.candidate import Candidate, Recovered
 from compress.data.digits import Digits
 from compress.data.source import Data, Split, Unlabelled, make_data
 from compress.errors import CompressError
@@ -125,6 +129,32 @@ def test_a_teacher_worse_than_the_model_received_is_warned_of(data):
     found = Stage("distill", Distill(), recovery=recovery).apply(Candidate(good), context).recovered
     assert found.teachers == ("reference",)
     assert found.warning is None
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a function take half a second longer."""
+    module, _, attribute = name.rpartition(".")
+    function = getattr(importlib.import_module(module), attribute)
+
+    def slower(*args: Any, **named: Any) -> Any:
+        time.sleep(0.5)
+        return function(*args, **named)
+
+    monkeypatch.setattr(name, slower)
+
+
+@pytest.mark.parametrize("method", ["finetune", "distill"])
+def test_the_seconds_of_all_trainings_of_a_stage_are_told(data, method, monkeypatch):
+    """Each of the two trainings takes half a second longer; so do the guarantees, which are no training."""
+    good = classifier()
+    slow(monkeypatch, "compress.strategies.strategy.train")
+    slow(monkeypatch, "compress.pipeline.stage.require_kept")
+    stage = Stage("prune", Prune(sparsity=0.1), recovery=Recovery(method, epochs=2, batch_size=32), repeat=2)
+    started = time.perf_counter()
+    found = stage.apply(Candidate(good), Context("", data, good, Recovery(), 0)).recovered
+    whole = time.perf_counter() - started
+    assert 1 < found.seconds < whole - 0.5
+    assert Recovered.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
 def test_a_student_that_has_clearly_outgrown_its_teacher_is_told_of(data):

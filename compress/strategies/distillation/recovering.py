@@ -28,6 +28,7 @@ class Recovering:
         self._own_method: str | None = None
         self._trained = False
         self._taught = False
+        self._seconds = 0.0
 
     def context(self, previous: tf_keras.Model, turn: int, strategy: Strategy) -> Context:
         """Return what the strategy works in.
@@ -48,14 +49,20 @@ class Recovering:
         self._own_method = strategy.own_method
         return context
 
-    def _heard(self, taught: bool) -> None:
+    def _heard(self, taught: bool, seconds: float) -> None:
         self._trained = True
+        self._seconds += seconds
         self._taught = self._taught or taught
 
     def done(self, made: tf_keras.Model) -> Recovered | None:
         """Return what the report says, with a warning if a teacher knew less than its student."""
         if not self._trained and self._why is None:
             return None
+        found = self._found(made)
+        return dataclasses.replace(found, seconds=self._seconds) if self._trained else found
+
+    def _found(self, made: tf_keras.Model) -> Recovered:
+        """Return it without the time."""
         method = "distill" if self._taught else "finetune" if self._trained else "none"
         part = judged_part(self._context.data)
         names = (self._context.recovery.teachers or (REFERENCE,)) if self._taught else ()
