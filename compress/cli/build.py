@@ -14,7 +14,16 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.boards.board import Board
 from compress.cache.store import StageCache
-from compress.cli.construct import check, construct, field_names, find_class, invalid, to_plain, unknown_key
+from compress.cli.construct import (
+    check,
+    construct,
+    field_names,
+    find_class,
+    invalid,
+    refuse_truth_as_number,
+    to_plain,
+    unknown_key,
+)
 from compress.cli.places import choices_of, read_choice
 from compress.cli.techniques import make_techniques
 from compress.cli.words import places_of
@@ -102,6 +111,7 @@ def make_plan(config: DictConfig) -> Plan:
     model.origin()
     cache = check(CacheSettings, plain["cache"], "cache")
     check(bool, plain["debug"], "debug")
+    _refuse_file(plain["strategy"])
     stages = tuple(_stage(name, values) for name, values in plain["strategy"].items())
     for stage in stages:
         _refuse_another_method(stage, plain["recovery"]["method"])
@@ -161,14 +171,34 @@ def _check_shape(plain: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_file(strategy: Mapping[str, Any]) -> None:
+    """Refuse ``strategy=prune.yaml``, which Hydra reads as it stands, in place of the stages."""
+    if "_target_" in strategy:
+        raise CompressError(
+            "strategy",
+            expected="names of strategies, as strategy=<name>+<name>",
+            received=f"the fields of {strategy['_target_']}",
+            fix="Write the name alone: strategy=prune, not strategy=prune.yaml.",
+        )
+
+
 def _stage(name: str, values: Any) -> Stage:
     where = f"strategy.{name}"
-    missing = [key for key in _WRAPPERS if key not in values] if isinstance(values, Mapping) else _WRAPPERS
-    if missing or not isinstance(values["recovery"], Mapping):
+    keys = values if isinstance(values, Mapping) else {}
+    recovery = keys.get("recovery")
+    for key, value in ((where, values), (f"{where}.recovery", recovery)):
+        if value is not None and not isinstance(value, Mapping):
+            raise CompressError(
+                key,
+                expected="keys with their values",
+                received=repr(value),
+                fix=f"Write {key}.<key>=<value>; without the override, --cfg job shows the keys.",
+            )
+    if missing := [key for key in _WRAPPERS if key not in keys or (key == "recovery" and recovery is None)]:
         raise CompressError(
             where,
             expected="a stage with all its keys, as strategy=<name>+<name> makes it",
-            received=f"one without {', '.join(missing or ['recovery'])}",
+            received=f"one without {', '.join(missing)}",
             fix="Leave the stage out of strategy=... instead of deleting keys; recovery.method=none does not train.",
         )
     wrappers = {key: values[key] for key in _WRAPPERS}
@@ -179,13 +209,12 @@ def _stage(name: str, values: Any) -> Stage:
     for key in fields:
         if key != "_target_" and key not in known:
             raise unknown_key(f"{where}.{key}", key, known | set(_WRAPPERS))
-    recovery = wrappers["recovery"]
     release = wrappers["release"]
     return Stage(
         name=name,
         strategy=construct(Strategy, fields, where),
         selection=make_selection(wrappers["only"], wrappers["skip"], f"{where}."),
-        recovery=_recovery(recovery, f"{where}.recovery"),
+        recovery=_recovery(values["recovery"], f"{where}.recovery"),
         repeat=_positive(wrappers["repeat"], f"{where}.repeat"),
         release=tuple(check(list[str], [release] if isinstance(release, str) else release or [], f"{where}.release")),
     )
@@ -238,6 +267,7 @@ def _recovery(values: Mapping[str, Any], where: str) -> Recovery:
         recovery = Recovery(**values)
     except ValidationError as error:
         raise invalid(error, where) from error
+    refuse_truth_as_number(recovery, values, where)
     chosen_losses(recovery, where)
     return recovery
 

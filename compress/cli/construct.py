@@ -38,7 +38,7 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
         if name not in known:
             raise unknown_key(f"{where}.{name}", name, known)
     try:
-        return kind(**fields)
+        made = kind(**fields)
     except ValidationError as error:
         raise invalid(error, where, kind) from error
     except (TypeError, ValueError, PydanticUserError) as error:
@@ -49,6 +49,21 @@ def construct(base: type[T], values: Mapping[str, Any], where: str) -> T:
             received=told(error),
             fix=f"Give the fields other values, or correct the class; it has {', '.join(sorted(known)) or 'none'}.",
         ) from error
+    refuse_truth_as_number(made, fields, where)
+    return made
+
+
+def refuse_truth_as_number(made: Any, fields: Mapping[str, Any], where: str) -> None:
+    """Refuse ``true`` and ``false`` where a number is wanted, which pydantic takes them for.
+
+    Raises:
+        CompressError: naming the first such field of ``made``.
+    """
+    for name, value in fields.items():
+        taken = getattr(made, name, value)
+        if isinstance(value, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+            key = f"{where}.{name}"
+            raise CompressError(key, expected="a number", received=str(value).lower(), fix=f"Write {key}=<number>.")
 
 
 def check(kind: Any, value: Any, where: str) -> Any:
@@ -149,23 +164,23 @@ def invalid(error: ValidationError, where: str, owner: Any = None) -> CompressEr
         fix = f"Write '{key.rpartition('.')[0]}={{{path[-1]}: <value>}}'."
     elif first["type"] in ("tuple_type", "list_type") and isinstance(received, str):
         fix = f"Write '{key}=[{received}]'."
-    elif first["type"] == "dataclass_type" and (only := _only_field(owner, path, first["ctx"]["class_name"])):
-        fix = f"Write '{key}={{{only}: {received}}}'."
+    elif first["type"] == "dataclass_type" and (inner := _inner_fields(owner, path, first["ctx"]["class_name"])):
+        fix = f"Write '{key}={{{inner[0]}: {received if len(inner) == 1 else '<value>'}}}'"
+        fix += "." if len(inner) == 1 else f"; its keys are {', '.join(inner)}."
     return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=fix)
 
 
-def _only_field(owner: Any, path: Sequence[str], name: str) -> str | None:
-    """Return the only field of the dataclass of that name which a field of ``owner`` may be."""
+def _inner_fields(owner: Any, path: Sequence[str], name: str) -> list[str]:
+    """Return the fields of the dataclass of that name which a field of ``owner`` may be."""
     if not dataclasses.is_dataclass(owner) or len(path) != 1:
-        return None
+        return []
     kind = get_type_hints(owner).get(path[0])
-    fields = [
+    return [
         field.name
         for one in (kind, *get_args(kind))
         if dataclasses.is_dataclass(one) and getattr(one, "__name__", "") == name
         for field in dataclasses.fields(one)
     ]
-    return fields[0] if len(fields) == 1 else None
 
 
 def _place(error: ErrorDetails) -> tuple[str | int, ...]:
