@@ -26,7 +26,7 @@ from compress.errors import CompressError
 from compress.training import train
 from tests.conftest import REPOSITORY
 from tests.distributed_training import CASES, MASK, data, recovery, trained
-from tests.test_training import split
+from tests.test_batches import split
 
 SECONDS = 600
 """Much more than any process needs on a busy machine; one that waits for another that is gone is stopped."""
