@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from compress.data.source import Augmentation, Split
+from compress.data.untuned import untuned
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ def training_batches(
     if parts is not None:
         rows = tf.data.Dataset.from_tensor_slices(parts)
         each = batches.flat_map(lambda step, indices: rows.map(lambda own: (step, tf.gather(indices, own), own)))
-        return each.map(
+        loaded = each.map(
             lambda step, indices, own: load(step, indices, Part(batch_size, own)),
             num_parallel_calls=2,
             deterministic=True,
-        ).prefetch(4)
-    return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
+        )
+    else:
+        loaded = batches.map(load, num_parallel_calls=2, deterministic=True)
+    return untuned(loaded.prefetch(4))
 
 
 def augment(images: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor, part: Part | None = None) -> tf.Tensor:

@@ -27,7 +27,9 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 def keras_outputs(model: tf_keras.Model, inputs: np.ndarray, batch: int = 256) -> np.ndarray:
     """Return the model's outputs [n, ...] in inference mode; a model that says its batch size gets that one."""
-    return np.asarray(model.predict(inputs, batch_size=model.inputs[0].shape[0] or batch, verbose=0))
+    from compress.data.untuned import in_batches
+
+    return np.asarray(model.predict(in_batches(inputs, model.inputs[0].shape[0] or batch), verbose=0))
 
 
 def keras_accuracy(model: tf_keras.Model, split: Split) -> float:

@@ -14,6 +14,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.data.source import Data
+from compress.data.untuned import in_batches
 from compress.graph.fold import fold_batch_norm, foldable_pairs
 from compress.graph.softmax import without_softmax
 from compress.strategies.distillation.pairing import Layers
@@ -118,7 +119,7 @@ class Teacher:
         return {"": first, **dict(named)}
 
     def _outputs(self, x: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-        outputs = self._look.predict(x, batch_size=max(batch_size, _LEAST_BATCH), verbose=0)
+        outputs = self._look.predict(in_batches(x, max(batch_size, _LEAST_BATCH)), verbose=0)
         return {name: np.asarray(value, np.float32) for name, value in self._named(tf.nest.flatten(outputs)).items()}
 
     def _digest(self, x: np.ndarray) -> str:

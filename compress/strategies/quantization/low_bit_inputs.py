@@ -18,6 +18,7 @@ import tensorflow as tf
 import tf_keras
 
 from compress.candidate import Calibration
+from compress.data.untuned import in_batches
 from compress.deploy.ranges import Histogram, choose
 from compress.graph.kernels import kernel_attributes
 from compress.graph.rewrite import calls, rewrite
@@ -138,4 +139,4 @@ def _inputs(model: tf_keras.Model, layers: Sequence[str], samples: np.ndarray) -
     for name in layers:
         # One at a time: all of a large network's at once would not fit.
         look = tf_keras.Model(model.inputs, model.get_layer(name).input)
-        yield name, np.asarray(look.predict(samples, batch_size=64, verbose=0))
+        yield name, np.asarray(look.predict(in_batches(samples, 64), verbose=0))
