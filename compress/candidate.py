@@ -228,7 +228,7 @@ class Recovered:
     images: int = 0
     warning: str | None = None
     seconds: float | None = None
-    """That its trainings took, with what their teachers gave before; since it was resumed, if it was. None: unknown."""
+    """That its trainings took, with what their teachers gave before; of one that went on after a stop, those before it, too."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recovered:

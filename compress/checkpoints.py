@@ -58,6 +58,7 @@ class Resumable(tf_keras.callbacks.Callback):
         epoch: int,
     ) -> None:
         super().__init__()
+        self._started = time.monotonic()
         self._checkpoint, self._steps, self._epoch = checkpoint, steps, epoch
         self._variables = _step_variables(model, batches)
         digest = hashlib.sha256(repr(list(settings)).encode())
@@ -68,6 +69,8 @@ class Resumable(tf_keras.callbacks.Callback):
         self._supports_tf_logs = True
         self.done = 0
         """Steps that were made before."""
+        self.seconds = 0.0
+        """That these took."""
         self.loss = float("nan")
         self._restore()
 
@@ -78,6 +81,7 @@ class Resumable(tf_keras.callbacks.Callback):
         for index, variable in enumerate(self._variables):
             variable.assign(found[f"variable{index}"])
         self.done, self.loss = int(found["step"]), float(found["loss"])
+        self.seconds = float(found["seconds"])
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Leave the state where an epoch has ended."""
@@ -87,7 +91,10 @@ class Resumable(tf_keras.callbacks.Callback):
             return
         arrays = {f"variable{index}": variable.numpy() for index, variable in enumerate(self._variables)}
         loss = float((logs or {}).get("loss", np.nan))
-        self._checkpoint.save(self._identity, {**arrays, "step": np.array(step), "loss": np.array(loss)})
+        seconds = self.seconds + time.monotonic() - self._started
+        numbers = {"step": step, "loss": loss, "seconds": seconds}
+        arrays |= {name: np.array(number) for name, number in numbers.items()}
+        self._checkpoint.save(self._identity, arrays)
         self._saved = time.monotonic()
 
 

@@ -81,6 +81,8 @@ class History:
     images: int
     seconds: float
     loss: float
+    seconds_before: float = 0.0
+    """That the steps took which were made before it was stopped; ``images`` and ``seconds`` are those since."""
 
     @property
     def images_per_second(self) -> float:
@@ -162,7 +164,7 @@ def train(
     )
     # A compiled loss would be added to ours; the loop's loss is `Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
-    started = time.perf_counter()
+    started, before = time.perf_counter(), 0.0
     watch = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
     callbacks: list[tf_keras.callbacks.Callback] = [watch]
     # A term that trains networks of its own names them.
@@ -185,6 +187,7 @@ def train(
             epoch = max(1, round(len(data.train) / batch_size))
             resumable = Resumable(trainee, batches(), checkpoint, settings, steps=steps, epoch=epoch)
             watch.start, watch.loss = resumable.done, resumable.loss
+            before = resumable.seconds
             callbacks.append(resumable)
         left = steps - watch.start
         if left:
@@ -200,6 +203,7 @@ def train(
         images=left * batch_size,
         seconds=time.perf_counter() - started,
         loss=watch.loss,
+        seconds_before=before,
     )
 
 

@@ -88,10 +88,14 @@ def test_a_stopped_training_ends_with_the_same_weights(kind):
     with pytest.raises(Stopped):
         trained(kind, memory)
     assert memory.steps == [4, 8]
+    (stopped,) = memory.kept.values()
     resumed, rest = trained(kind, memory)
     assert memory.steps == [4, 8, 12, 16]
     assert (whole.images, rest.images) == (160, 80)
     assert whole.loss == rest.loss
+    (finished,) = memory.kept.values()
+    assert whole.seconds_before == 0
+    assert 0 < rest.seconds_before == float(stopped["seconds"]) < float(finished["seconds"])
     for one, two in zip(calm.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 

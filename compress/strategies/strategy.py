@@ -122,7 +122,7 @@ class Context:
         started = time.perf_counter()
         extra = [*terms, *self.distillation(candidate.model)]
         with progress(self.stage) as shown:
-            train(
+            history = train(
                 candidate.model,
                 self.data.for_distillation() if taught else self.data,
                 self.recovery,
@@ -137,7 +137,7 @@ class Context:
                 checkpoint=self.checkpoint(),
                 distribution=self.distribution,
             )
-        self.on_recovery(taught, time.perf_counter() - started)
+        self.on_recovery(taught, history.seconds_before + time.perf_counter() - started)
         return candidate
 
     def distillation(self, student: tf_keras.Model) -> list[LossTerm]:
