@@ -228,7 +228,7 @@ class Recovered:
     images: int = 0
     warning: str | None = None
     seconds: float | None = None
-    """That its trainings took, with what their teachers gave before; of one that went on after a stop, those before it, too."""
+    """That its trainings took, also before a stop that they went on after, with what their teachers gave first."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recovered:

@@ -38,6 +38,7 @@ from compress.networks import Networks
 from compress.pipeline.layers import layer_table, whole_table
 from compress.pipeline.refusals import (
     refuse_clashes,
+    refuse_incomparable,
     refuse_indivisible,
     refuse_unfit,
     refuse_without_labels,
@@ -117,6 +118,8 @@ class Pipeline:
             refuse_clashes(self.stages, model)
             refuse_without_labels(self.stages, self.data)
             self.networks.refuse_misfits(model, self.data, self.seed, self._user)
+            data = self.data.fitted_to(model, f"model {model.name}")
+            refuse_incomparable(self.stages, self._context(model, data))
         # Stages export into a folder of their own: a run that fails leaves no file beside an older report.
         for left in folder.glob(f"{_WORK}*"):
             # By a run that was killed.

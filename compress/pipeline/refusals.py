@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tf_keras
 
-from compress.candidate import Effect
+from compress.candidate import Candidate, Effect
 from compress.data.source import Data
 from compress.distribution.replicas import Distribution
 from compress.errors import CompressError
@@ -15,11 +15,14 @@ from compress.graph.saved_graph import has_layers
 from compress.models.source import ModelSource
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.recovering import AUTO
-from compress.strategies.distillation.terms import reads_pairs
-from compress.strategies.strategy import require_labels, require_training
+from compress.strategies.distillation.student import StudentStrategy
+from compress.strategies.distillation.terms import reads_pairs, reads_temperature, require_lesson
+from compress.strategies.strategy import PREVIOUS, REFERENCE, Context, require_labels, require_training
 from compress.training import Recovery
 from compress.words import counted
 
+_SAME_LAYERS = {Effect.TRAIN, Effect.ZERO, Effect.FILL, Effect.SHARE, Effect.LEVEL}
+"""What leaves a network with the layers that it has."""
 _OF_TEACHERS = ("temperature", "soft_weight", "label_weight", "losses", "pairs", "teachers")
 """Fields of a recovery that only a distillation reads."""
 
@@ -132,11 +135,43 @@ def refuse_unfit(stages: Sequence[Stage], data: Data) -> None:
         CompressError: naming the first such stage.
     """
     _refuse_unheard(stages)
-    _refuse_unread_pairs(stages)
+    _refuse_unread(stages, "pairs", reads_pairs, "a loss that compares the layers of these pairs", "hints or attention")
+    _refuse_unread(
+        stages, "temperature", reads_temperature, "a loss of what the teachers say about the classes", "decoupled"
+    )
+    for stage in stages:
+        if stage.method == "distill":
+            require_lesson(stage.strategy.trains_with(stage.recovery), f"strategy.{stage.name}.recovery")
     for stage in stages:
         if stage.strategy.needs_training:
             require_training(stage.recovery, stage.name, stage.strategy.own_method)
         stage.strategy.require(data, stage.recovery, stage.name)
+
+
+def refuse_incomparable(stages: Sequence[Stage], context: Context) -> None:
+    """Refuse losses that cannot compare a student with its teacher, where both are known before anything is trained.
+
+    Args:
+        stages: those up to the first one that makes another network are looked at.
+        context: of the pipeline; its reference model need not be trained.
+
+    Raises:
+        CompressError: naming the first such stage.
+    """
+    if not any(stage.method == "distill" and stage.recovery.losses for stage in stages):
+        return
+    model = context.reference
+    for stage in stages:
+        recovery = stage.strategy.trains_with(stage.recovery)
+        own = context.for_stage(stage.name, selection=stage.selection, recovery=recovery, previous=model)
+        if isinstance(stage.strategy, StudentStrategy):
+            model = stage.strategy.student_of(Candidate(model), own).model
+        elif not stage.strategy.effects <= _SAME_LAYERS:
+            break
+        if stage.method == "distill" and recovery.losses and {*recovery.teachers} <= {REFERENCE, PREVIOUS}:
+            own.distillation(model)
+    # Keras numbers layers that have no name: what follows starts as if nothing had been built.
+    tf_keras.backend.reset_uids()
 
 
 def _refuse_unheard(stages: Sequence[Stage]) -> None:
@@ -171,16 +206,22 @@ def _refuse_unheard(stages: Sequence[Stage]) -> None:
                 )
 
 
-def _refuse_unread_pairs(stages: Sequence[Stage]) -> None:
-    """Refuse pairs of layers that no loss compares, in this stage or another that has the same."""
-    read = [stage.recovery.pairs for stage in stages if reads_pairs(stage.recovery)]
-    for stage in stages:
-        if stage.recovery.pairs is not None and stage.recovery.pairs not in read:
+def _refuse_unread(
+    stages: Sequence[Stage], field: str, reads: Callable[[Recovery], bool], reader: str, example: str
+) -> None:
+    """Refuse a field of the recovery that no loss reads, in this stage or another that has the same."""
+    default = next(item.default for item in dataclasses.fields(Recovery) if item.name == field)
+    recoveries = [stage.strategy.trains_with(stage.recovery) for stage in stages]
+    read = [getattr(recovery, field) for recovery in recoveries if reads(recovery)]
+    for stage, recovery in zip(stages, recoveries, strict=True):
+        value = getattr(recovery, field)
+        if value != default and value not in read:
             raise CompressError(
-                f"strategy.{stage.name}.recovery.pairs",
-                expected="a loss that compares the layers of these pairs, such as hints or attention",
-                received=f"losses={dict(stage.recovery.losses or {})}",
-                fix=f"Name one, strategy.{stage.name}.recovery.losses={{hints: 1}}, or leave the pairs out.",
+                f"strategy.{stage.name}.recovery.{field}",
+                expected=f"{reader}, such as {example}",
+                received=f"losses={dict(recovery.losses or {})}, soft_weight={recovery.soft_weight:g}",
+                fix=f"Name one, strategy.{stage.name}.recovery.losses={{{example.split()[0]}: 1}}, or leave the "
+                f"{field} out.",
             )
 
 

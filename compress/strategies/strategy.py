@@ -312,6 +312,10 @@ class Strategy(ABC):
             CompressError: naming the key of the stage.
         """
 
+    def trains_with(self, recovery: Recovery) -> Recovery:
+        """Return the recovery that it trains with, given the stage's: fields of its own come first."""
+        return recovery
+
     def models(self) -> tuple[str, ...]:
         """Return the names of the networks of ``conf/model`` that it builds; :meth:`Context.untrained` gives them."""
         return ()

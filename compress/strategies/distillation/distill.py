@@ -62,14 +62,18 @@ class Distill(StudentStrategy):
         student = self.student_of(candidate, context)
         if self.raise_bias:
             self._biased(student.model, context)
-        own = {"temperature": self.temperature, "soft_weight": self.soft_weight}
-        chosen: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-        recovery = replace(context.recovery, method="distill", **chosen)
+        recovery = self.trains_with(context.recovery)
         student = context.for_stage(context.stage, recovery=recovery).recover(student)
         if self.raise_bias:
             raised = self._raise_bias(student.model, context)
             student = student.evolve(measured={**student.measured, "bias_raised": raised})
         return student
+
+    def trains_with(self, recovery: Recovery) -> Recovery:
+        """Return the stage's recovery with the temperature and the weight given here."""
+        own = {"temperature": self.temperature, "soft_weight": self.soft_weight}
+        chosen: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        return replace(recovery, method="distill", **chosen)
 
     def require(self, data: Data, recovery: Recovery, stage: str) -> None:
         """Refuse to omit classes that are not there, or whose images nobody can tell."""

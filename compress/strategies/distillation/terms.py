@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
@@ -22,6 +23,7 @@ from compress.training import Recovery
 from compress.training_step import Batch, LossTerm
 from compress.words import counted
 
+_LOG = logging.getLogger("compress")
 _SETTINGS = "Give it a weight, or its settings: {weight: 1, ...}."
 
 
@@ -71,6 +73,8 @@ class LayerTerm:
 
     def prepare(self, data: Data, batch_size: int, *, same_images: bool) -> None:
         """Let the teacher run, if once is enough."""
+        shown = ", ".join(f"{pair.student} with {pair.teacher}" for pair in self.pairs)
+        _LOG.info("%s compares, of the student and the teacher, %s", self._loss.name, shown)
         self._samples = len(data.train)
         self._teacher.prepare(data, batch_size, same_images=same_images)
 
@@ -123,6 +127,57 @@ def reads_pairs(recovery: Recovery) -> bool:
     return any(issubclass(known[name], LayerLoss) for name in recovery.losses or {} if name in known)
 
 
+def reads_temperature(recovery: Recovery) -> bool:
+    """Say whether a loss compares what is said about the classes; one of weight 0 counts, too, as for the pairs."""
+    known = losses()
+    named = (known[name] for name in recovery.losses or {} if name in known)
+    return recovery.soft_weight > 0 or any(issubclass(loss, LogitsLoss) for loss in named)
+
+
+def require_lesson(recovery: Recovery, where: str) -> None:
+    """Refuse a distillation from which nothing, or not all that was asked for, can be learned; before any network.
+
+    Args:
+        recovery: weights, losses, batch size and names of teachers.
+        where: the configuration key of the recovery, for errors.
+
+    Raises:
+        CompressError: if no loss listens to the teachers, or to one of them, or one cannot compare such batches.
+    """
+    chosen = _weighed(recovery, where)
+    if not chosen:
+        raise CompressError(
+            f"{where}.soft_weight",
+            expected="something to learn from the teacher: soft targets, or a loss in losses",
+            received=f"soft_weight={recovery.soft_weight:g} losses={recovery.losses or {}}",
+            fix=f"Give the soft targets a weight (soft_weight=0.9), name a loss ({where}.losses={{hints: 1}}), or "
+            "train on the labels alone (recovery=finetune; strategy=finetune in place of distill).",
+        )
+    twice = [name for index, name in enumerate(recovery.teachers) if name in recovery.teachers[:index]]
+    if twice:
+        raise CompressError(
+            f"{where}.teachers",
+            expected="each teacher once: all are heard alike",
+            received=f"[{', '.join(recovery.teachers)}]",
+            fix=f"Name {twice[0]} once.",
+        )
+    if len(recovery.teachers) > 1 and not any(isinstance(loss, LogitsLoss) for loss in chosen):
+        raise CompressError(
+            f"{where}.teachers",
+            expected="one teacher: losses of inner layers look at the first alone",
+            received=f"{counted(len(recovery.teachers), 'teacher')}, and no loss of what they say about the classes",
+            fix="Name one, or give the soft targets a weight (soft_weight=0.9).",
+        )
+    for loss in chosen:
+        _require_samples(loss, recovery.batch_size, where)
+
+
+def _weighed(recovery: Recovery, where: str) -> list[Loss]:
+    """Return the soft targets, if they have a weight, and the losses that the recovery names."""
+    soft = [SoftTargets(weight=recovery.soft_weight)] if recovery.soft_weight else []
+    return [*soft, *chosen_losses(recovery, where)]
+
+
 def distillation_terms(
     recovery: Recovery, teachers: Sequence[Teacher], student: tf_keras.Model, *, seed: int, where: str, keep: Keep
 ) -> list[LossTerm]:
@@ -139,29 +194,11 @@ def distillation_terms(
         keep: keeps the teachers' outputs on disk.
 
     Raises:
-        CompressError: if there is nothing to learn from the teachers, they do not fit the student, or layers cannot be
+        CompressError: if :func:`require_lesson` refuses it, the teachers do not fit the student, or layers cannot be
             compared.
     """
-    chosen = chosen_losses(recovery, where)
-    if recovery.soft_weight:
-        chosen.insert(0, SoftTargets(weight=recovery.soft_weight))
-    if not chosen:
-        raise CompressError(
-            f"{where}.soft_weight",
-            expected="something to learn from the teacher: soft targets, or a loss in losses",
-            received=f"soft_weight={recovery.soft_weight:g} losses={recovery.losses or {}}",
-            fix=f"Give the soft targets a weight (soft_weight=0.9), name a loss ({where}.losses={{hints: 1}}), or "
-            "train on the labels alone (recovery=finetune; strategy=finetune in place of distill).",
-        )
-    if len(teachers) > 1 and not any(isinstance(loss, LogitsLoss) for loss in chosen):
-        raise CompressError(
-            f"{where}.teachers",
-            expected="one teacher: losses of inner layers look at the first alone",
-            received=f"{counted(len(teachers), 'teacher')}, and no loss of what they say about the classes",
-            fix="Name one, or give the soft targets a weight (soft_weight=0.9).",
-        )
-    for loss in chosen:
-        _require_samples(loss, recovery.batch_size, where)
+    require_lesson(recovery, where)
+    chosen = _weighed(recovery, where)
     for teacher in teachers:
         _require_fit(teacher.model, student, where)
         teacher.keep = keep
