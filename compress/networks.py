@@ -37,7 +37,7 @@ class Networks:
             CompressError: if it does not fit the data, or reads other values than the reference model.
         """
         where = f"recovery.teachers, {name}"
-        with _said_of(where):
+        with said_of(where):
             model = trained(self.teachers[name])
         require_same_classes(model, name, reference, where, "teacher")
         require_same_values(model, name, reference, data, where)
@@ -55,7 +55,7 @@ class Networks:
         """
         tf_keras.backend.reset_uids()
         classes = int(reference.output_shape[-1] or data.classes)
-        with _said_of(where):
+        with said_of(where):
             return copy_model(self.students[name].build(dataclasses.replace(data, classes=classes), seed))
 
     def refuse_misfits(self, reference: tf_keras.Model, data: Data, seed: int, users: Callable[[str], str]) -> None:
@@ -71,7 +71,7 @@ class Networks:
             model = self.student(name, reference, data, seed, users(name))
             require_same_classes(model, name, reference, users(name), "student")
         for name, source in self.teachers.items():
-            with _said_of(f"recovery.teachers, {name}"):
+            with said_of(f"recovery.teachers, {name}"):
                 model = copy_model(source.build(data, seed))
             require_same_classes(model, name, reference, users(name), "teacher")
             if source.origin().schedule is None:
@@ -79,7 +79,7 @@ class Networks:
 
 
 @contextmanager
-def _said_of(name: str) -> Iterator[None]:
+def said_of(name: str) -> Iterator[None]:
     """Have errors say which network they are about."""
     try:
         yield

@@ -165,7 +165,8 @@ def train(
     # A compiled loss would be added to ours; the loop's loss is `Trainee.train_step`'s own.
     trainee.compile(optimizer=_optimizer(recovery, steps))
     started, before = time.perf_counter(), 0.0
-    watch = _Watch(steps, recovery.learning_rate, progress, where, rate_key)
+    also = f", or the weights in {key}.losses" if recovery.losses else ""
+    watch = _Watch(steps, recovery.learning_rate, progress, where, rate_key, also)
     callbacks: list[tf_keras.callbacks.Callback] = [watch]
     # A term that trains networks of its own names them.
     drawing = [model, *(network for term in terms for network in getattr(term, "networks", ()))]
@@ -264,10 +265,13 @@ def _optimizer(recovery: Recovery, steps: int) -> tf_keras.optimizers.Optimizer:
 class _Watch(tf_keras.callbacks.Callback):
     """Shows progress and stops a training whose loss is no longer a number."""
 
-    def __init__(self, steps: int, rate: float, progress: Progress | None, where: str, rate_key: str) -> None:
+    def __init__(
+        self, steps: int, rate: float, progress: Progress | None, where: str, rate_key: str, also: str
+    ) -> None:
+        """Begin; ``also``: what else to lower besides the rate, or nothing."""
         super().__init__()
         self._where = where
-        self._advice = f"Lower the rate: {rate_key}={rate / 10:g}."
+        self._advice = f"Lower the rate: {rate_key}={rate / 10:g}{also}."
         self.loss = float("nan")
         self.start = 0
         """Steps that were made before."""

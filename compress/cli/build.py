@@ -31,9 +31,9 @@ from compress.data.source import STRICT, DataSource
 from compress.distribution.settings import DistributionSettings
 from compress.errors import CompressError, did_you_mean
 from compress.graph.selection import Position, Rule, Selection
-from compress.models.file import FileModel
+from compress.models.file import MODEL_SUFFIXES, FileModel
 from compress.models.source import RANDOM, ModelSource, TrainableSource
-from compress.networks import Networks
+from compress.networks import Networks, said_of
 from compress.pipeline.pipeline import Pipeline
 from compress.pipeline.stage import Stage
 from compress.strategies.distillation.student import AGAIN
@@ -235,8 +235,15 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
     choices = {key: file for key, file in choices_of("model").items() if key != "file"}
     if name in choices:
         source = construct(ModelSource, to_plain(read_choice(choices[name])), where)
-    elif files and Path(name).expanduser().exists():
+    elif files and name and Path(name).expanduser().exists():
         source = FileModel(path=name)
+    elif files and Path(name).suffix in MODEL_SUFFIXES:
+        raise CompressError(
+            where,
+            expected="the file of a model",
+            received=f"no such file: {Path(name).expanduser().absolute()}",
+            fix="Check the path; one that is not absolute begins in the current folder.",
+        )
     else:
         raise CompressError(
             where,
@@ -245,7 +252,8 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
             fix=did_you_mean(name, [*others, *sorted(choices)]),
         )
     if files:
-        source.origin()
+        with said_of(where):
+            source.origin()
     return source
 
 

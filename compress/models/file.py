@@ -27,7 +27,8 @@ from compress.models.source import ModelSource, Origin, check_finite
 
 layers = tf_keras.layers
 
-_SUFFIXES = (".keras", ".h5", ".hdf5")
+MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
+"""How names of files end that hold a whole model."""
 _MOST_BYTES = 16 * 2**30
 """Largest size of a file's content, unpacked."""
 _MOST_TFLITE_BYTES = 2**31
@@ -164,7 +165,7 @@ def _check_place(path: Path) -> None:
         received, fix = "no such file", "Check the path."
     elif path.suffix == ".tflite":
         received, fix = "a .tflite file, which holds no Keras layers", f"Bring the model it was made from. {_SAVE}"
-    elif path.suffix not in _SUFFIXES:
+    elif path.suffix not in MODEL_SUFFIXES:
         received = f"a file with the ending {path.suffix or '(none)'!s}"
     elif path.stat().st_size == 0:
         received = "an empty file"

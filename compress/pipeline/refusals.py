@@ -94,6 +94,8 @@ def _instead(later: Stage, earlier: Stage) -> str:
     release = f"write strategy.{later.name}.release=[{earlier.name}]"
     if _both_store(later, earlier):
         return f"Leave one of the two stages out, or {release}."
+    if isinstance(later.strategy, StudentStrategy) and later.strategy.replaces:
+        return f"Put {later.name} before {earlier.name}, or {release}."
     apart = f"keep them on different layers with only and skip, or {release}."
     if type(later.strategy) is type(earlier.strategy) or earlier.strategy.clashes_with(later.strategy):
         return f"Leave one of the two stages out, {apart}"

@@ -63,6 +63,59 @@ def test_teachers_that_do_not_fit_are_refused(teachers, parts, cli):
     assert_refused(cli(*SHORT, f"strategy.distill.recovery.teachers={teachers}"), *parts)
 
 
+def test_a_teachers_file_that_is_none_is_said_of_the_teacher(cli, tmp_path):
+    (tmp_path / "junk.keras").write_text("junk")
+    assert_refused(
+        cli(*SHORT, "recovery.teachers=[junk.keras]"),
+        "strategy.distill.recovery.teachers:",
+        "junk.keras",
+        "zip archive",
+    )
+    missing = cli(*SHORT, "recovery.teachers=[missing.keras]")
+    assert_refused(missing, "strategy.distill.recovery.teachers:", "no such file", str(tmp_path / "missing.keras"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["strategy=prune+distill", "strategy.distill.soft_weight=0", "strategy.distill.recovery.label_weight=1"],
+            ["strategy.distill.recovery.soft_weight:", "something to learn from the teacher"],
+        ),
+        (
+            ["recovery.losses={relational_angle: 1}", "recovery.batch_size=1024"],
+            ["strategy.distill.recovery.batch_size:", "512 at most", "received 1024"],
+        ),
+        (
+            ["recovery.losses={hints: 1}", "recovery.pairs={relu3: pool9}"],
+            ["strategy.distill.recovery.pairs", "pool9"],
+        ),
+        (
+            ["strategy=prune", "recovery=distill", "recovery.losses={hints: 1}", "recovery.pairs={relu3: relu2}"],
+            ["strategy.prune.recovery.pairs:", "relu3 (4, 4, 64)"],
+        ),
+        (
+            ["strategy.distill.width=0.5", "recovery.losses={flow: 1}"],
+            ["strategy.distill.recovery.losses.flow:", "the same number of channels"],
+        ),
+        (
+            ["strategy.distill.temperature=8", "recovery.soft_weight=0", "recovery.losses={hints: 1}"],
+            ["strategy.distill.recovery.temperature:", "decoupled", "soft_weight=0"],
+        ),
+        (["recovery.teachers=[reference,reference]"], ["strategy.distill.recovery.teachers:", "once"]),
+        (
+            ["strategy=prune+distill", "strategy.distill.width=0.5"],
+            ["stage distill after stage prune", "Put distill before prune, or write strategy.distill.release=[prune]."],
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_what_cannot_be_learned_is_refused_before_anything_runs(overrides, parts, cli):
+    answer = cli(*SHORT, *overrides)
+    assert_refused(answer, *parts)
+    assert "baseline: running" not in answer[2]
+
+
 def test_a_teacher_with_other_classes_is_refused(cli, tmp_path):
     file = student_of(tmp_path / "seven.keras", classes=7)
     answer = cli(*SHORT, f"strategy.distill.recovery.teachers=[{file}]")
