@@ -127,14 +127,26 @@ def _done(report: Mapping[str, Any]) -> str:
         chosen = {
             key: value
             for key, value in stage["config"].items()
-            if key not in ("recovery", "only", "skip", "repeat", "release") and value not in (None, [], False)
+            if key not in ("recovery", "only", "skip", "repeat", "release") and value not in (None, [], (), {}, False)
         }
         what = ", ".join(f"{key}={_short(value)}" for key, value in chosen.items())
         kept = "; ".join(
             text.partition(": ")[2] for text in stage["guarantees"] if text.startswith(f"{stage['name']}:")
         )
-        rows.append((stage["name"], what, kept or "-", str(len(stage["skipped"]))))
-    return _rows(("stage", "settings", "what it established", "layers left alone"), rows)
+        rows.append((stage["name"], what or "-", _training(stage), kept or "-", str(len(stage["skipped"]))))
+    return _rows(("stage", "settings", "training", "what it established", "layers left alone"), rows)
+
+
+def _training(stage: Mapping[str, Any]) -> str:
+    """Return how a stage has trained, and by whom and with what it was taught, in words."""
+    recovered, recovery = stage["recovered"], stage["config"]["recovery"]
+    if recovered is None or recovered["method"] == "none":
+        return "-"
+    words = [f"{recovered['method']}, {recovery['epochs']:g} epochs"]
+    if recovered["method"] == "distill":
+        words[0] += f", taught by {', '.join(recovered['teachers'])}"
+        words += [f"{name} {_short(weight)}" for name, weight in (recovery["losses"] or {}).items()]
+    return "; ".join(words)
 
 
 def _short(value: Any) -> str:

@@ -234,6 +234,8 @@ def _advice(stage: StageResult) -> str:
     # A strategy with a student of its own teaches it whatever the recovery is.
     if stage.recovered.method == "distill" and "student" not in stage.config:
         tries.append(f"{key}.method=finetune")
+    if stage.recovered.method == "distill" and recovery.get("losses"):
+        tries.append(f"smaller weights in {key}.losses")
     return f"Try {', '.join(tries)}, or {milder}"
 
 

@@ -75,3 +75,13 @@ def test_stage_recovery_has_every_key_of_recovery(name):
     config = compose_config(["strategy=prune"])
     assert set(config.strategy.prune.recovery) == set(config.recovery)
     assert (conf_dir() / name).is_file()
+
+
+def test_all_recoveries_have_the_same_settings_with_the_same_words():
+    """They differ in the method, in what stands above it, and in that ``none`` makes no epochs."""
+    texts = {file.stem: file.read_text().partition("\nmethod: ") for file in (conf_dir() / "recovery").glob("*.yaml")}
+    assert set(texts) == {"none", "finetune", "distill", "auto"}
+    rest = {name: text.splitlines() for name, (_, _, text) in texts.items()}
+    assert {name: lines[0] for name, lines in rest.items()} == {name: name for name in texts}
+    assert {lines[1].partition("#")[2] for lines in rest.values()} == {rest["none"][1].partition("#")[2]}
+    assert all(lines[2:] == rest["none"][2:] for lines in rest.values())

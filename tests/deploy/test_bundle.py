@@ -80,6 +80,23 @@ def test_the_card_says_what_was_done_with_the_numbers_of_the_report(bundle, fini
     assert "## Files" not in own
 
 
+def test_the_card_says_how_a_stage_trained_and_who_taught_it(finished_run):
+    report = report_of(finished_run)
+    (stage,) = report["stages"][-1:]
+    for recovered, recovery, said in (
+        (None, {"epochs": 3.0, "losses": None}, "| - |"),
+        ({"method": "finetune", "teachers": []}, {"epochs": 3.0, "losses": None}, "| finetune, 3 epochs |"),
+        (
+            {"method": "distill", "teachers": ["reference", "my.keras"]},
+            {"epochs": 0.5, "losses": {"hints": 16.0, "decoupled": 1}},
+            "| distill, 0.5 epochs, taught by reference, my.keras; hints 16; decoupled 1 |",
+        ),
+    ):
+        config = {**stage["config"], "recovery": {**stage["config"].get("recovery", {}), **recovery}}
+        card = make_card({**report, "stages": [{**stage, "config": config, "recovered": recovered}]})
+        assert said in card, card
+
+
 def test_a_card_without_stages_claims_no_gain(finished_run):
     report = report_of(finished_run)
     card = make_card({**report, "strategy": "none", "stages": [], "notes": ["Beware."]})

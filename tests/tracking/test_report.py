@@ -322,6 +322,12 @@ def test_a_small_loss_of_accuracy_or_one_that_was_won_back_is_not_said(accuracie
     ("recovery", "recovered", "said", "unsaid"),
     [
         ({**TRAINED, "method": "distill"}, Recovered("distill"), "strategy.stage1.recovery.method=finetune", "nothing"),
+        (
+            {**TRAINED, "method": "distill", "losses": {"hints": 16}},
+            Recovered("distill"),
+            "smaller weights in strategy.stage1.recovery.losses",
+            "nothing",
+        ),
         ({**TRAINED, "epochs": 0}, None, "recovery=finetune recovery.epochs=1", "learning_rate"),
         ({**TRAINED, "method": "auto"}, Recovered("none"), "recovery=finetune", "learning_rate"),
         (TRAINED, None, "a milder setting of strategy.stage1", "recovery"),
