@@ -242,10 +242,8 @@ def test_a_batch_that_a_loss_cannot_compare_is_refused(fields, said):
 
 
 def test_a_second_teacher_that_nobody_listens_to_is_refused():
-    recovery = Recovery(method="distill", soft_weight=0.0, losses={"hints": 1.0})
-    teachers = [Teacher(residual()), Teacher(residual())]
     with pytest.raises(CompressError, match=r"recovery\.teachers.*one teacher.*2 teachers"):
-        distillation_terms(recovery, teachers, residual(), seed=0, where="recovery", keep=keep_nothing)
+        terms(residual(), residual(), soft_weight=0.0, losses={"hints": 1.0}, teachers=("reference", "resnet44"))
 
 
 def test_hints_of_a_single_vector_are_relative_to_its_size():

@@ -32,7 +32,7 @@ from compress.strategies.pruning.prune import Prune
 from compress.strategies.quantization.aware import QuantizeAware
 from compress.strategies.quantization.post_training import Quantize
 from compress.strategies.strategy import Context
-from compress.training import Recovery
+from compress.training import History, Recovery
 
 layers = tf_keras.layers
 COUNT, CLASSES = 200, 4
@@ -266,9 +266,12 @@ def test_networks_build_students_by_the_seed_and_name_misfits(data):
 def trained_with(stage: Stage, source: Data, monkeypatch) -> Recovery:
     """Return the recovery that the stage trains by."""
     found = []
-    monkeypatch.setattr(
-        "compress.strategies.strategy.train", lambda model, data, recovery, **others: found.append(recovery)
-    )
+
+    def watched(model: tf_keras.Model, data: Data, recovery: Recovery, **others: Any) -> History:
+        found.append(recovery)
+        return History(0, 0, 0.0, 0.0)
+
+    monkeypatch.setattr("compress.strategies.strategy.train", watched)
     stage.apply(Candidate(classifier()), Context("", source, classifier(), Recovery(), 0))
     (recovery,) = found
     return recovery

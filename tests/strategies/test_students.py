@@ -23,7 +23,7 @@ from compress.strategies.distillation.judging import accuracy_of, probabilities
 from compress.strategies.pruning.prune import Prune
 from compress.strategies.pruning.zeros import Zeros
 from compress.strategies.strategy import Context
-from compress.training import Recovery
+from compress.training import History, Recovery
 
 layers = tf_keras.layers
 COUNT = 96
@@ -211,6 +211,7 @@ def test_omitted_classes_are_never_shown(data, reference, monkeypatch):
 
     def watched(model, source, *arguments, **settings):
         shown.append(source)
+        return History(0, 0, 0.0, 0.0)
 
     monkeypatch.setattr(strategy, "train", watched)
     recovery = Recovery("distill", epochs=1, batch_size=24)
