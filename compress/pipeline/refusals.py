@@ -118,12 +118,20 @@ def refuse_indivisible(stages: Sequence[Stage], model: ModelSource, samples: int
 
 
 def refuse_without_labels(stages: Sequence[Stage], data: Data) -> None:
-    """Refuse stages that learn from labels where the training images have none.
+    """Refuse stages that learn from labels, or weigh them, where the training images have none.
 
     Raises:
         CompressError: naming the first such stage.
     """
     for stage in stages:
+        weight = stage.strategy.trains_with(stage.recovery).label_weight
+        if stage.method == "distill" and weight and not data.train.labelled:
+            raise CompressError(
+                f"strategy.{stage.name}.recovery.label_weight",
+                expected="labels of the training images, which this is the weight of",
+                received=f"label_weight={weight:g}, and data {data.name} without y_train",
+                fix="Leave it out: the teacher is enough. Or save y_train, too.",
+            )
         if stage.strategy.needs_labels:
             require_labels(data, stage.name, f"{stage.name} learns from them", "strategy=distill in its place")
         elif stage.method == "finetune":

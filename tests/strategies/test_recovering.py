@@ -391,6 +391,18 @@ def test_who_has_no_labels_is_told_what_does_without(data):
         assert ("method" in caught.value.fix) == isinstance(strategy, Prune)
 
 
+def test_labels_that_are_not_there_have_no_weight(data):
+    bare = make_data("bare", Unlabelled(data.train.x), data.test, validation=Unlabelled(data.validation.x))
+    recovery = Recovery("distill", label_weight=0.5)
+    for strategy in (Distill(), Prune()):
+        refuse_without_labels([Stage("stage", strategy, recovery=recovery)], data)
+        with pytest.raises(CompressError, match=r"strategy\.stage\.recovery\.label_weight.*label_weight=0\.5"):
+            refuse_without_labels([Stage("stage", strategy, recovery=recovery)], bare)
+        for harmless in (None, 0.0):
+            given = dataclasses.replace(recovery, label_weight=harmless)
+            refuse_without_labels([Stage("stage", strategy, recovery=given)], bare)
+
+
 @pytest.mark.parametrize("student", [None, "again"])
 def test_a_model_that_its_peers_make_worse_is_told_of(student, data):
     good = classifier()
