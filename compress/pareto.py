@@ -8,7 +8,7 @@ names        what the sweeps are called in the chart, in the order of runs (defa
 uri          the MLflow store (default: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)
 objectives   metrics (one front), or lists of metrics (a front each); which way is better may be said:
              peak_memory_bytes:min, board_same_class_percent:max
-reference    {metric: value} that hypervolumes are counted from; by default the baseline's (see the README)
+reference    {metric: value} that hypervolumes are counted from; by default the baseline's (see docs/runs.md)
 output       folder of pareto.html and pareto.png (default: pareto)
 """
 

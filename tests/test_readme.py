@@ -1,4 +1,4 @@
-"""What the README says stays true: its commands compose, its tables name what exists."""
+"""What the README and docs/ say stays true: their commands compose, their tables and links name what exists."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from compress.strategies.distillation.losses import losses
 
 from .conftest import REPOSITORY
 
-TEXT = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
-COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+_BLOCK = re.compile(r"^ *```bash\n(.*?)```", re.S | re.M)
+COMMANDS = [line.partition("  #")[0].strip() for block in _BLOCK.findall(TEXT) for line in block.splitlines()]
 OWN_STRATEGY = "--config-dir my_conf"
 """In the command that needs the files of the chapter about a strategy of one's own."""
 PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.S)
@@ -65,7 +67,7 @@ def test_every_choice_is_named(group):
     for file in (conf_dir() / group).glob("*.yaml"):
         # The table writes resnet20/32/44/56/110.
         name = re.sub(r"^resnet(?=(32|44|56|110)$)", "/", file.stem)
-        assert re.search(rf"{re.escape(name)}(?!\w)", TEXT), f"{group}={file.stem} is not in the README"
+        assert re.search(rf"{re.escape(name)}(?!\w)", README.read_text()), f"{group}={file.stem} is not in the README"
 
 
 def test_every_loss_of_distillation_is_named():
@@ -74,11 +76,12 @@ def test_every_loss_of_distillation_is_named():
 
 
 def test_the_two_set_up_commands_are_one_line_each():
-    start, tests = BLOCKS[0].strip(), BLOCKS[-1].strip()
+    blocks = _BLOCK.findall(README.read_text())
+    start, tests = blocks[0].strip(), blocks[-1].strip()
     assert len(start.splitlines()) == len(tests.splitlines()) == 1
     assert start.endswith("python -m compress.run")
     assert tests.endswith("-m pytest")
-    assert "<!-- test-command -->" in TEXT
+    assert "<!-- test-command -->" in README.read_text()
 
 
 def test_files_that_are_named_are_there():
@@ -86,6 +89,22 @@ def test_files_that_are_named_are_there():
     missing = {name for name in named if not (REPOSITORY / name).is_file()}
     # The example of a strategy of one's own.
     assert missing <= {"conf/strategy/mine.yaml"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    titles = {file: re.findall(r"^#+ (.*)", file.read_text(), re.M) for file in PAGES}
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in [title.lower().replace(" ", "-") for title in titles[target]], link
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[^)]+\.md)\)", README.read_text())
+    assert {*linked} == {f"docs/{page.name}" for page in PAGES if page is not README}
 
 
 @pytest.mark.parametrize("span", [s for s in SPANS if re.match(r"[~+']*(strategy|recovery|techniques)\.[\w.]+=", s)])

@@ -43,7 +43,7 @@ def test_extras_are_spelled_as_every_installer_knows_them():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = set(project["optional-dependencies"])
     assert [extra for extra in extras if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", extra)] == []
-    places = [REPOSITORY / name for name in ("README.md", "pyproject.toml")]
+    places = [REPOSITORY / "README.md", REPOSITORY / "pyproject.toml", *(REPOSITORY / "docs").glob("*.md")]
     places += [
         file
         for folder in ("compress", "conf", "hydra_plugins")
@@ -56,6 +56,6 @@ def test_extras_are_spelled_as_every_installer_knows_them():
         for given in re.findall(r"\bcompress\[([\w,-]+)\]", file.read_text())
         for extra in given.split(",")
     }
-    assert ("README.md", "ethos-u") in named
+    assert ("docs/boards.md", "ethos-u") in named
     assert [pair for pair in sorted(named) if pair[1] not in extras] == []
     assert {extra for choices in _EXTRAS.values() for extra in choices.values()} <= extras

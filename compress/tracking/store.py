@@ -60,7 +60,7 @@ class TrackingSettings:
     objectives: tuple[str | tuple[str, ...], ...] = DEFAULT_OBJECTIVES
     """What the runs of a multirun are compared by: metrics (one front), or lists of metrics (a front each)."""
     reference: dict[str, float] | None = None
-    """Metric -> the value that hypervolumes are counted from; those not named: see the README."""
+    """Metric -> the value that hypervolumes are counted from; those not named: see docs/runs.md."""
     unsent: str = ".compress_unsent"
     """Folder where what a store has not taken yet is kept."""
 

@@ -210,7 +210,7 @@ def test_an_objective_that_no_run_reports_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "compress/pareto.py", "compress/tracking/pareto.py", "conf/hydra/sweeper/search.yaml"]
+    "file", ["docs/runs.md", "compress/pareto.py", "compress/tracking/pareto.py", "conf/hydra/sweeper/search.yaml"]
 )
 def test_metrics_named_as_examples_are_reported(file):
     said = re.findall(r'values\["(\w+)"\]', (REPOSITORY / "compress/boards/aarch64.py").read_text())

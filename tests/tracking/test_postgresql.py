@@ -1,4 +1,4 @@
-"""The README's example for a team: an MLflow server on PostgreSQL with a folder for artifacts, killed in the middle."""
+"""What docs/runs.md says to a team: an MLflow server on PostgreSQL, a folder for artifacts, killed in the middle."""
 
 from __future__ import annotations
 
