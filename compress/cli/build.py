@@ -133,7 +133,9 @@ def make_plan(config: DictConfig) -> Plan:
                 if name not in (REFERENCE, PREVIOUS)
             },
             students={
-                name: _untrained(name, f"strategy.{stage.name}") for stage in stages for name in stage.strategy.models()
+                name: _untrained(name, f"strategy.{stage.name}.{field}")
+                for stage in stages
+                for name, field in stage.strategy.models().items()
             },
         ),
     )

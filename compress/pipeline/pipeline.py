@@ -194,8 +194,8 @@ class Pipeline:
     def _user(self, name: str) -> str:
         """Return the configuration key that names a network."""
         for stage in self.stages:
-            if name in stage.strategy.models():
-                return f"strategy.{stage.name}, {name}"
+            if field := stage.strategy.models().get(name):
+                return f"strategy.{stage.name}.{field}, {name}"
         return f"recovery.teachers, {name}"
 
     def before_first(self, stage: Stage, folder: Path) -> tuple[Candidate, StageResult, Context]:

@@ -316,9 +316,12 @@ class Strategy(ABC):
         """Return the recovery that it trains with, given the stage's: fields of its own come first."""
         return recovery
 
-    def models(self) -> tuple[str, ...]:
-        """Return the names of the networks of ``conf/model`` that it builds; :meth:`Context.untrained` gives them."""
-        return ()
+    def models(self) -> Mapping[str, str]:
+        """Return the networks that it builds: their names in ``conf/model``, each with the field that holds it.
+
+        :meth:`Context.untrained` gives them.
+        """
+        return {}
 
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Return the names of the layers that it would touch; used to refuse a pipeline before it runs."""

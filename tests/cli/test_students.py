@@ -57,11 +57,14 @@ def test_a_student_of_the_users_own_folder(cli, tmp_path):
     [
         (["strategy=prune+distill", "strategy.distill.width=0.5"], ["distill", "prune", "another network"]),
         (["strategy=quantize+distill", "strategy.distill.student=again"], ["distill", "quantize", "another network"]),
-        (["strategy=distill", "strategy.distill.student=resnet21"], ["strategy.distill", "resnet21", "resnet20"]),
+        (
+            ["strategy=distill", "strategy.distill.student=resnet21"],
+            ["strategy.distill.student:", "resnet21", "resnet20"],
+        ),
         (["strategy=distill", "strategy.distill.student=resnet20"], ["resnet20: (32, 32, 3)", "(8, 8, 1)"]),
-        (["strategy=distill", "strategy.distill.student=file"], ["strategy.distill", "received file"]),
+        (["strategy=distill", "strategy.distill.student=file"], ["strategy.distill.student:", "received file"]),
         (["strategy=distill", "strategy.distill.width=1.5"], ["strategy.distill.width", "less than 1"]),
-        (["strategy=mutual", "strategy.mutual.peers=[lenet5]"], ["strategy.mutual, lenet5", "(8, 8, 1)"]),
+        (["strategy=mutual", "strategy.mutual.peers=[lenet5]"], ["strategy.mutual.peers, lenet5", "(8, 8, 1)"]),
         (["strategy=mutual", "recovery=none"], ["strategy.mutual.recovery", "training"]),
         (["strategy=quantize", "recovery.losses={hints: 1}"], ["strategy.quantize.recovery.losses", "does not train"]),
         (["strategy=distill", "recovery.pairs={a: b}"], ["recovery.pairs", "leave the pairs out"]),

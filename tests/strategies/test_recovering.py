@@ -258,8 +258,8 @@ def test_networks_build_students_by_the_seed_and_name_misfits(data):
     np.testing.assert_array_equal(one.get_layer("fc1").kernel, same.get_layer("fc1").kernel)
     assert not np.array_equal(one.get_layer("fc1").kernel, other.get_layer("fc1").kernel)
     with pytest.raises(CompressError) as caught:
-        sources.refuse_misfits(reference, digits, 0, lambda name: f"strategy.distill, {name}")
-    assert "strategy.distill, lenet5" in caught.value.where
+        sources.refuse_misfits(reference, digits, 0, lambda name: f"strategy.distill.student, {name}")
+    assert "strategy.distill.student, lenet5" in caught.value.where
     assert "(8, 8, 1)" in caught.value.received
 
 

@@ -6,7 +6,7 @@ with the labels and the mean of the divergences from its peers' probabilities, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Annotated
@@ -55,9 +55,9 @@ class Mutual(StudentStrategy):
             return None
         return "Its peers start untrained, and it learns from them all the while: write student=again, or train longer"
 
-    def models(self) -> tuple[str, ...]:
+    def models(self) -> Mapping[str, str]:
         """Name the networks that learn."""
-        return (*super().models(), *(name for name in self.peers if name != AGAIN))
+        return {**{name: "peers" for name in self.peers if name != AGAIN}, **super().models()}
 
     def require(self, data: Data, recovery: Recovery, stage: str) -> None:
         """Refuse mixed images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import tf_keras
@@ -55,9 +56,9 @@ class StudentStrategy(Strategy):
         """Another student is another network."""
         return frozenset({Effect.TRAIN, Effect.REPLACE} if self.replaces else {Effect.TRAIN})
 
-    def models(self) -> tuple[str, ...]:
+    def models(self) -> Mapping[str, str]:
         """Name the network that is to learn."""
-        return () if self.student is None or self.student == AGAIN else (self.student,)
+        return {} if self.student is None or self.student == AGAIN else {self.student: "student"}
 
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Return every layer, where another network takes the model's place."""
