@@ -102,6 +102,20 @@ def test_links_lead_somewhere(page):
             assert anchor in [title.lower().replace(" ", "-") for title in titles[target]], link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_have_a_header_and_as_many_columns_in_every_row(page):
+    blocks = re.findall(r"(?:^\|.*\n)+", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    for block in blocks:
+        rows = [line.replace(r"\|", "").count("|") for line in block.splitlines()]
+        assert re.fullmatch(r"\|(-+\|)+", block.splitlines()[1]), block
+        assert len({*rows}) == 1, block
+
+
+def test_every_strategy_has_its_place_on_the_page_of_strategies():
+    text = (REPOSITORY / "docs" / "strategies.md").read_text()
+    assert not [file.stem for file in (conf_dir() / "strategy").glob("*.yaml") if f"`{file.stem}`" not in text]
+
+
 def test_every_page_is_linked_from_the_readme():
     linked = re.findall(r"\]\((docs/[^)]+\.md)\)", README.read_text())
     assert {*linked} == {f"docs/{page.name}" for page in PAGES if page is not README}
