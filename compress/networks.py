@@ -18,10 +18,14 @@ from compress.strategies.distillation.judging import require_same_classes, requi
 
 @dataclass(frozen=True)
 class Networks:
-    """``teachers``: by the names in ``recovery.teachers``; ``students``: by those that strategies build."""
+    """``teachers``: by the names in ``recovery.teachers``; ``students``: by those that strategies build.
+
+    ``keys``: of teachers that one stage alone names, the configuration key that does.
+    """
 
     teachers: Mapping[str, ModelSource] = field(default_factory=dict)
     students: Mapping[str, ModelSource] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, teachers: Collection[str], students: Collection[str]) -> list[ModelSource]:
         """Return the sources of these names; ``reference`` and the like have none."""
@@ -36,7 +40,7 @@ class Networks:
         Raises:
             CompressError: if it does not fit the data, or reads other values than the reference model.
         """
-        where = f"recovery.teachers, {name}"
+        where = self._teacher_key(name)
         with said_of(where):
             model = trained(self.teachers[name])
         require_same_classes(model, name, reference, where, "teacher")
@@ -55,13 +59,14 @@ class Networks:
         """
         tf_keras.backend.reset_uids()
         classes = int(reference.output_shape[-1] or data.classes)
-        with said_of(where):
+        other = "Name another network, or give this one other fields: in a file of your own, model/<name>.yaml, with "
+        with said_of(where, other + "--config-dir."):
             return copy_model(self.students[name].build(dataclasses.replace(data, classes=classes), seed))
 
     def refuse_misfits(self, reference: tf_keras.Model, data: Data, seed: int, users: Callable[[str], str]) -> None:
         """Build every network once, and refuse those that do not fit; nothing is trained.
 
-        ``users``: the configuration key that names a network, for the error.
+        ``users``: the configuration key that names a student, for the error.
 
         Raises:
             CompressError: naming both networks.
@@ -71,19 +76,22 @@ class Networks:
             model = self.student(name, reference, data, seed, users(name))
             require_same_classes(model, name, reference, users(name), "student")
         for name, source in self.teachers.items():
-            with said_of(f"recovery.teachers, {name}"):
+            where = self._teacher_key(name)
+            with said_of(where):
                 model = copy_model(source.build(data, seed))
-            require_same_classes(model, name, reference, users(name), "teacher")
+            require_same_classes(model, name, reference, where, "teacher")
             if source.origin().schedule is None:
-                require_same_values(model, name, reference, data, users(name))
+                require_same_values(model, name, reference, data, where)
+
+    def _teacher_key(self, name: str) -> str:
+        return f"{self.keys.get(name, 'recovery.teachers')}, {name}"
 
 
 @contextmanager
-def said_of(name: str) -> Iterator[None]:
-    """Have errors say which network they are about."""
+def said_of(name: str, fix: str | None = None) -> Iterator[None]:
+    """Have errors say which network they are about; ``fix``: what to do in place of setting the model's own keys."""
     try:
         yield
     except CompressError as error:
-        raise CompressError(
-            f"{name}: {error.where}", expected=error.expected, received=error.received, fix=error.fix
-        ) from error
+        where = name if error.where == "model" else f"{name}: {error.where}"
+        raise CompressError(where, expected=error.expected, received=error.received, fix=fix or error.fix) from error

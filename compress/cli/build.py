@@ -115,6 +115,15 @@ def make_plan(config: DictConfig) -> Plan:
     stages = tuple(_stage(name, values) for name, values in plain["strategy"].items())
     for stage in stages:
         _refuse_another_method(stage, plain["recovery"]["method"])
+    # A stage has its teachers from recovery, unless it names its own.
+    teachers = {
+        name: "recovery.teachers"
+        if name in (plain["recovery"]["teachers"] or ())
+        else f"strategy.{stage.name}.recovery.teachers"
+        for stage in reversed(stages)
+        for name in stage.recovery.teachers
+        if name not in (REFERENCE, PREVIOUS)
+    }
     return Plan(
         model=model,
         source=construct(DataSource, plain["data"], "data"),
@@ -126,12 +135,8 @@ def make_plan(config: DictConfig) -> Plan:
         strict=check(bool, plain["strict"], "strict"),
         distribution=construct(DistributionSettings, plain["distribution"], "distribution"),
         networks=Networks(
-            teachers={
-                name: _named_model(name, f"strategy.{stage.name}.recovery.teachers", [REFERENCE, PREVIOUS])
-                for stage in stages
-                for name in stage.recovery.teachers
-                if name not in (REFERENCE, PREVIOUS)
-            },
+            teachers={name: _named_model(name, key, [REFERENCE, PREVIOUS]) for name, key in teachers.items()},
+            keys=teachers,
             students={
                 name: _untrained(name, f"strategy.{stage.name}.{field}")
                 for stage in stages
@@ -250,8 +255,10 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
         raise CompressError(
             where,
             expected=f"{', '.join(others)}, a model's name" + (", or its file" if files else ""),
-            received=name,
-            fix=did_you_mean(name, [*others, *sorted(choices)]),
+            received=name or "an empty name",
+            fix="A file's weights are trained, a student's are fresh: write student=null to train the model itself."
+            if Path(name).suffix in MODEL_SUFFIXES
+            else did_you_mean(name, [*others, *sorted(choices)]),
         )
     if files:
         with said_of(where):

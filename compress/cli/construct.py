@@ -61,9 +61,18 @@ def refuse_truth_as_number(made: Any, fields: Mapping[str, Any], where: str) -> 
     """
     for name, value in fields.items():
         taken = getattr(made, name, value)
-        if isinstance(value, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
-            key = f"{where}.{name}"
-            raise CompressError(key, expected="a number", received=str(value).lower(), fix=f"Write {key}=<number>.")
+        several = isinstance(value, list) and isinstance(taken, list | tuple) and len(value) == len(taken)
+        for one, number in zip(value, taken, strict=True) if several else [(value, taken)]:
+            if isinstance(one, bool) and isinstance(number, int | float) and not isinstance(number, bool):
+                key, wanted = f"{where}.{name}", "[<number>]" if several else "<number>"
+                raise CompressError(key, expected="a number", received=written(one), fix=f"Write {key}={wanted}.")
+
+
+def written(value: Any) -> str:
+    """Return the value as a command line has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check(kind: Any, value: Any, where: str) -> Any:
@@ -144,16 +153,18 @@ def invalid(error: ValidationError, where: str, owner: Any = None) -> CompressEr
     first, *others = error.errors()
     path = [part for part in _place(first) if isinstance(part, str)]
     key = ".".join([where, *path])
+    first = _of_number(first)
     also = [_wanted(other) for other in others if _place(other) == _place(first)]
     expected = " or ".join(dict.fromkeys([_wanted(first), *also]))
     received = first["input"]
     if isinstance(received, ArgsKwargs):
         # The fields do not go together; each alone is valid.
-        set_ = {k: v for k, v in (received.kwargs or {}).items() if v != defaults.get(k)}
+        as_given = {k: tuple(v) if isinstance(v, list) else v for k, v in (received.kwargs or {}).items()}
+        set_ = {k: v for k, v in (received.kwargs or {}).items() if as_given[k] != defaults.get(k)}
         return CompressError(
             key,
             expected=expected[:300],
-            received=", ".join(f"{k}={v}" for k, v in set_.items())[:300],
+            received=", ".join(f"{k}={written(v)}" for k, v in set_.items())[:300],
             fix="Take back the ones that you do not mean.",
         )
     fix = f"Change it: {key}=<value>."
@@ -162,12 +173,24 @@ def invalid(error: ValidationError, where: str, owner: Any = None) -> CompressEr
     elif first["type"] == "missing" and len(path) > 1:
         # Below a value that is null by default, a key of its own cannot be set.
         fix = f"Write '{key.rpartition('.')[0]}={{{path[-1]}: <value>}}'."
-    elif first["type"] in ("tuple_type", "list_type") and isinstance(received, str):
+    elif first["type"] in ("tuple_type", "list_type") and isinstance(received, str | int | float):
         fix = f"Write '{key}=[{received}]'."
+    elif first["type"] in ("dict_type", "mapping_type"):
+        fix = f"Write '{key}={{<name>: <value>}}'."
     elif first["type"] == "dataclass_type" and (inner := _inner_fields(owner, path, first["ctx"]["class_name"])):
         fix = f"Write '{key}={{{inner[0]}: {received if len(inner) == 1 else '<value>'}}}'"
         fix += "." if len(inner) == 1 else f"; its keys are {', '.join(inner)}."
-    return CompressError(key, expected=expected[:300], received=repr(received)[:120], fix=fix)
+    given = written(received) if isinstance(received, bool) else repr(received)
+    return CompressError(key, expected=expected[:300], received=given[:120], fix=fix)
+
+
+def _of_number(error: ErrorDetails) -> ErrorDetails:
+    """Return the error as one about what a number is, where ``true`` or NaN was compared with a limit."""
+    value = error["input"]
+    compared = error["type"] in ("less_than", "less_than_equal", "greater_than", "greater_than_equal")
+    if compared and (isinstance(value, bool) or (isinstance(value, float) and value != value)):
+        return {**error, "type": "number", "ctx": {}}
+    return error
 
 
 def _inner_fields(owner: Any, path: Sequence[str], name: str) -> list[str]:
@@ -207,5 +230,8 @@ _WANTED = {
     "list_type": "a list",
     "too_short": "at least {min_length} items",
     "dataclass_type": "a mapping of its keys to values",
+    "dict_type": "a mapping of names to values",
+    "mapping_type": "a mapping of names to values",
+    "number": "a number",
 }
 _UNION_TAGS = ("float", "int", "bool", "str", "none")

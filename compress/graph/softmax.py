@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import tensorflow as tf
 import tf_keras
 
+_BOUNDED = ("softmax", "sigmoid", "hard_sigmoid", "tanh", "relu")
 _LEAST = 1e-37
 """About the smallest normal number of float32."""
 
@@ -23,12 +24,18 @@ def logits_of(outputs: tf.Tensor, probabilities: bool) -> tf.Tensor:
 
 def gives_probabilities(model: tf_keras.Model) -> bool:
     """Say whether the model's last operation is a softmax."""
+    return ending(model) == "softmax"
+
+
+def ending(model: tf_keras.Model) -> str:
+    """Return the function that the model ends in: softmax, sigmoid, ...; linear, if it is none that has bounds."""
     layer = model.outputs[0].node.layer
     if isinstance(layer, tf_keras.layers.Softmax):
-        return True
+        return "softmax"
     # An operation layer carries the function that it calls, any other layer its activation.
     function = getattr(layer, "activation", None) or getattr(layer, "function", None)
-    return str(getattr(function, "__name__", "")).startswith("softmax")
+    name = str(getattr(function, "__name__", ""))
+    return next((known for known in _BOUNDED if name.startswith(known)), "linear")
 
 
 def logits_tensor(model: tf_keras.Model) -> tf.Tensor:

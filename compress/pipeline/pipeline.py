@@ -192,11 +192,11 @@ class Pipeline:
         return Result(baseline, tuple(results), candidate, artifact, self.model.origin().untrained)
 
     def _user(self, name: str) -> str:
-        """Return the configuration key that names a network."""
+        """Return the configuration key that names a student."""
         for stage in self.stages:
             if field := stage.strategy.models().get(name):
                 return f"strategy.{stage.name}.{field}, {name}"
-        return f"recovery.teachers, {name}"
+        return f"student, {name}"
 
     def before_first(self, stage: Stage, folder: Path) -> tuple[Candidate, StageResult, Context]:
         """Return what ``stage`` would be given as the only one: the reference, its numbers, and the stage's context.

@@ -159,7 +159,9 @@ def refuse_unfit(stages: Sequence[Stage], data: Data) -> None:
 
 
 def refuse_incomparable(stages: Sequence[Stage], context: Context) -> None:
-    """Refuse losses that cannot compare a student with its teacher, where both are known before anything is trained.
+    """Refuse students that cannot be made, and losses that cannot compare them with their teacher.
+
+    Both are looked at where they are known before anything is trained.
 
     Args:
         stages: those up to the first one that makes another network are looked at.
@@ -168,7 +170,11 @@ def refuse_incomparable(stages: Sequence[Stage], context: Context) -> None:
     Raises:
         CompressError: naming the first such stage.
     """
-    if not any(stage.method == "distill" and stage.recovery.losses for stage in stages):
+    if not any(
+        (stage.method == "distill" and stage.recovery.losses)
+        or (isinstance(stage.strategy, StudentStrategy) and stage.strategy.asks_of_student)
+        for stage in stages
+    ):
         return
     model = context.reference
     for stage in stages:
@@ -227,7 +233,9 @@ def _refuse_unread(
         value = getattr(recovery, field)
         if value != default and value not in read:
             raise CompressError(
-                f"strategy.{stage.name}.recovery.{field}",
+                f"strategy.{stage.name}.{field}"
+                if getattr(stage.strategy, field, None) is not None
+                else f"strategy.{stage.name}.recovery.{field}",
                 expected=f"{reader}, such as {example}",
                 received=f"losses={dict(recovery.losses or {})}, soft_weight={recovery.soft_weight:g}",
                 fix=f"Name one, strategy.{stage.name}.recovery.losses={{{example.split()[0]}: 1}}, or leave the "

@@ -230,6 +230,11 @@ def _advice(stage: StageResult) -> str:
         return f"It trained nothing: try {milder}, or recovery=finetune recovery.epochs=1 if its strategy can train"
     key = f"strategy.{stage.name}.recovery"
     rate, epochs = recovery["learning_rate"], recovery["epochs"]
+    if _began_anew(stage):
+        return (
+            f"Its student began with fresh weights: try {key}.epochs={5 * epochs:g} ({epochs:g} were made), "
+            f"another {key}.learning_rate ({rate:g} was used), or a larger student"
+        )
     tries = [f"{key}.learning_rate={rate / 3:.2g} ({rate:g} was used)", f"{key}.epochs={2 * epochs:g}"]
     # A strategy with a student of its own teaches it whatever the recovery is.
     if stage.recovered.method == "distill" and "student" not in stage.config:
@@ -237,6 +242,13 @@ def _advice(stage: StageResult) -> str:
     if stage.recovered.method == "distill" and recovery.get("losses"):
         tries.append(f"smaller weights in {key}.losses")
     return f"Try {', '.join(tries)}, or {milder}"
+
+
+def _began_anew(stage: StageResult) -> bool:
+    """Say whether the stage trained a network whose weights nobody had trained before."""
+    config = stage.config
+    copied = config.get("width") is not None or config.get("depth") is not None
+    return config.get("student") is not None or (copied and config["start"] == "random")
 
 
 def _sparse_note(stage: str, kernels: int, gain: _Gain | None) -> str:

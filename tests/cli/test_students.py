@@ -76,6 +76,17 @@ def test_a_student_of_the_users_own_folder(cli, tmp_path):
         ),
         (["strategy=prune+mutual", "recovery.mixup=0.5"], ["strategy.mutual.recovery.mixup"]),
         (["strategy=prune+distill", "strategy.distill.omit=[12]"], ["strategy.distill.omit", "from 0 to 9"]),
+        (["strategy=distill", "strategy.distill.omit=[true]"], ["strategy.distill.omit", "a number", "received true"]),
+        (["strategy=distill", "strategy.distill.omit=3"], ["'strategy.distill.omit=[3]'"]),
+        (["strategy=distill", "strategy.distill.width=true"], ["strategy.distill.width", "a number", "received true"]),
+        (["strategy=distill", "strategy.distill.width=0.999"], ["strategy.distill.width", "width=0.999"]),
+        (["strategy=distill", "strategy.distill.depth=0.5"], ["strategy.distill.depth", "depth=0.5"]),
+        (["strategy=distill", "strategy.distill.student=my.keras"], ["strategy.distill.student:", "student=null"]),
+        (["strategy=distill", "strategy.distill.student=mlp_800", "strategy.distill.skip=first"], ["only, skip"]),
+        (
+            ["strategy=distill", "strategy.distill.student=mobilenet_v1"],
+            ["strategy.distill.student, mobilenet_v1:", "Name another network", "--config-dir"],
+        ),
     ],
 )
 def test_what_cannot_be_a_student_is_refused(overrides, parts, cli, tmp_path):
@@ -83,6 +94,40 @@ def test_what_cannot_be_a_student_is_refused(overrides, parts, cli, tmp_path):
     assert_refused(answer, *parts)
     assert "running" not in answer[2]
     assert not list(tmp_path.rglob("report.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "received"),
+    [
+        (["strategy.distill.student=again", "strategy.distill.width=0.5"], "student=again, width=0.5."),
+        (["strategy.distill.start=teacher"], "start=teacher."),
+        (["strategy.distill.raise_bias=true"], "raise_bias=true."),
+    ],
+)
+def test_what_does_not_go_together_is_said_without_what_nobody_wrote(settings, received, cli):
+    assert f"received {received}" in assert_refused(cli(*SHORT, "strategy=distill", *settings), "strategy.distill")
+
+
+def test_biases_to_be_raised_are_looked_for_before_anything_runs(cli):
+    image = tf_keras.Input((8, 8, 1))
+    scores = tf_keras.layers.Dense(10, use_bias=False, name="scores")(tf_keras.layers.Flatten()(image))
+    tf_keras.Model(image, scores).save("unbiased.keras")
+    settings = ["model=file", "model.path=unbiased.keras", "board=roofline", "strategy=distill"]
+    answer = cli(*settings, "strategy.distill.omit=[3]", "strategy.distill.raise_bias=true")
+    assert_refused(answer, "strategy.distill.raise_bias", "scores (Dense), which has none")
+    assert "running" not in answer[2]
+
+
+def test_a_model_of_a_fixed_batch_teaches_another_network(cli, tmp_path):
+    image = tf_keras.Input((8, 8, 1), batch_size=7)
+    scores = tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(tf_keras.layers.Rescaling(1 / 16)(image)))
+    tf_keras.Model(image, scores).save("seven.keras")
+    few = ["recovery.epochs=0.3", "data.train_limit=300", "data.test_limit=60", "board=roofline", "strategy=distill"]
+    settings = ["model=file", "model.path=seven.keras", "strategy.distill.student=one_layer", "hydra.run.dir=out"]
+    code, _, error = cli(*few, *settings)
+    assert code == 0, error
+    code, _, error = cli(*few, "recovery.teachers=[seven.keras]", "model.train.epochs=1", "data.shift=1")
+    assert code == 0, error
 
 
 def test_images_without_labels(cli, tmp_path):

@@ -55,7 +55,7 @@ def test_a_file_teaches_and_another_content_is_another_teacher(cli, tmp_path):
     ("teachers", "parts"),
     [
         ("[lenet55]", ["strategy.distill.recovery.teachers", "lenet55", "lenet5"]),
-        ("[lenet5]", ["recovery.teachers, lenet5", "(8, 8, 1)"]),
+        ("[lenet5]", ["strategy.distill.recovery.teachers, lenet5", "(8, 8, 1)"]),
         ("[no/such.keras]", ["strategy.distill.recovery.teachers", "no/such.keras"]),
     ],
 )
@@ -67,12 +67,12 @@ def test_a_teachers_file_that_is_none_is_said_of_the_teacher(cli, tmp_path):
     (tmp_path / "junk.keras").write_text("junk")
     assert_refused(
         cli(*SHORT, "recovery.teachers=[junk.keras]"),
-        "strategy.distill.recovery.teachers:",
+        "Error in recovery.teachers:",
         "junk.keras",
         "zip archive",
     )
     missing = cli(*SHORT, "recovery.teachers=[missing.keras]")
-    assert_refused(missing, "strategy.distill.recovery.teachers:", "no such file", str(tmp_path / "missing.keras"))
+    assert_refused(missing, "Error in recovery.teachers:", "no such file", str(tmp_path / "missing.keras"))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,10 @@ def test_a_teachers_file_that_is_none_is_said_of_the_teacher(cli, tmp_path):
         ),
         (
             ["strategy.distill.temperature=8", "recovery.soft_weight=0", "recovery.losses={hints: 1}"],
+            ["strategy.distill.temperature:", "decoupled", "soft_weight=0"],
+        ),
+        (
+            ["recovery.temperature=8", "recovery.soft_weight=0", "recovery.losses={hints: 1}"],
             ["strategy.distill.recovery.temperature:", "decoupled", "soft_weight=0"],
         ),
         (["recovery.teachers=[reference,reference]"], ["strategy.distill.recovery.teachers:", "once"]),
@@ -120,6 +124,20 @@ def test_a_teacher_with_other_classes_is_refused(cli, tmp_path):
     file = student_of(tmp_path / "seven.keras", classes=7)
     answer = cli(*SHORT, f"strategy.distill.recovery.teachers=[{file}]")
     assert_refused(answer, "recovery.teachers", "seven.keras", "(7)", "10 classes")
+
+
+def test_a_teacher_that_gives_no_logits_is_refused(cli, tmp_path):
+    image = tf_keras.Input((8, 8, 1))
+    scores = layers.Dense(10, activation="sigmoid")(layers.Flatten()(layers.Rescaling(1 / 16)(image)))
+    tf_keras.Model(image, scores).save(tmp_path / "sigmoid.keras")
+    answer = cli(*SHORT, "recovery.teachers=[sigmoid.keras]")
+    assert_refused(answer, "recovery.teachers, sigmoid.keras", "ends in sigmoid", "logits")
+    assert "baseline: running" not in answer[2]
+
+
+def test_a_file_does_not_teach_twice_under_two_names(cli, tmp_path):
+    student_of(tmp_path / "one.keras")
+    assert_refused(cli(*SHORT, "recovery.teachers=[one.keras,./one.keras]"), "each teacher once", "./one.keras")
 
 
 def test_a_teachers_outputs_are_kept_for_other_runs(cli, tmp_path):

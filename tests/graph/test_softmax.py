@@ -9,7 +9,7 @@ import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.graph.softmax import gives_probabilities, logits_of
+from compress.graph.softmax import ending, gives_probabilities, logits_of
 
 layers = tf_keras.layers
 
@@ -48,3 +48,10 @@ def test_whether_a_model_gives_probabilities(head, expected):
     assert gives_probabilities(model) == expected
     if expected:
         np.testing.assert_allclose(np.asarray(model(np.ones((1, 4)))).sum(), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hard_sigmoid", "tanh", "relu", "softmax", "linear"])
+def test_a_networks_ending_is_told_by_name(name):
+    image = tf_keras.Input((4,))
+    assert ending(tf_keras.Model(image, layers.Dense(3, activation=name)(image))) == name
+    assert ending(tf_keras.Model(image, layers.Activation(name)(layers.Dense(3)(image)))) == name

@@ -243,10 +243,12 @@ def test_values_from_0_to_1_need_no_scaling(data):
 def test_a_file_that_reads_other_values_is_refused_before_anything_is_trained(data, tmp_path):
     path = tmp_path / "unit.keras"
     saturated("unit").save(path)
-    networks = Networks(teachers={"unit.keras": FileModel(path=str(path))})
+    networks = Networks(
+        teachers={"unit.keras": FileModel(path=str(path))}, keys={"unit.keras": "strategy.distill.recovery.teachers"}
+    )
     with pytest.raises(CompressError) as caught:
-        networks.refuse_misfits(classifier(name="raw"), data, 0, lambda name: f"strategy.distill.recovery, {name}")
-    assert "strategy.distill.recovery, unit.keras" in caught.value.where
+        networks.refuse_misfits(classifier(name="raw"), data, 0, lambda name: f"strategy.distill.student, {name}")
+    assert caught.value.where == "strategy.distill.recovery.teachers, unit.keras"
     assert "raw reads" in caught.value.expected
 
 

@@ -340,6 +340,23 @@ def test_what_to_try_after_a_great_loss_depends_on_how_the_stage_has_trained(rec
     assert "a milder setting" in note
 
 
+@pytest.mark.parametrize(
+    ("student", "fresh"),
+    [
+        ({"student": "resnet20", "width": None, "depth": None, "start": "random"}, True),
+        ({"student": None, "width": 0.5, "depth": None, "start": "random"}, True),
+        ({"student": None, "width": 0.5, "depth": None, "start": "teacher"}, False),
+        ({"student": None, "width": None, "depth": None, "start": "random"}, False),
+    ],
+)
+def test_a_student_of_fresh_weights_is_told_to_train_longer_not_slower(student, fresh, result):
+    (first, *_) = in_stages(result, 40.0, recovered=Recovered("distill")).stages
+    taught = replace(first, config={**first.config, **student})
+    (note,) = notes(replace(result, stages=(taught,)))
+    assert ("strategy.stage1.recovery.epochs=20" in note) == fresh
+    assert ("strategy.stage1.recovery.learning_rate=0.01" in note) == (not fresh)
+
+
 def test_an_untrained_model_loses_nothing_by_training(result):
     (note,) = notes(replace(in_stages(result, 40.0), untrained=True))
     assert "untrained" in note

@@ -60,13 +60,23 @@ class Distill(StudentStrategy):
         if self.omit:
             context = context.for_stage(context.stage, data=context.data.without(self.omit))
         student = self.student_of(candidate, context)
-        if self.raise_bias:
-            self._biased(student.model, context)
         recovery = self.trains_with(context.recovery)
         student = context.for_stage(context.stage, recovery=recovery).recover(student)
         if self.raise_bias:
             raised = self._raise_bias(student.model, context)
             student = student.evolve(measured={**student.measured, "bias_raised": raised})
+        return student
+
+    @property
+    def asks_of_student(self) -> bool:
+        """Its biases, if they are to be raised."""
+        return self.raise_bias or super().asks_of_student
+
+    def student_of(self, candidate: Candidate, context: Context) -> Candidate:
+        """Return the student, which has the biases that are to be raised."""
+        student = super().student_of(candidate, context)
+        if self.raise_bias:
+            self._biased(student.model, context)
         return student
 
     def trains_with(self, recovery: Recovery) -> Recovery:

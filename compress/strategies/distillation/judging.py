@@ -14,7 +14,7 @@ import tf_keras
 
 from compress.data.source import Data, Split
 from compress.errors import CompressError
-from compress.graph.softmax import gives_probabilities, logits_of
+from compress.graph.softmax import ending, gives_probabilities, logits_of
 from compress.metrics.accuracy import accuracy
 from compress.words import counted
 
@@ -29,6 +29,7 @@ _POOR, _FAR = 60.0, 20.0
 """A model that stays below this in every scaling must gain more points: what knows little gains some by chance."""
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's pixels from 0 to 1, by channel."""
+_ENDINGS = ("linear", "softmax")
 
 
 def judged_part(data: Data) -> Split | None:
@@ -61,7 +62,8 @@ def require_same_classes(model: tf_keras.Model, name: str, reference: tf_keras.M
     Raises:
         CompressError: naming both.
     """
-    ours, theirs = ((m.input_shape, m.output_shape) for m in (reference, model))
+    # How many samples a file takes at once does not matter.
+    ours, theirs = ((m.input_shape[1:], m.output_shape[1:]) for m in (reference, model))
     if ours != theirs:
         raise CompressError(
             where,
@@ -69,10 +71,17 @@ def require_same_classes(model: tf_keras.Model, name: str, reference: tf_keras.M
             received=f"{name}: {_shapes(*theirs)}",
             fix="Name a model for the same images and classes.",
         )
+    if ending(model) not in (*_ENDINGS, ending(reference)):
+        raise CompressError(
+            where,
+            expected=f"a {role} whose outputs are logits or a softmax's probabilities of one class of several",
+            received=f"{name}, which ends in {ending(model)}",
+            fix="Save the model with a last layer that has no activation, or softmax.",
+        )
 
 
 def _shapes(inputs: tuple[int | None, ...], outputs: tuple[int | None, ...]) -> str:
-    kept = [", ".join("any" if size is None else str(size) for size in shape[1:]) for shape in (inputs, outputs)]
+    kept = [", ".join("any" if size is None else str(size) for size in shape) for shape in (inputs, outputs)]
     return f"({kept[0]}) to ({kept[1]}), {outputs[-1]} classes"
 
 

@@ -60,6 +60,11 @@ class StudentStrategy(Strategy):
         """Name the network that is to learn."""
         return {} if self.student is None or self.student == AGAIN else {self.student: "student"}
 
+    @property
+    def asks_of_student(self) -> bool:
+        """Whether :meth:`student_of` may find a student that will not do."""
+        return self.replaces
+
     def targets(self, model: tf_keras.Model, selection: Selection) -> frozenset[str]:
         """Return every layer, where another network takes the model's place."""
         chosen = selection.names(model)

@@ -119,7 +119,8 @@ class Teacher:
         return {"": first, **dict(named)}
 
     def _outputs(self, x: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-        outputs = self._look.predict(in_batches(x, max(batch_size, _LEAST_BATCH)), verbose=0)
+        batch = self._look.inputs[0].shape[0] or max(batch_size, _LEAST_BATCH)
+        outputs = self._look.predict(in_batches(x, batch), verbose=0)
         return {name: np.asarray(value, np.float32) for name, value in self._named(tf.nest.flatten(outputs)).items()}
 
     def _digest(self, x: np.ndarray) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -153,7 +154,9 @@ def require_lesson(recovery: Recovery, where: str) -> None:
             fix=f"Give the soft targets a weight (soft_weight=0.9), name a loss ({where}.losses={{hints: 1}}), or "
             "train on the labels alone (recovery=finetune; strategy=finetune in place of distill).",
         )
-    twice = [name for index, name in enumerate(recovery.teachers) if name in recovery.teachers[:index]]
+    # Of two spellings of a path the file is the same.
+    files = [Path(name).expanduser().resolve() for name in recovery.teachers]
+    twice = [name for index, name in enumerate(recovery.teachers) if files[index] in files[:index]]
     if twice:
         raise CompressError(
             f"{where}.teachers",
