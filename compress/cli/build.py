@@ -256,7 +256,7 @@ def _named_model(name: str, where: str, others: Sequence[str], *, files: bool = 
             where,
             expected=f"{', '.join(others)}, a model's name" + (", or its file" if files else ""),
             received=name or "an empty name",
-            fix="A file's weights are trained, a student's are fresh: write student=null to train the model itself."
+            fix="Name a network, such as resnet20: a file's weights are trained already, and these begin anew."
             if Path(name).suffix in MODEL_SUFFIXES
             else did_you_mean(name, [*others, *sorted(choices)]),
         )

@@ -81,7 +81,8 @@ def test_a_student_of_the_users_own_folder(cli, tmp_path):
         (["strategy=distill", "strategy.distill.width=true"], ["strategy.distill.width", "a number", "received true"]),
         (["strategy=distill", "strategy.distill.width=0.999"], ["strategy.distill.width", "width=0.999"]),
         (["strategy=distill", "strategy.distill.depth=0.5"], ["strategy.distill.depth", "depth=0.5"]),
-        (["strategy=distill", "strategy.distill.student=my.keras"], ["strategy.distill.student:", "student=null"]),
+        (["strategy=distill", "strategy.distill.student=my.keras"], ["strategy.distill.student:", "Name a network"]),
+        (["strategy=mutual", "strategy.mutual.peers=[my.keras]"], ["strategy.mutual.peers:", "Name a network"]),
         (["strategy=distill", "strategy.distill.student=mlp_800", "strategy.distill.skip=first"], ["only, skip"]),
         (
             ["strategy=distill", "strategy.distill.student=mobilenet_v1"],
